@@ -1,0 +1,243 @@
+"""Distil a teacher into a one-step generator by distribution matching (DMD2).
+
+    python dmd2.py --teacher runs/teacher/teacher.pt
+
+Three networks start as copies of the teacher. The generator maps noise to an image in one step. The
+teacher knows the score of the real images; the fake score is trained all the while to know that of
+the generator's. Where the two disagree, the generator's samples are moved (Yin et al. 2024, "One-step
+Diffusion with Distribution Matching Distillation", DMD; "Improved Distribution Matching Distillation
+for Fast Image Synthesis", DMD2). In reading order: options, the distribution-matching loss, pictures,
+training.
+"""
+
+import dataclasses
+import functools
+import hashlib
+from pathlib import Path
+
+import torch
+
+from sample import few_step, generator_sampler, load_reference, measure, teacher_sampler
+from teacher import (SIGMA_MAX, Log, TrainingOptions, arg, build, denoising_loss, descend, due, fill,
+                     frozen, load, make_run_folder, parse, pick_device, prepare, recipe_name, run_script,
+                     save, save_grid, seeded, sigma_at, to_uint8, unit_noise, update_ema, warmed_up)
+
+# What depends on the data stands here and nowhere else: it fills the options that were not given.
+RECIPES = {
+    "digits": dict(batch=128, steps=1500, lr=4e-4, fake_lr=1e-3, fake_steps=2, ema=0.99),
+    "mnist": dict(batch=256, steps=20000, lr=2e-4, fake_lr=4e-4, fake_steps=2, ema=0.999),
+    "fashion": dict(batch=256, steps=20000, lr=2e-4, fake_lr=4e-4, fake_steps=2, ema=0.999),
+    "cifar10": dict(batch=256, steps=100000, lr=5e-5, fake_lr=1e-4, fake_steps=5, ema=0.9995),
+    "folder": dict(batch=64, steps=20000, lr=5e-5, fake_lr=1e-4, fake_steps=5, ema=0.999),
+}
+
+
+EVALUATION_SEED = 1_000_000  # other noise than `sample.py --evaluate` takes, for the best is chosen by it
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(TrainingOptions):
+    """Options of dmd2.py; those left at None take their values from RECIPES."""
+
+    teacher: str = arg(None, "checkpoint of teacher.py to distil")
+    out: str = arg("runs/dmd2", "folder of the run", free=True)
+    data_dir: str = arg(None, "where the real images to evaluate against are (default: as the "
+                              "teacher found them)", free=True)
+    fake_steps: int = arg(None, "updates of the fake score per update of the generator: the two "
+                                "time-scale rule (default: by data)", at_least=1)
+    lr: float = arg(None, "learning rate of the generator (default: by data)", at_least=0, below=1)
+    fake_lr: float = arg(None, "learning rate of the fake score (default: by data)", at_least=0, below=1)
+    clip: float = arg(10.0, "gradients longer than this are scaled down to it", at_least=1e-9)
+    evaluate_every: int = arg(250, "steps between evaluations, the best of which is kept; 0 for none, "
+                                   "which needs no data", at_least=0)
+    evaluate_n: int = arg(2000, "images per evaluation", at_least=100)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.teacher is None:
+            raise ValueError("--teacher is missing: give a checkpoint of teacher.py, such as "
+                             "runs/teacher/teacher.pt")
+
+
+# ---- distribution matching ----------------------------------------------------------------------
+
+@torch.no_grad()
+def dmd_gradient(teacher, fake_score, x0, sigma, label, noise):
+    """Direction that lowers KL(generator || teacher) when subtracted from x0 (DMD, Eqs. 7 and 8).
+
+        gradient = (fake_score(x) - teacher(x)) / mean|x0 - teacher(x)|,   x = x0 + sigma * noise
+
+    x0, noise  [B, C, H, W]  the generator's images, whose graph is not used; standard normal
+    sigma      [B]           one level per image, in [SIGMA_MIN, SIGMA_MAX]
+    label      [B]           the classes x0 was generated for, int64
+    returns [B, C, H, W], of order 1 per image; exactly 0 where fake_score equals teacher
+    """
+    x = x0 + sigma.view(-1, 1, 1, 1) * noise
+    real, fake = teacher(x, sigma, label), fake_score(x, sigma, label)
+    scale = (x0 - real).abs().mean(dim=(1, 2, 3), keepdim=True)
+    return (fake - real) / scale
+
+
+def dmd_loss(teacher, fake_score, x0, sigma, label, noise):
+    """Loss whose gradient in x0 is dmd_gradient / x0.numel(); its value tells nothing about quality."""
+    gradient = dmd_gradient(teacher, fake_score, x0, sigma, label, noise)
+    return 0.5 * (x0 - (x0 - gradient).detach()).square().mean()
+
+
+# ---- pictures -----------------------------------------------------------------------------------
+
+@torch.no_grad()
+def save_estimates(teacher, fake_score, generator, sigmas, data, path, columns=10):
+    """The generator's images, the same with noise, and what teacher and fake score make of that."""
+    device = next(generator.parameters()).device
+    noise = unit_noise(2 * columns, data["shape"], 0).to(device)
+    label = torch.arange(columns, device=device) % len(data["classes"])
+    sigma = sigma_at(torch.linspace(0.15, 0.75, columns, device=device), "karras")
+    x0 = few_step(generator, sigmas[0] * noise[:columns], sigmas, label)
+    x = x0 + sigma.view(-1, 1, 1, 1) * noise[columns:]
+    rows = torch.stack([x0, x, teacher(x, sigma, label), fake_score(x, sigma, label)])
+    save_grid(to_uint8(rows), ["x0, generated", "x = x0 + sigma noise", "teacher(x)", "fake score(x)"],
+              path, titles=[f"{s:.2g}" for s in sigma.tolist()])
+
+
+# ---- what happens between the steps ---------------------------------------------------------------
+
+class Keeper:
+    """Evaluates, pictures and saves a run: generator.pt is the best EMA generator, last.pt the latest."""
+
+    def __init__(self, cfg, parent, out, sigmas, networks, device):
+        self.cfg, self.parent, self.out, self.sigmas = cfg, parent, out, sigmas
+        self.networks, self.device = networks, device  # everything whose state a resumed run needs
+        self.teacher_sha256 = hashlib.sha256(Path(cfg.teacher).read_bytes()).hexdigest()
+        self.figures, self.best, self.reference = None, None, None
+        if cfg.evaluate_every:
+            data = parent["data"]
+            self.reference = load_reference(data["name"], cfg.data_dir or data["data_dir"],
+                                            data["size"], device)
+
+    def resume(self):
+        """Restore the networks and optimizers from --resume; returns the step to go on at."""
+        checkpoint = load(self.cfg.resume, resume=True)
+        if checkpoint["teacher_sha256"] != self.teacher_sha256:
+            raise ValueError(f"--teacher {self.cfg.teacher}: has changed since the run in "
+                             f"{self.cfg.resume} began; start a new run")
+        for name, state in checkpoint["training"].items():
+            self.networks[name].load_state_dict(state)
+        self.networks["ema"].load_state_dict(checkpoint["model"])
+        self.best = checkpoint["best"]
+        return checkpoint["step"]
+
+    def measure(self, sampler):
+        return measure(sampler, self.reference, self.cfg.evaluate_n, EVALUATION_SEED)
+
+    def begin(self, log, teacher):
+        """Measure the teacher, for comparison."""
+        if self.reference:
+            sampler = teacher_sampler(teacher, self.parent["data"], self.device)
+            log.say(f"teacher ({sampler.name}): {summary(self.measure(sampler))}")
+
+    def after(self, step, log, teacher):
+        """Whatever is due after a step, counted from 0."""
+        cfg, ema = self.cfg, self.networks["ema"]
+        if due(step, cfg.evaluate_every, cfg.steps):
+            sampler = generator_sampler(ema, self.sigmas, self.parent["data"], self.device)
+            self.figures = dict(self.measure(sampler), step=step + 1)
+            log.check()
+            log.write(step + 1, **{name: v for name, v in self.figures.items() if name != "step"})
+            log.say(f"step {step + 1}: {summary(self.figures)}")
+            if not self.best or self.figures["frechet_distance"] < self.best["frechet_distance"]:
+                self.best = self.figures
+                save(self.checkpoint(step + 1), self.out / "generator.pt")
+        if due(step, cfg.sample_every, cfg.steps):
+            save_estimates(teacher, self.networks["fake_score"], ema, self.sigmas, self.parent["data"],
+                           self.out / f"samples_{step + 1:06d}.png")
+        if due(step, cfg.save_every, cfg.steps):
+            log.check()
+            if not cfg.evaluate_every:
+                save(self.checkpoint(step + 1), self.out / "generator.pt")
+            training = {name: part.state_dict() for name, part in self.networks.items() if name != "ema"}
+            save(dict(self.checkpoint(step + 1), training=training), self.out / "last.pt")
+
+    def end(self):
+        if self.best:
+            print(f"{self.out / 'generator.pt'}: the best generator by Fréchet distance, of step "
+                  f"{self.best['step']}: {summary(self.best)}\n{self.out / 'last.pt'}: the last one, of "
+                  f"step {self.figures['step']}: {summary(self.figures)}")
+
+    def checkpoint(self, step):
+        kept = ("network", "prediction", "data")
+        return dict({name: self.parent[name] for name in kept}, kind="generator", step=step,
+                    config=dataclasses.asdict(self.cfg), sigmas=self.sigmas, figures=self.figures,
+                    best=self.best, teacher_sha256=self.teacher_sha256,
+                    model=self.networks["ema"].state_dict())
+
+
+def summary(figures):
+    return (f"Fréchet distance {figures['frechet_distance']:.3f}, classified as asked "
+            f"{figures['accuracy']:.3f}, precision {figures['precision']:.3f}, recall {figures['recall']:.3f}")
+
+
+# ---- training -----------------------------------------------------------------------------------
+
+def train(cfg):
+    """Distil; returns the path of the generator's checkpoint."""
+    device = pick_device(cfg.device)
+    parent = load(cfg.teacher)
+    if parent["kind"] != "teacher":
+        raise ValueError(f"--teacher {cfg.teacher}: holds a {parent['kind']}; give a checkpoint of teacher.py")
+    fill(cfg, RECIPES[recipe_name(parent["data"]["name"])])
+    num_classes, shape = len(parent["data"]["classes"]), parent["data"]["shape"]
+    sigmas = [SIGMA_MAX]
+    teacher = build(parent, device)
+    generator, fake_score = (build(parent, device).requires_grad_(True) for _ in range(2))
+    ema = frozen(generator)
+    adamw = functools.partial(torch.optim.AdamW, weight_decay=0.01, fused=device.type != "mps")
+    generator_optimizer, fake_optimizer = adamw(generator.parameters()), adamw(fake_score.parameters())
+
+    networks = dict(generator=generator, fake_score=fake_score, ema=ema,
+                    generator_optimizer=generator_optimizer, fake_optimizer=fake_optimizer)
+    out = make_run_folder(cfg)
+    keeper = Keeper(cfg, parent, out, sigmas, networks, device)
+    start = keeper.resume() if cfg.resume else 0
+    prepare(cfg, device, teacher, generator, fake_score, ema)
+    log = Log(cfg, start, "step")
+    keeper.begin(log, teacher)
+
+    for step in range(start, cfg.steps):
+        rng = seeded(cfg.seed, 0, step, device=device)
+        label = torch.randint(num_classes, (cfg.batch,), generator=rng, device=device)
+        uniform = functools.partial(torch.rand, cfg.batch, generator=rng, device=device)
+        randn = functools.partial(torch.randn, cfg.batch, *shape, generator=rng, device=device)
+        update_generator = step % cfg.fake_steps == 0  # the two time-scale rule (DMD2, section 4.2)
+        with torch.set_grad_enabled(update_generator):
+            x0 = few_step(generator, sigmas[0] * randn(), sigmas, label)
+
+        # Generator: move its samples along the distribution-matching gradient.
+        if update_generator:
+            update = step // cfg.fake_steps
+            sigma = sigma_at(0.02 + 0.96 * uniform(), "karras")
+            loss = dmd_loss(teacher, fake_score, x0, sigma, label, randn())
+            norm = descend(loss, generator_optimizer, cfg.clip, warmed_up(cfg.lr, update, cfg.warmup))
+            update_ema(ema, generator, min(cfg.ema, (update + 1) / (update + 10)))
+            log.note(dmd_loss=loss.detach(), generator_gradient_norm=norm)
+
+        # Fake score: the teacher's own loss, on the generator's samples, at every step.
+        sigma = sigma_at(uniform(), "karras")
+        loss = denoising_loss(fake_score, x0.detach(), sigma, label, randn())
+        norm = descend(loss, fake_optimizer, cfg.clip, warmed_up(cfg.fake_lr, step, cfg.warmup))
+        log.note(fake_loss=loss.detach(), fake_gradient_norm=norm)
+
+        log.step(step + 1)
+        keeper.after(step, log, teacher)
+    log.close()
+    keeper.end()
+    return out / "generator.pt"
+
+
+def main(argv=None):
+    path = train(parse(Config, argv, __doc__))
+    print(f"next: python sample.py {path}   or   python export.py {path}")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,819 @@
+"""Train a class-conditional diffusion model on images: the teacher that dmd2.py distils.
+
+    python teacher.py                       # 1,797 real 8x8 digits, no download
+    python teacher.py --data mnist          # or fashion, cifar10, a folder with a sub-folder per class
+
+In reading order: options, data, noise levels, network, denoiser and loss, optimisation, sampling,
+checkpoints, logging, training. The method is EDM (Karras et al. 2022, "Elucidating the Design Space
+of Diffusion-Based Generative Models"). After this file a diffusion model is a function and no more:
+
+    x = x0 + sigma * noise                  x0 in [-1, 1], noise standard normal
+    denoiser(x, sigma, label) -> x0_hat     the mean of all the x0 that x may have come from
+"""
+
+import argparse
+import copy
+import dataclasses
+import functools
+import importlib
+import json
+import math
+import os
+import pickle
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import torchvision
+from matplotlib.figure import Figure
+from PIL import Image, ImageDraw, ImageFont
+from sklearn.datasets import load_digits
+from torch import nn
+from tqdm import tqdm
+
+SIGMA_MIN, SIGMA_MAX, RHO, SIGMA_DATA = 0.002, 80.0, 7.0, 0.5  # EDM, Table 1
+KNOWN_DATA = ("digits", "mnist", "fashion", "cifar10")
+
+
+# ---- options: one frozen dataclass per script, whose fields are its flags -----------------------
+
+# What depends on the data stands here and nowhere else: it fills the options that were not given.
+RECIPES = {
+    "digits": dict(width=32, mults="1,2", blocks=1, batch=128, steps=1500, lr=2e-3, ema=0.99),
+    "mnist": dict(width=32, mults="1,2,2", blocks=2, batch=256, steps=20000, lr=1e-3, ema=0.999),
+    "fashion": dict(width=32, mults="1,2,2", blocks=2, batch=256, steps=20000, lr=1e-3, ema=0.999),
+    "cifar10": dict(width=96, mults="1,2,2", blocks=3, batch=256, steps=100000, lr=5e-4, ema=0.9995),
+    "folder": dict(width=64, mults="1,2,2", blocks=2, batch=64, steps=20000, lr=5e-4, ema=0.999),
+}
+
+
+def arg(default, help, choices=None, at_least=None, below=None, free=False, positional=False):
+    """A dataclass field that is also a flag. A `free` one may change when a run is resumed."""
+    return dataclasses.field(default=default, metadata=dict(
+        help=help, choices=choices, at_least=at_least, below=below, free=free, positional=positional))
+
+
+def flag(name):
+    """The command-line form of a field's name: fake_steps -> --fake-steps."""
+    return "--" + name.replace("_", "-")
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What every script has. Raises ValueError naming the option, the value and what would work."""
+
+    device: str = arg("auto", "auto: cuda, else mps, else cpu", ("auto", "cuda", "mps", "cpu"),
+                      free=True)
+    seed: int = arg(0, "seed of every random draw", at_least=0, below=2**63)
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value, bounds = getattr(self, field.name), field.metadata
+            if value is None:
+                continue
+            if bounds["choices"] and value not in bounds["choices"]:
+                raise ValueError(f"{flag(field.name)} {value}: choose from {', '.join(bounds['choices'])}")
+            low, high = bounds["at_least"], bounds["below"]
+            if (low is not None and not value >= low) or (high is not None and not value < high):
+                limits = [f"at least {low}"] * (low is not None) + [f"below {high}"] * (high is not None)
+                raise ValueError(f"{flag(field.name)} {value}: must be {' and '.join(limits)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingOptions(Options):
+    """What both training scripts have."""
+
+    out: str = arg(None, "folder of the run", free=True)
+    data_dir: str = arg("data", "where mnist, fashion and cifar10 are, or are downloaded to", free=True)
+    steps: int = arg(None, "training steps (default: by data)", at_least=1, free=True)
+    batch: int = arg(None, "images per step (default: by data)", at_least=1)
+    warmup: int = arg(100, "steps over which the learning rate rises to its value", at_least=0)
+    clip: float = arg(1.0, "gradients longer than this are scaled down to it", at_least=1e-9)
+    ema: float = arg(None, "decay per update of the averaged weights, which are what is kept "
+                           "(default: by data)", at_least=0, below=1)
+    dtype: str = arg("auto", "type of the network's arithmetic; auto: bfloat16 on cuda, else float32",
+                     ("auto", "float32", "bfloat16"))
+    compile: str = arg("auto", "torch.compile the networks; auto: on for cuda, else off",
+                       ("auto", "on", "off"))
+    log_every: int = arg(50, "steps between lines of log.jsonl", at_least=1, free=True)
+    save_every: int = arg(500, "steps between checkpoints", at_least=1, free=True)
+    sample_every: int = arg(500, "steps between pictures; 0 for none", at_least=0, free=True)
+    wandb: bool = arg(False, "log to Weights & Biases too", free=True)
+    resume: str = arg(None, "a run's checkpoint to go on from, with that run's options", free=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(TrainingOptions):
+    """Options of teacher.py; those left at None take their values from RECIPES."""
+
+    out: str = arg("runs/teacher", "folder of the run", free=True)
+    data: str = arg("digits", f"{', '.join(KNOWN_DATA)}, or a folder of images, a sub-folder per class")
+    size: int = arg(32, "side to which the images of a folder are scaled and cropped", at_least=4)
+    width: int = arg(None, "channels of the network's first level (default: by data)", at_least=4)
+    mults: str = arg(None, "channels of each level as multiples of --width (default: by data)")
+    blocks: int = arg(None, "residual blocks per level (default: by data)", at_least=1)
+    prediction: str = arg("edm", "what the network learns: a row of PREDICTIONS", ("edm",))
+    schedule: str = arg("lognormal", "which noise levels it is trained on: a row of SCHEDULES",
+                        ("lognormal", "karras"))
+    lr: float = arg(None, "learning rate (default: by data)", at_least=0, below=1)
+    label_dropout: float = arg(0.1, "share of images shown without label, for guidance",
+                               at_least=0, below=1)
+
+    def __post_init__(self):
+        fill(self, RECIPES[recipe_name(self.data)])
+        super().__post_init__()
+        if not all(mult.isdecimal() and int(mult) > 0 for mult in self.mults.split(",")):
+            raise ValueError(f"--mults {self.mults}: needs positive integers such as 1,2,2")
+
+
+def recipe_name(data):
+    return data if data in KNOWN_DATA else "folder"
+
+
+def fill(config, defaults):
+    """Give the fields of a frozen config that are None their values from `defaults`."""
+    for name, value in defaults.items():
+        if getattr(config, name) is None:
+            object.__setattr__(config, name, value)
+
+
+def parse(config_class, argv=None, description=""):
+    """Make a config of the command line; every field is a flag, and nothing else is.
+
+    With --resume the checkpoint's own options apply; ValueError if a given one contradicts them.
+    """
+    parser = argparse.ArgumentParser(description=description.split("\n")[0], allow_abbrev=False,
+                                     argument_default=argparse.SUPPRESS)
+    for field in dataclasses.fields(config_class):
+        help = field.metadata["help"].replace("%", "%%")
+        if field.default is not None and field.type is not bool and "default" not in help:
+            help += f" (default: {field.default})"
+        kind = dict(action=argparse.BooleanOptionalAction) if field.type is bool else dict(
+            type=field.type, metavar=field.name.split("_")[-1].upper())
+        name = field.name if field.metadata["positional"] else flag(field.name)
+        parser.add_argument(name, help=help, **kind)
+
+    def error(message):
+        raise ValueError(f"{message} (--help lists the options)")
+    parser.error = error
+    given = vars(parser.parse_args(argv))
+    if "resume" not in given:
+        return config_class(**given)
+
+    saved = load(given["resume"], resume=True)["config"]
+    for field in dataclasses.fields(config_class):
+        if field.name in given and not field.metadata["free"] and given[field.name] != saved.get(field.name):
+            raise ValueError(f"{flag(field.name)} {given[field.name]}: the run to resume has "
+                             f"{saved.get(field.name)}; leave the flag out, or start a new run")
+    return config_class(**{"out": str(Path(given["resume"]).parent), **saved, **given})
+
+
+def run_script(main):
+    """Call `main`; what the user can mend (ValueError, OSError) is one line and exit status 2."""
+    name = Path(sys.argv[0]).name
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except FloatingPointError as error:
+        print(f"{name}: diverged: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+# ---- data: uint8 images in memory ---------------------------------------------------------------
+
+class Data(NamedTuple):
+    images: torch.Tensor  # [N, C, H, W] uint8
+    labels: torch.Tensor  # [N] int64
+    classes: tuple        # names of the classes
+
+    def to(self, device):
+        return Data(self.images.to(device), self.labels.to(device), self.classes)
+
+
+def load_data(name, split, data_dir="data", size=32):
+    """Images of a data set, in memory.
+
+    name   one of KNOWN_DATA, or a folder with one sub-folder of images per class
+    split  "train" or "test", the held-out images: the official test set, of digits and of a folder
+           every sixth image of a fixed permutation
+
+    Raises ValueError for an unknown name or an empty folder, OSError where files are missing and
+    can't be downloaded to data_dir.
+    """
+    if name == "digits":
+        digits = load_digits()
+        images = torch.from_numpy(np.rint(digits.images * 255 / 16).astype(np.uint8))[:, None]
+        return hold_out(Data(images, torch.from_numpy(digits.target).long(), tuple("0123456789")), split)
+    if name in KNOWN_DATA:
+        source = dict(mnist="MNIST", fashion="FashionMNIST", cifar10="CIFAR10")[name]
+        found = download(getattr(torchvision.datasets, source), data_dir, split == "train", name)
+        images = torch.as_tensor(found.data)
+        images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2).contiguous()
+        classes = tuple("0123456789") if name == "mnist" else tuple(found.classes)
+        return Data(images, torch.as_tensor(found.targets).long(), classes)
+    if not Path(name).is_dir():
+        raise ValueError(f"--data {name}: neither {', '.join(KNOWN_DATA)} nor a folder")
+    return hold_out(load_folder(name, size), split)
+
+
+def download(dataset, data_dir, train, name):
+    try:
+        return dataset(data_dir, train=train)
+    except RuntimeError:  # torchvision: the files are not there
+        pass
+    try:
+        return dataset(data_dir, train=train, download=True)
+    except (OSError, RuntimeError) as error:
+        raise OSError(f"--data {name}: its files are not in {Path(data_dir).resolve()} and can't be "
+                      f"downloaded ({error}); --data-dir says where they are, --data digits needs "
+                      "no download") from error
+
+
+@functools.lru_cache(maxsize=1)  # both splits come from one reading
+def load_folder(folder, size):
+    try:
+        found = torchvision.datasets.ImageFolder(folder)
+    except FileNotFoundError as error:
+        raise ValueError(f"--data {folder}: {error}") from error
+    crop = torchvision.transforms.Compose([torchvision.transforms.Resize(size),
+                                           torchvision.transforms.CenterCrop(size)])
+    images = [np.asarray(crop(image)) for image, _ in found]
+    images = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
+    return Data(images, torch.tensor(found.targets), tuple(found.classes))
+
+
+def hold_out(data, split):
+    order = torch.from_numpy(np.random.RandomState(0).permutation(len(data.images)))
+    chosen = order[torch.arange(len(order)) % 6 == 0] if split == "test" else \
+        order[torch.arange(len(order)) % 6 != 0]
+    return Data(data.images[chosen], data.labels[chosen], data.classes)
+
+
+def to_float(images):
+    """uint8 -> float32 in [-1, 1]."""
+    return images.float() / 127.5 - 1
+
+
+def to_uint8(images):
+    """[-1, 1] -> uint8, rounded as EDM does."""
+    return (images * 127.5 + 128).clamp(0, 255).to(torch.uint8)
+
+
+# ---- random numbers: no state to save, for every draw is made of its place in the run -----------
+
+def seeded(*key, device="cpu"):
+    """A torch.Generator for the place in a run that `key` names, non-negative integers."""
+    seed = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
+    return torch.Generator(device).manual_seed(int(seed >> 1))
+
+
+def batch_at(step, count, batch, seed):
+    """Indices [batch] of the images of a step, each image once per epoch of count // batch steps."""
+    epoch, position = divmod(step, count // batch)
+    return permutation(count, seed, epoch)[position * batch:(position + 1) * batch]
+
+
+@functools.lru_cache(maxsize=1)
+def permutation(count, seed, epoch):
+    return torch.randperm(count, generator=seeded(seed, 1, epoch))
+
+
+def unit_noise(count, shape, seed, start=0):
+    """Standard normal noise [count, *shape]; number i depends on seed and start + i only."""
+    return torch.stack([torch.randn(shape, generator=seeded(seed, 2, i))
+                        for i in range(start, start + count)])
+
+
+# ---- noise levels -------------------------------------------------------------------------------
+
+# Quantile functions: the noise level below which a share u of the training draws lies.
+SCHEDULES = {
+    "lognormal": lambda u: torch.exp(-1.2 + 1.2 * torch.special.ndtri(u)),
+    "karras": lambda u: (SIGMA_MIN ** (1 / RHO) + u * (SIGMA_MAX ** (1 / RHO) - SIGMA_MIN ** (1 / RHO))) ** RHO,
+}
+
+# Rows (c_skip, c_out, c_in) that make of a network F a denoiser c_skip x + c_out F(c_in x).
+PREDICTIONS = {
+    "edm": lambda s: (SIGMA_DATA**2 / (s**2 + SIGMA_DATA**2),
+                      s * SIGMA_DATA / (s**2 + SIGMA_DATA**2).sqrt(),
+                      1 / (s**2 + SIGMA_DATA**2).sqrt()),
+}
+
+
+def sigma_at(u, schedule):
+    """Noise level at quantile u of a schedule (EDM Eq. 5 for karras; Table 1 for lognormal).
+
+    u  any shape, in [0, 1]
+    returns sigma of that shape, rising with u, in [SIGMA_MIN, SIGMA_MAX]
+    """
+    return SCHEDULES[schedule](u).clamp(SIGMA_MIN, SIGMA_MAX)
+
+
+def precondition(prediction, sigma):
+    """EDM Table 1's c_skip, c_out, c_in of a prediction, each of sigma's shape [B] or any other."""
+    return PREDICTIONS[prediction](sigma)
+
+
+# ---- network: EDM's DDPM++ (Song et al. 2021), with the names of its published checkpoints ------
+
+class Block(nn.Module):
+    """Residual block with optional resampling and self-attention (EDM, appendix F)."""
+
+    def __init__(self, c_in, c_out, c_emb, resample=None, attention=False):
+        super().__init__()
+        self.resample = resample
+        self.norm0 = group_norm(c_in)
+        self.conv0 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.affine = nn.Linear(c_emb, c_out)
+        self.norm1 = group_norm(c_out)
+        self.conv1 = scaled(nn.Conv2d(c_out, c_out, 3, padding=1), 1e-5)
+        self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out or resample else nn.Identity()
+        self.norm2 = group_norm(c_out) if attention else None
+        self.qkv = scaled(nn.Conv2d(c_out, 3 * c_out, 1), 0.2**0.5) if attention else None
+        self.proj = scaled(nn.Conv2d(c_out, c_out, 1), 1e-5) if attention else None
+
+    def forward(self, x, emb):
+        """x [B, c_in, H, W], emb [B, c_emb] -> [B, c_out, H', W'], H' = H, H / 2 or 2 H"""
+        h = self.conv0(self.resized(F.silu(self.norm0(x))))
+        h = self.conv1(F.silu(self.norm1(h + self.affine(emb)[:, :, None, None])))
+        x = (h + self.skip(self.resized(x))) * 0.5**0.5
+        if self.norm2 is not None:
+            # EDM's qkv channels run as (head, channel, q|k|v), not as three blocks; here is one head.
+            qkv = self.qkv(self.norm2(x)).unflatten(1, (1, -1, 3)).flatten(4)
+            q, k, v = qkv.permute(3, 0, 1, 4, 2)
+            attended = F.scaled_dot_product_attention(q, k, v).transpose(2, 3).reshape(x.shape)
+            x = (self.proj(attended) + x) * 0.5**0.5
+        return x
+
+    def resized(self, x):
+        if self.resample == "down":
+            return F.avg_pool2d(x, 2)
+        return F.interpolate(x, scale_factor=2, mode="nearest") if self.resample == "up" else x
+
+
+def group_norm(channels):
+    groups = next(g for g in range(min(32, channels // 4), 0, -1) if channels % g == 0)
+    return nn.GroupNorm(groups, channels, eps=1e-6)
+
+
+def scaled(layer, scale):
+    layer.init_scale = scale
+    return layer
+
+
+class UNet(nn.Module):
+    """EDM's DDPM++ network F. Argument and parameter names are those of NVlabs/edm.
+
+    Raises ValueError if a level's resolution can't be halved.
+    """
+
+    def __init__(self, img_resolution, img_channels, label_dim, model_channels=128,
+                 channel_mult=(2, 2, 2), num_blocks=4, attn_resolutions=(16,)):
+        super().__init__()
+        if img_resolution % 2 ** (len(channel_mult) - 1):
+            raise ValueError(f"images of side {img_resolution}: {len(channel_mult)} levels need a "
+                             f"multiple of {2 ** (len(channel_mult) - 1)}")
+        c_emb = 4 * model_channels
+        self.label_dim = label_dim
+        self.register_buffer("freqs", noise_frequencies(model_channels), persistent=False)
+        self.map_label = nn.Linear(label_dim, model_channels) if label_dim else None
+        self.map_layer0 = nn.Linear(model_channels, c_emb)
+        self.map_layer1 = nn.Linear(c_emb, c_emb)
+
+        self.enc, self.dec = nn.ModuleDict(), nn.ModuleDict()
+        channels = model_channels
+        skips = []
+        for level, mult in enumerate(channel_mult):
+            res = img_resolution >> level
+            if level == 0:
+                self.enc[f"{res}x{res}_conv"] = nn.Conv2d(img_channels, channels, 3, padding=1)
+            else:
+                self.enc[f"{res}x{res}_down"] = Block(channels, channels, c_emb, "down")
+            skips.append(channels)
+            for i in range(num_blocks):
+                self.enc[f"{res}x{res}_block{i}"] = Block(
+                    channels, mult * model_channels, c_emb, attention=res in attn_resolutions)
+                channels = mult * model_channels
+                skips.append(channels)
+
+        for level, mult in reversed(list(enumerate(channel_mult))):
+            res = img_resolution >> level
+            if level == len(channel_mult) - 1:
+                self.dec[f"{res}x{res}_in0"] = Block(channels, channels, c_emb, attention=True)
+                self.dec[f"{res}x{res}_in1"] = Block(channels, channels, c_emb)
+            else:
+                self.dec[f"{res}x{res}_up"] = Block(channels, channels, c_emb, "up")
+            for i in range(num_blocks + 1):
+                self.dec[f"{res}x{res}_block{i}"] = Block(
+                    channels + skips.pop(), mult * model_channels, c_emb,
+                    attention=i == num_blocks and res in attn_resolutions)
+                channels = mult * model_channels
+        self.dec[f"{res}x{res}_aux_norm"] = group_norm(channels)
+        self.dec[f"{res}x{res}_aux_conv"] = scaled(nn.Conv2d(channels, img_channels, 3, padding=1), 1e-5)
+        self.apply(initialise)
+
+    def forward(self, x, c_noise, label):
+        """x [B, C, H, W], c_noise [B], label [B] int64, label_dim for "no label" -> [B, C, H, W]"""
+        phase = c_noise[:, None] * self.freqs
+        emb = torch.cat([phase.sin(), phase.cos()], dim=1)
+        if self.map_label is not None:
+            # EDM multiplies one-hot vectors of length sqrt(label_dim); no label is the zero vector.
+            columns = F.pad(self.map_label.weight, (0, 1)).T * self.label_dim**0.5
+            emb = emb + F.embedding(label, columns) + self.map_label.bias
+        emb = emb.to(x.dtype)
+        emb = F.silu(self.map_layer1(F.silu(self.map_layer0(emb))))
+
+        skips = []
+        for layer in self.enc.values():
+            x = layer(x, emb) if isinstance(layer, Block) else layer(x)
+            skips.append(x)
+        *blocks, norm, conv = self.dec.values()
+        for block in blocks:
+            if x.shape[1] != block.conv0.in_channels:
+                x = torch.cat([x, skips.pop()], dim=1)
+            x = block(x, emb)
+        return conv(F.silu(norm(x)))
+
+
+def noise_frequencies(channels):
+    half = channels // 2
+    return 10000 ** -(torch.arange(half, dtype=torch.float32) / max(half - 1, 1))
+
+
+def initialise(layer):
+    """EDM's initialisation of DDPM++: Xavier uniform, last layers of residual branches near zero."""
+    if isinstance(layer, (nn.Conv2d, nn.Linear)):
+        nn.init.xavier_uniform_(layer.weight, gain=getattr(layer, "init_scale", 1))
+        nn.init.zeros_(layer.bias)
+
+
+# ---- denoiser and loss --------------------------------------------------------------------------
+
+class Denoiser(nn.Module):
+    """A network F with its preconditioning (EDM Eq. 7): c_skip x + c_out F(c_in x, ln(sigma) / 4)."""
+
+    def __init__(self, net, prediction="edm"):
+        super().__init__()
+        self.net, self.prediction, self.dtype = net, prediction, torch.float32
+
+    def forward(self, x, sigma, label):
+        """x [B, C, H, W], sigma [B], label [B] int64 -> x0_hat [B, C, H, W] float32"""
+        x, sigma = x.float(), sigma.float().view(-1, 1, 1, 1)
+        c_skip, c_out, c_in = precondition(self.prediction, sigma)
+        with torch.autocast(x.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            f = self.net(c_in * x, sigma.flatten().log() / 4, label)
+        return c_skip * x + c_out * f.float()
+
+
+def denoising_loss(denoiser, x0, sigma, label, noise):
+    """Error of the estimate of x0 in the network's own units (EDM Eq. 8, its lambda(sigma) = 1 / c_out^2).
+
+        mean(((denoiser(x0 + sigma * noise) - x0) / c_out)^2)
+
+    x0, noise  [B, C, H, W]
+    sigma      [B]           one level per image
+    label      [B]           int64
+    returns a scalar; 1 for an edm network that has learnt nothing
+    """
+    sigma_ = sigma.view(-1, 1, 1, 1)
+    x0_hat = denoiser(x0 + sigma_ * noise, sigma, label)
+    _, c_out, _ = precondition(denoiser.prediction, sigma_)
+    return ((x0_hat - x0) / c_out).square().mean()
+
+
+# ---- optimisation -------------------------------------------------------------------------------
+
+def descend(loss, optimizer, clip, lr):
+    """One optimizer step down `loss` at learning rate `lr`; returns the gradient's norm.
+
+    The gradient is scaled down to norm `clip`. Neither value is looked at here, for that would make
+    the CPU wait for the GPU: Log stops the run if one was not finite.
+    """
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = nn.utils.clip_grad_norm_(parameters, clip)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    return norm
+
+
+def warmed_up(lr, update, warmup):
+    """Learning rate of an update, counted from 0: rises linearly over `warmup` of them."""
+    return lr * min(1.0, (update + 1) / max(warmup, 1))
+
+
+@torch.no_grad()
+def update_ema(ema, model, decay):
+    """ema <- decay ema + (1 - decay) model, for parameters; there are no other trained tensors."""
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+
+
+def frozen(model):
+    """A copy in eval mode whose parameters get no gradient: a teacher, or the start of an EMA."""
+    return copy.deepcopy(model).eval().requires_grad_(False)
+
+
+def pick_device(name):
+    """The torch.device of --device; ValueError if it is not to be had."""
+    here = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
+    name = next(n for n in here if here[n]) if name == "auto" else name
+    if not here[name]:
+        raise ValueError(f"--device {name}: PyTorch finds none here; {' and '.join(n for n in here if here[n])} works")
+    return torch.device(name)
+
+
+def prepare(cfg, device, *denoisers):
+    """Set the type of the networks' arithmetic and compile them, as --dtype and --compile say."""
+    on_cuda = device.type == "cuda"
+    torch.set_float32_matmul_precision("high")  # TF32, where a GPU has it
+    for denoiser in denoisers:
+        bfloat16 = on_cuda if cfg.dtype == "auto" else cfg.dtype == "bfloat16"
+        denoiser.dtype = torch.bfloat16 if bfloat16 else torch.float32
+        if on_cuda if cfg.compile == "auto" else cfg.compile == "on":
+            denoiser.net.compile()
+
+
+# ---- sampling and pictures, as far as training needs them; the rest is in sample.py -------------
+
+@torch.no_grad()
+def heun(denoiser, x, label, steps=18):
+    """EDM's deterministic sampler (Algorithm 1): 2 steps - 1 evaluations of the denoiser.
+
+    x      [B, C, H, W]  standard normal noise, float32 or float64, which is kept
+    label  [B]           int64
+    returns x0 [B, C, H, W]
+    """
+    sigmas = sigma_at(torch.linspace(1, 0, steps, dtype=x.dtype, device=x.device), "karras")
+    sigmas = torch.cat([sigmas, sigmas.new_zeros(1)])
+    x = sigmas[0] * x
+    for sigma, sigma_next in zip(sigmas[:-1], sigmas[1:]):
+        slope = (x - denoiser(x, sigma.expand(len(x)), label)) / sigma
+        x_next = x + (sigma_next - sigma) * slope
+        if sigma_next > 0:
+            slope_next = (x_next - denoiser(x_next, sigma_next.expand(len(x)), label)) / sigma_next
+            x_next = x + (sigma_next - sigma) * (slope + slope_next) / 2
+        x = x_next
+    return x
+
+
+def save_grid(rows, names, path, titles=()):
+    """Write rows of images as one PNG, the name of each row at its left, small images enlarged.
+
+    rows    [R, K, C, H, W]  uint8, C 1 or 3
+    names   R strings; titles, above the columns, if there are some
+    """
+    zoom = max(1, 48 // rows.shape[-1])
+    side, gap, font = rows.shape[-1] * zoom, 2, ImageFont.load_default(14)
+    left = 8 + max([round(font.getlength(name)) for name in names], default=0)
+    top = 22 if titles else gap
+    sheet = Image.new("RGB", (left + rows.shape[1] * (side + gap), top + len(rows) * (side + gap)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for column, title in enumerate(titles):
+        draw.text((left + (column + 0.5) * (side + gap), 3), title, "black", font, anchor="ma")
+    for r, (row, name) in enumerate(zip(rows.cpu().numpy(), names)):
+        y = top + r * (side + gap)
+        draw.text((left - 6, y + side // 2), name, "black", font, anchor="rm")
+        for k, pixels in enumerate(row):
+            pixels = pixels.transpose(1, 2, 0).repeat(zoom, 0).repeat(zoom, 1)
+            sheet.paste(Image.fromarray(pixels.squeeze()), (left + k * (side + gap), y))
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path)
+
+
+# ---- checkpoints --------------------------------------------------------------------------------
+
+def save(checkpoint, path):
+    """Write a checkpoint whole or not at all: to a temporary name, to the disk, then renamed."""
+    temporary = Path(f"{path}.tmp")
+    with open(temporary, "wb") as file:
+        torch.save(checkpoint, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def load(path, resume=False):
+    """Read a checkpoint of this project without executing anything from it.
+
+    returns its dictionary: kind ("teacher" or "generator"), config, data (name, data_dir, size,
+    shape, classes), network (arguments of UNet), prediction, model (the EMA weights), step, and
+    training (weights, optimizers) where --resume can go on from it
+    Raises ValueError if the file is missing, foreign or damaged, or can't be resumed from.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"{path}: no such checkpoint; teacher.py and dmd2.py write them")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError, OSError) as error:
+        raise ValueError(f"{path}: not a checkpoint of this project, or damaged "
+                         f"({str(error).strip().splitlines()[0][:80] if str(error) else 'empty'})") from error
+    if not isinstance(checkpoint, dict) or not {"kind", "config", "data", "network", "model"} <= set(checkpoint):
+        raise ValueError(f"{path}: a PyTorch file, but not a checkpoint of this project")
+    if resume and "training" not in checkpoint:
+        raise ValueError(f"{path}: holds no optimizers to resume from; use the run's last checkpoint")
+    return checkpoint
+
+
+def build(checkpoint, device="cpu"):
+    """The denoiser of a checkpoint, in eval mode, without gradients."""
+    denoiser = Denoiser(UNet(**checkpoint["network"]), checkpoint["prediction"])
+    denoiser.load_state_dict(checkpoint["model"])
+    return denoiser.to(device).eval().requires_grad_(False)
+
+
+def make_run_folder(cfg):
+    """Create cfg.out with its config.json; returns it as a Path. OSError if it can't be written."""
+    out = Path(cfg.out)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=1) + "\n")
+    return out
+
+
+# ---- logging ------------------------------------------------------------------------------------
+
+class Log:
+    """log.jsonl, loss.png, the progress bar and wandb of a run; raises on numbers that are not finite.
+
+    Values stay on the device until a line is due, so the loop never waits for them.
+    """
+
+    def __init__(self, cfg, start, unit):
+        self.cfg, self.path, self.noted, self.pending = cfg, Path(cfg.out) / "log.jsonl", {}, []
+        kept = [line for line in self.path.read_text().splitlines()
+                if json.loads(line)["step"] <= start] if start and self.path.exists() else []
+        self.path.write_text("".join(line + "\n" for line in kept))
+        self.bar = tqdm(total=cfg.steps, initial=start, unit=unit, disable=None, dynamic_ncols=True)
+        self.time, self.wandb = time.perf_counter(), None
+        if cfg.wandb:
+            self.wandb = import_wandb().init(project="dmd2", config=dataclasses.asdict(cfg), dir=cfg.out)
+
+    def note(self, **values):
+        """Take in values (scalars, tensors too) of the step under way."""
+        self.noted.update(values)
+
+    def step(self, step):
+        """Close a step, counted from 1."""
+        self.pending.append((step, self.noted))
+        self.noted = {}
+        self.bar.update()
+        if step % self.cfg.log_every == 0 or step == self.cfg.steps:
+            self.check()
+
+    def check(self):
+        """Write the mean of what is pending as a line. Raises FloatingPointError, step and quantity."""
+        collected = {}
+        for step, values in self.pending:
+            for name, value in values.items():
+                collected.setdefault(name, []).append((step, float(value)))
+        for name, pairs in collected.items():
+            for step, value in pairs:
+                if not math.isfinite(value):
+                    raise FloatingPointError(f"{name} is {value} at step {step}")
+        if self.pending:
+            now = time.perf_counter()
+            rate = len(self.pending) * self.cfg.batch / (now - self.time)
+            means = {name: sum(v for _, v in pairs) / len(pairs) for name, pairs in collected.items()}
+            self.write(self.pending[-1][0], **means, images_per_second=rate)
+            self.bar.set_postfix({n: f"{v:.3g}" for n, v in means.items() if "loss" in n} | {"img/s": f"{rate:.0f}"})
+            self.pending, self.time = [], now
+
+    def write(self, step, **values):
+        """Append a line for a step now."""
+        with open(self.path, "a") as file:
+            file.write(json.dumps(dict(step=step, **{n: round(v, 6) for n, v in values.items()})) + "\n")
+        if self.wandb:
+            self.wandb.log(values, step=step)
+
+    def say(self, message):
+        self.bar.write(message, file=sys.stderr)
+
+    def close(self):
+        self.bar.close()
+        plot_log(self.path)
+
+
+def import_wandb():
+    try:
+        return importlib.import_module("wandb")
+    except ImportError as error:
+        raise ValueError("--wandb: the wandb package is not installed; pip install wandb") from error
+
+
+def plot_log(path, picture=None):
+    """Draw what log.jsonl holds, one panel per quantity, to loss.png beside it or to `picture`."""
+    lines = [json.loads(line) for line in Path(path).read_text().splitlines()]
+    names = sorted({name for line in lines for name in line} - {"step"}, key=lambda n: ("loss" not in n, n))
+    if not names:
+        return
+    figure = Figure(figsize=(4 * min(len(names), 4), 2.6 * math.ceil(len(names) / 4)), layout="constrained")
+    for i, name in enumerate(names):
+        panel = figure.add_subplot(math.ceil(len(names) / 4), min(len(names), 4), i + 1, title=name)
+        points = [(line["step"], line[name]) for line in lines if name in line]
+        panel.plot(*zip(*points), marker="." if len(points) < 30 else None, linewidth=1)
+        if len(points) > 1 and min(v for _, v in points) > 0:
+            panel.set_yscale("log")
+    figure.savefig(picture or Path(path).with_name("loss.png"), dpi=90)
+
+
+# ---- training -----------------------------------------------------------------------------------
+
+def train(cfg):
+    """Train a teacher; returns the path of its checkpoint."""
+    device = pick_device(cfg.device)
+    data, held_out = (load_data(cfg.data, split, cfg.data_dir, cfg.size) for split in ("train", "test"))
+    if cfg.batch > len(data.images):
+        raise ValueError(f"--batch {cfg.batch}: {cfg.data} has only {len(data.images)} training images")
+    data, held_out, num_classes = data.to(device), held_out.to(device), len(data.classes)
+    shape = tuple(data.images.shape[1:])
+    mults = tuple(int(mult) for mult in cfg.mults.split(","))
+    network = dict(img_resolution=shape[-1], img_channels=shape[0], label_dim=num_classes,
+                   model_channels=cfg.width, channel_mult=mults, num_blocks=cfg.blocks,
+                   attn_resolutions=(shape[-1] >> len(mults) - 1,))
+    torch.manual_seed(cfg.seed)
+    model = Denoiser(UNet(**network), cfg.prediction).to(device)
+    ema = frozen(model)
+    optimizer = torch.optim.Adam(model.parameters(), fused=device.type != "mps")
+    start, out = 0, make_run_folder(cfg)
+    if cfg.resume:
+        checkpoint = load(cfg.resume, resume=True)
+        start = checkpoint["step"]
+        ema.load_state_dict(checkpoint["model"])
+        model.load_state_dict(checkpoint["training"]["model"])
+        optimizer.load_state_dict(checkpoint["training"]["optimizer"])
+    prepare(cfg, device, model, ema)
+    log = Log(cfg, start, "step")
+
+    def checkpoint_at(step):
+        return dict(kind="teacher", config=dataclasses.asdict(cfg), network=network, step=step,
+                    prediction=cfg.prediction, null_label=cfg.label_dropout > 0,
+                    data=dict(name=cfg.data, data_dir=str(Path(cfg.data_dir).resolve()), size=cfg.size,
+                              shape=shape, classes=data.classes),
+                    model=ema.state_dict(),
+                    training=dict(model=model.state_dict(), optimizer=optimizer.state_dict()))
+
+    for step in range(start, cfg.steps):
+        rng = seeded(cfg.seed, 0, step, device=device)
+        draw = functools.partial(torch.rand, cfg.batch, generator=rng, device=device)
+        index = batch_at(step, len(data.images), cfg.batch, cfg.seed).to(device)
+        x0 = to_float(data.images[index])
+        label = torch.where(draw() < cfg.label_dropout, num_classes, data.labels[index])
+        sigma = sigma_at(draw(), cfg.schedule)
+        noise = torch.randn(x0.shape, generator=rng, device=device)
+
+        loss = denoising_loss(model, x0, sigma, label, noise)
+        norm = descend(loss, optimizer, cfg.clip, warmed_up(cfg.lr, step, cfg.warmup))
+        update_ema(ema, model, min(cfg.ema, (step + 1) / (step + 10)))  # early on, a shorter memory
+
+        log.note(loss=loss.detach(), gradient_norm=norm)
+        log.step(step + 1)
+        if due(step, cfg.sample_every, cfg.steps):
+            log.write(step + 1, validation_loss=validation_loss(ema, held_out, cfg))
+            preview(ema, shape, data.classes, out / f"samples_{step + 1:06d}.png")
+        if due(step, cfg.save_every, cfg.steps):
+            log.check()
+            save(checkpoint_at(step + 1), out / "teacher.pt")
+    log.close()
+    return out / "teacher.pt"
+
+
+def due(step, every, steps):
+    """Whether something done `every` so many steps, and at the last, is due after this one; 0 is never."""
+    return every > 0 and ((step + 1) % every == 0 or step + 1 == steps)
+
+
+@torch.no_grad()
+def validation_loss(denoiser, held_out, cfg, count=512):
+    """Denoising loss on held-out images, at fixed noise and evenly spread quantiles of the schedule."""
+    images, label = held_out.images[:count], held_out.labels[:count]
+    noise = unit_noise(len(images), images.shape[1:], 0).to(images.device)
+    u = (torch.arange(len(images), device=images.device) + 0.5) / len(images)
+    return denoising_loss(denoiser, to_float(images), sigma_at(u, cfg.schedule), label, noise).item()
+
+
+def preview(denoiser, shape, classes, path, columns=8):
+    """A picture of the denoiser's own samples, a row per class (the first 10), the same noise each time."""
+    label = torch.arange(min(len(classes), 10)).repeat_interleave(columns)
+    device = next(denoiser.parameters()).device
+    images = heun(denoiser, unit_noise(len(label), shape, 0).to(device), label.to(device))
+    save_grid(to_uint8(images).unflatten(0, (-1, columns)), classes[:10], path)
+
+
+def main(argv=None):
+    cfg = parse(Config, argv, __doc__)
+    path = train(cfg)
+    print(f"teacher: {path}\nnext: python sample.py {path}   or   python dmd2.py --teacher {path}")
+
+
+if __name__ == "__main__":
+    run_script(main)
