@@ -2,12 +2,13 @@
 
     python dmd2.py --teacher runs/teacher/teacher.pt
 
-Three networks start as copies of the teacher. The generator maps noise to an image in one step. The
-teacher knows the score of the real images; the fake score is trained all the while to know that of
-the generator's. Where the two disagree, the generator's samples are moved (Yin et al. 2024, "One-step
-Diffusion with Distribution Matching Distillation", DMD; "Improved Distribution Matching Distillation
-for Fast Image Synthesis", DMD2). In reading order: options, the distribution-matching loss, pictures,
-training.
+Two copies of the teacher are trained. One is the generator, which maps noise to an image in one
+step. The other is the fake score: as the teacher is a denoiser of the real images, it is kept a
+denoiser of the generator's. Where the two denoisers disagree about one of its images, the
+generator is moved towards the teacher's estimate (Yin et al., "One-step Diffusion with Distribution
+Matching Distillation", 2023: DMD; "Improved Distribution Matching Distillation for Fast Image
+Synthesis", 2024: DMD2). In reading order: options, the distribution-matching loss, pictures, what
+happens between steps, training.
 """
 
 import dataclasses
@@ -17,22 +18,23 @@ from pathlib import Path
 
 import torch
 
-from sample import few_step, generator_sampler, load_reference, measure, teacher_sampler
-from teacher import (SIGMA_MAX, Log, TrainingOptions, arg, build, denoising_loss, descend, due, fill,
-                     frozen, load, make_run_folder, parse, pick_device, prepare, recipe_name, run_script,
-                     save, save_grid, seeded, sigma_at, to_uint8, unit_noise, update_ema, warmed_up)
+from sample import (few_step, generator_sampler, load_reference, measure, summary, teacher_sampler)
+from teacher import (SIGMA_MAX, Log, TrainingOptions, arg, build, denoising_loss, descend, due,
+                     fill, frozen, load, make_run_folder, parse, pick_device, prepare, recipe_name,
+                     run_script, save, save_grid, seeded, sigma_at, to_uint8, unit_noise,
+                     update_ema, warmed_up)
 
 # What depends on the data stands here and nowhere else: it fills the options that were not given.
 RECIPES = {
-    "digits": dict(batch=128, steps=1500, lr=4e-4, fake_lr=1e-3, fake_steps=2, ema=0.99),
+    "digits": dict(batch=128, steps=1200, lr=4e-4, fake_lr=1e-3, fake_steps=2, ema=0.99),
     "mnist": dict(batch=256, steps=20000, lr=2e-4, fake_lr=4e-4, fake_steps=2, ema=0.999),
-    "fashion": dict(batch=256, steps=20000, lr=2e-4, fake_lr=4e-4, fake_steps=2, ema=0.999),
-    "cifar10": dict(batch=256, steps=100000, lr=5e-5, fake_lr=1e-4, fake_steps=5, ema=0.9995),
+    "cifar10": dict(batch=256, steps=100000, lr=5e-5, fake_lr=1e-4, fake_steps=5, ema=0.999),
     "folder": dict(batch=64, steps=20000, lr=5e-5, fake_lr=1e-4, fake_steps=5, ema=0.999),
 }
+RECIPES["fashion"] = RECIPES["mnist"]
 
-
-EVALUATION_SEED = 1_000_000  # other noise than `sample.py --evaluate` takes, for the best is chosen by it
+# Other noise than `sample.py --evaluate` takes by default, for the best generator is chosen by it.
+EVALUATION_SEED = 1_000_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,10 +48,11 @@ class Config(TrainingOptions):
     fake_steps: int = arg(None, "updates of the fake score per update of the generator: the two "
                                 "time-scale rule (default: by data)", at_least=1)
     lr: float = arg(None, "learning rate of the generator (default: by data)", at_least=0, below=1)
-    fake_lr: float = arg(None, "learning rate of the fake score (default: by data)", at_least=0, below=1)
+    fake_lr: float = arg(None, "learning rate of the fake score (default: by data)", at_least=0,
+                         below=1)
     clip: float = arg(10.0, "gradients longer than this are scaled down to it", at_least=1e-9)
-    evaluate_every: int = arg(250, "steps between evaluations, the best of which is kept; 0 for none, "
-                                   "which needs no data", at_least=0)
+    evaluate_every: int = arg(200, "steps between evaluations, the best of which is kept; 0 for "
+                                   "none, which needs no data", at_least=0)
     evaluate_n: int = arg(2000, "images per evaluation", at_least=100)
 
     def __post_init__(self):
@@ -79,7 +82,7 @@ def dmd_gradient(teacher, fake_score, x0, sigma, label, noise):
 
 
 def dmd_loss(teacher, fake_score, x0, sigma, label, noise):
-    """Loss whose gradient in x0 is dmd_gradient / x0.numel(); its value tells nothing about quality."""
+    """Loss whose gradient in x0 is dmd_gradient / x0.numel(); its value says nothing of quality."""
     gradient = dmd_gradient(teacher, fake_score, x0, sigma, label, noise)
     return 0.5 * (x0 - (x0 - gradient).detach()).square().mean()
 
@@ -96,14 +99,14 @@ def save_estimates(teacher, fake_score, generator, sigmas, data, path, columns=1
     x0 = few_step(generator, sigmas[0] * noise[:columns], sigmas, label)
     x = x0 + sigma.view(-1, 1, 1, 1) * noise[columns:]
     rows = torch.stack([x0, x, teacher(x, sigma, label), fake_score(x, sigma, label)])
-    save_grid(to_uint8(rows), ["x0, generated", "x = x0 + sigma noise", "teacher(x)", "fake score(x)"],
-              path, titles=[f"{s:.2g}" for s in sigma.tolist()])
+    names = ["generated x0", "x = x0 + sigma noise", "teacher(x)", "fake score(x)"]
+    save_grid(to_uint8(rows), names, path, titles=[f"{s:.2g}" for s in sigma.tolist()])
 
 
-# ---- what happens between the steps ---------------------------------------------------------------
+# ---- what happens between the steps -------------------------------------------------------------
 
 class Keeper:
-    """Evaluates, pictures and saves a run: generator.pt is the best EMA generator, last.pt the latest."""
+    """Evaluates, pictures and saves a run; generator.pt is the best of its EMA generators."""
 
     def __init__(self, cfg, parent, out, sigmas, networks, device):
         self.cfg, self.parent, self.out, self.sigmas = cfg, parent, out, sigmas
@@ -140,29 +143,32 @@ class Keeper:
         """Whatever is due after a step, counted from 0."""
         cfg, ema = self.cfg, self.networks["ema"]
         if due(step, cfg.evaluate_every, cfg.steps):
+            log.check()
             sampler = generator_sampler(ema, self.sigmas, self.parent["data"], self.device)
             self.figures = dict(self.measure(sampler), step=step + 1)
-            log.check()
             log.write(step + 1, **{name: v for name, v in self.figures.items() if name != "step"})
             log.say(f"step {step + 1}: {summary(self.figures)}")
             if not self.best or self.figures["frechet_distance"] < self.best["frechet_distance"]:
                 self.best = self.figures
                 save(self.checkpoint(step + 1), self.out / "generator.pt")
         if due(step, cfg.sample_every, cfg.steps):
-            save_estimates(teacher, self.networks["fake_score"], ema, self.sigmas, self.parent["data"],
-                           self.out / f"samples_{step + 1:06d}.png")
+            save_estimates(teacher, self.networks["fake_score"], ema, self.sigmas,
+                           self.parent["data"], self.out / f"samples_{step + 1:06d}.png")
         if due(step, cfg.save_every, cfg.steps):
             log.check()
             if not cfg.evaluate_every:
                 save(self.checkpoint(step + 1), self.out / "generator.pt")
-            training = {name: part.state_dict() for name, part in self.networks.items() if name != "ema"}
+            training = {name: network.state_dict() for name, network in self.networks.items()}
+            del training["ema"]  # it is what the checkpoint calls model
             save(dict(self.checkpoint(step + 1), training=training), self.out / "last.pt")
 
     def end(self):
+        """Say which file holds what, and which step its figures are of."""
         if self.best:
-            print(f"{self.out / 'generator.pt'}: the best generator by Fréchet distance, of step "
-                  f"{self.best['step']}: {summary(self.best)}\n{self.out / 'last.pt'}: the last one, of "
-                  f"step {self.figures['step']}: {summary(self.figures)}")
+            for name, title, figures in (("generator.pt", "best", self.best),
+                                         ("last.pt", "last", self.figures)):
+                print(f"{self.out / name}: {title} generator, step {figures['step']}: "
+                      f"{summary(figures)}")
 
     def checkpoint(self, step):
         kept = ("network", "prediction", "data")
@@ -172,11 +178,6 @@ class Keeper:
                     model=self.networks["ema"].state_dict())
 
 
-def summary(figures):
-    return (f"Fréchet distance {figures['frechet_distance']:.3f}, classified as asked "
-            f"{figures['accuracy']:.3f}, precision {figures['precision']:.3f}, recall {figures['recall']:.3f}")
-
-
 # ---- training -----------------------------------------------------------------------------------
 
 def train(cfg):
@@ -184,7 +185,8 @@ def train(cfg):
     device = pick_device(cfg.device)
     parent = load(cfg.teacher)
     if parent["kind"] != "teacher":
-        raise ValueError(f"--teacher {cfg.teacher}: holds a {parent['kind']}; give a checkpoint of teacher.py")
+        raise ValueError(f"--teacher {cfg.teacher}: holds a {parent['kind']}; give a checkpoint of "
+                         "teacher.py")
     fill(cfg, RECIPES[recipe_name(parent["data"]["name"])])
     num_classes, shape = len(parent["data"]["classes"]), parent["data"]["shape"]
     sigmas = [SIGMA_MAX]
@@ -192,7 +194,8 @@ def train(cfg):
     generator, fake_score = (build(parent, device).requires_grad_(True) for _ in range(2))
     ema = frozen(generator)
     adamw = functools.partial(torch.optim.AdamW, weight_decay=0.01, fused=device.type != "mps")
-    generator_optimizer, fake_optimizer = adamw(generator.parameters()), adamw(fake_score.parameters())
+    generator_optimizer = adamw(generator.parameters())
+    fake_optimizer = adamw(fake_score.parameters())
 
     networks = dict(generator=generator, fake_score=fake_score, ema=ema,
                     generator_optimizer=generator_optimizer, fake_optimizer=fake_optimizer)
@@ -200,7 +203,7 @@ def train(cfg):
     keeper = Keeper(cfg, parent, out, sigmas, networks, device)
     start = keeper.resume() if cfg.resume else 0
     prepare(cfg, device, teacher, generator, fake_score, ema)
-    log = Log(cfg, start, "step")
+    log = Log(cfg, start)
     keeper.begin(log, teacher)
 
     for step in range(start, cfg.steps):
@@ -217,14 +220,16 @@ def train(cfg):
             update = step // cfg.fake_steps
             sigma = sigma_at(0.02 + 0.96 * uniform(), "karras")
             loss = dmd_loss(teacher, fake_score, x0, sigma, label, randn())
-            norm = descend(loss, generator_optimizer, cfg.clip, warmed_up(cfg.lr, update, cfg.warmup))
+            lr = warmed_up(cfg.lr, update, cfg.warmup)
+            norm = descend(loss, generator_optimizer, cfg.clip, lr)
             update_ema(ema, generator, min(cfg.ema, (update + 1) / (update + 10)))
             log.note(dmd_loss=loss.detach(), generator_gradient_norm=norm)
 
         # Fake score: the teacher's own loss, on the generator's samples, at every step.
         sigma = sigma_at(uniform(), "karras")
         loss = denoising_loss(fake_score, x0.detach(), sigma, label, randn())
-        norm = descend(loss, fake_optimizer, cfg.clip, warmed_up(cfg.fake_lr, step, cfg.warmup))
+        lr = warmed_up(cfg.fake_lr, step, cfg.warmup)
+        norm = descend(loss, fake_optimizer, cfg.clip, lr)
         log.note(fake_loss=loss.detach(), fake_gradient_norm=norm)
 
         log.step(step + 1)

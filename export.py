@@ -15,7 +15,7 @@ import copy
 import dataclasses
 import hashlib
 import json
-import logging
+import math
 import os
 import statistics
 import subprocess
@@ -26,11 +26,13 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import torch
 from torch import nn
 
-from sample import few_step, generator_sampler, onnx_session, teacher_sampler
-from teacher import Options, arg, build, load, parse, pick_device, run_script, to_uint8, unit_noise
+from sample import few_step, onnx_session, teacher_sampler
+from teacher import (Options, arg, build, load, parse, pick_device, run_script, to_uint8,
+                     unit_noise)
 
 OPSET = 18  # the fewest nodes at run time, and read by every onnxruntime since 1.14
 BATCHES = (1, 16, 256)  # of the benchmark
@@ -42,9 +44,9 @@ class Config(Options):
 
     checkpoint: str = arg(None, "generator.pt of dmd2.py", positional=True)
     out: str = arg(None, "the file to write (default: beside the checkpoint, .onnx)")
-    uint8: bool = arg(False, "the image as uint8 [batch, H, W, C] instead of float32 [batch, C, H, W]")
-    fp16: bool = arg(False, "weights and arithmetic of the network in float16; inputs and output stay")
-    benchmark: bool = arg(False, "print latency and images/s of PyTorch, torch.compile and onnxruntime")
+    uint8: bool = arg(False, "the image as uint8 [batch, H, W, C], not float32 [batch, C, H, W]")
+    fp16: bool = arg(False, "the network's weights, arithmetic in float16; inputs and output stay")
+    benchmark: bool = arg(False, "time PyTorch, torch.compile, onnxruntime and the teacher")
 
 
 # ---- the module that is exported ----------------------------------------------------------------
@@ -57,7 +59,7 @@ class Exported(nn.Module):
         self.generator, self.sigmas, self.uint8 = generator, sigmas, uint8
 
     def forward(self, noise, label):
-        """noise [batch, C, H, W] standard normal, label [batch] int64 -> image (see the top of the file)"""
+        """noise [batch, C, H, W] standard normal, label [batch] int64 -> image, as the file says"""
         image = few_step(self.generator, self.sigmas[0] * noise, self.sigmas, label).clamp(-1, 1)
         return to_uint8(image).permute(0, 2, 3, 1) if self.uint8 else image
 
@@ -76,68 +78,66 @@ class Half(nn.Module):
 # ---- export and check ---------------------------------------------------------------------------
 
 def export_onnx(exported, shape, facts, path):
-    """Write a module (noise, label) -> image as one ONNX file with dynamic batch; facts as metadata "dmd2"."""
-    noise, label = torch.randn(2, *shape), torch.zeros(2, dtype=torch.long)
+    """Write a module (noise, label) -> image as one ONNX file with dynamic batch and metadata."""
     batch = torch.export.Dim("batch")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        program = torch.onnx.export(exported, (noise, label), dynamo=True, opset_version=OPSET, verbose=False,
-                                    input_names=["noise", "label"], output_names=["image"],
-                                    dynamic_shapes=dict(noise={0: batch}, label={0: batch}))
+        program = torch.onnx.export(
+            exported, (torch.randn(2, *shape), torch.zeros(2, dtype=torch.long)), dynamo=True,
+            input_names=["noise", "label"], output_names=["image"], opset_version=OPSET,
+            dynamic_shapes=dict(noise={0: batch}, label={0: batch}), verbose=False)
     model = program.model_proto
-    for node in model.graph.node:  # the exporter notes source files with their absolute paths
-        del node.metadata_props[:]
-        node.doc_string = ""
-    for owner in (*model.graph.value_info, *model.graph.input, *model.graph.output, *model.graph.initializer,
-                  model.graph, model):
-        del owner.metadata_props[:]
-        owner.doc_string = ""
+    graph = model.graph  # the exporter notes source files in it, with their absolute paths
+    for part in (model, graph, *graph.node, *graph.value_info, *graph.input, *graph.output,
+                 *graph.initializer):
+        del part.metadata_props[:]
+        part.doc_string = ""
     onnx.helper.set_model_props(model, {"dmd2": json.dumps(facts)})
     onnx.checker.check_model(model, full_check=True)
     onnx.save_model(model, path)
 
 
 def check_onnx(path, exported, shape, num_classes, device="cpu"):
-    """Largest difference between onnxruntime and PyTorch, in units of an image in [-1, 1].
+    """Largest difference of onnxruntime's images from PyTorch's, on the scale of [-1, 1].
 
-    Compared at batch 1, 3 and 64 so that every label occurs. A uint8 image counts its difference
-    beyond one level, for that much comes of rounding.
+    Of batch 1, 3 and 64, every label among them. A uint8 image counts from the second level on, for
+    one comes of rounding.
     """
     session, _ = onnx_session(path, device, dict(use_tf32=0) if device == "cuda" else {})
     torch.backends.cudnn.allow_tf32 = False
-    worst, first = 0.0, 0
-    exported = exported.to(device)
-    for batch in (1, 3) + (64,) * -(-num_classes // 64):
+    exported, worst, first = exported.to(device), 0.0, 0
+    for batch in (1, 3) + (64,) * math.ceil(num_classes / 64):
         label = torch.arange(first, first + batch) % num_classes
-        noise = unit_noise(batch, shape, 0)
+        first += batch
+        noise = unit_noise(batch, shape, seed=0)
         image, = session.run(["image"], {"noise": noise.numpy(), "label": label.numpy()})
         with torch.no_grad():
             expected = exported(noise.to(device), label.to(device)).cpu().numpy()
         assert image.shape == expected.shape and image.dtype == expected.dtype
         difference = np.abs(image.astype(np.float64) - expected.astype(np.float64)).max()
-        worst = max(worst, max(0.0, difference - 1) / 127.5 if exported.uint8 else difference)
-        first += batch if batch > 3 else 0
+        worst = max(worst, max(0, difference - 1) / 127.5 if exported.uint8 else difference)
     return float(worst)
 
 
 def facts_of(checkpoint, path, cfg):
     """The contract and the origin of an exported file, as its metadata tells them."""
-    data, figures = checkpoint["data"], checkpoint.get("figures")
+    data = {name: checkpoint["data"][name] for name in ("name", "size", "shape", "classes")}
     return dict(
-        data={name: data[name] for name in ("name", "size", "shape", "classes")}, steps=len(checkpoint["sigmas"]),
-        sigmas=checkpoint["sigmas"], noise="float32 [batch, C, H, W], standard normal",
+        data=data, steps=len(checkpoint["sigmas"]), sigmas=checkpoint["sigmas"],
+        noise="float32 [batch, C, H, W], standard normal",
         label=f"int64 [batch], 0 to {len(data['classes']) - 1}",
         image="uint8 [batch, H, W, C]" if cfg.uint8 else "float32 [batch, C, H, W] in [-1, 1]",
-        arithmetic="float16" if cfg.fp16 else "float32", step=checkpoint["step"], figures=figures,
-        git_commit=git_commit(), checkpoint_sha256=hashlib.sha256(Path(path).read_bytes()).hexdigest())
+        arithmetic="float16" if cfg.fp16 else "float32",
+        training_step=checkpoint["step"], figures=checkpoint["figures"], git_commit=git_commit(),
+        checkpoint_sha256=hashlib.sha256(Path(path).read_bytes()).hexdigest())
 
 
 def git_commit():
-    """The commit of this project that exports, "-dirty" if changed since; None outside a checkout."""
+    """The commit of these scripts, -dirty if they were changed since; None outside a checkout."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        return subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-                              cwd=Path(__file__).resolve().parent, capture_output=True, text=True,
-                              check=True).stdout.strip()
+        return subprocess.run(command, cwd=Path(__file__).resolve().parent, capture_output=True,
+                              text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
 
@@ -145,7 +145,7 @@ def git_commit():
 # ---- benchmark ----------------------------------------------------------------------------------
 
 def median_seconds(call, device, budget=2.0):
-    """Median time of a call, in seconds, over 5 to 50 runs that fill `budget` seconds, after 2 to warm up."""
+    """Median time of a call, after 2 to warm up, of as many as fill `budget` seconds, 5 to 50."""
     def timed():
         start = time.perf_counter()
         call()
@@ -156,66 +156,74 @@ def median_seconds(call, device, budget=2.0):
     return statistics.median(timed() for _ in range(min(50, max(5, int(budget / warm)))))
 
 
-def benchmark(path, exported, teacher, data, device):
-    """Yield rows (batch, name, seconds): PyTorch eager and compiled, onnxruntime, the teacher's sampler."""
+@torch.no_grad()
+def benchmark(path, exported, data, device):
+    """Yield (batch, name, seconds) of the teacher's sampler, PyTorch's and onnxruntime's generator.
+
+    The teacher's network has the generator's size, so the generator's stands in for it.
+    """
     session, _ = onnx_session(path, device)
-    exported = exported.to(device).eval()
-    compiled = torch.compile(exported, dynamic=False)
-    sampler = teacher_sampler(teacher.to(device), data, device)
+    exported = exported.to(device)
+    compiled = torch.compile(exported)
+    teacher = teacher_sampler(exported.generator, data, device)
     for batch in BATCHES:
-        noise, label = unit_noise(batch, data["shape"], 0), torch.arange(batch) % len(data["classes"])
+        label = torch.arange(batch) % len(data["classes"])
+        noise = unit_noise(batch, data["shape"], seed=0)
         feed = {"noise": noise.numpy(), "label": label.numpy()}
-        noise, label = noise.to(device), label.to(device)
-        with torch.no_grad():
-            yield batch, "teacher, " + sampler.name, median_seconds(lambda: sampler.images(noise, label), device)
-            yield batch, "PyTorch eager", median_seconds(lambda: exported(noise, label), device)
-            yield batch, "torch.compile", median_seconds(lambda: compiled(noise, label), device)
-        yield batch, "onnxruntime", median_seconds(lambda: session.run(["image"], feed), device)
+        inputs = noise.to(device), label.to(device)
+        for name, call in ((teacher.name, lambda: teacher.images(*inputs)),
+                           ("PyTorch eager", lambda: exported(*inputs)),
+                           ("torch.compile", lambda: compiled(*inputs)),
+                           ("onnxruntime", lambda: session.run(["image"], feed))):
+            yield batch, name, median_seconds(call, device)
 
 
 def print_benchmark(rows, device):
-    versions = f"torch {torch.__version__}, onnxruntime {sys.modules['onnxruntime'].__version__}"
-    print(f"{device}, {torch.get_num_threads()} threads, {versions}; medians\n"
-          f"{'batch':>5}  {'':22} {'ms':>9} {'images/s':>10} {'x teacher':>10}")
+    """Print the rows of benchmark() as they come, with each batch's gain over the teacher."""
+    print(f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}, onnxruntime "
+          f"{onnxruntime.__version__}; medians")
+    print(f"{'batch':>5}  {'':22} {'ms':>9} {'images/s':>10} {'x teacher':>10}")
+    base = {}
     for batch, name, seconds in rows:
-        base = seconds if name.startswith("teacher") else base
-        print(f"{batch:5}  {name:22} {1000 * seconds:9.2f} {batch / seconds:10.0f} {base / seconds:10.1f}", flush=True)
+        gain = base.setdefault(batch, seconds) / seconds  # a batch's first row is the teacher
+        print(f"{batch:5}  {name:22} {1000 * seconds:9.2f} {batch / seconds:10.0f} {gain:10.1f}",
+              flush=True)
 
 
 # ---- main ---------------------------------------------------------------------------------------
 
 def main(argv=None):
     cfg = parse(Config, argv, __doc__)
-    device = pick_device(cfg.device if cfg.device != "mps" else "cpu").type
+    device = pick_device("cpu" if cfg.device == "mps" else cfg.device).type
     checkpoint = load(cfg.checkpoint)
     if checkpoint["kind"] != "generator":
-        raise ValueError(f"{cfg.checkpoint}: holds a {checkpoint['kind']}; distil it first: python dmd2.py "
-                         f"--teacher {cfg.checkpoint}")
+        raise ValueError(f"{cfg.checkpoint}: holds a {checkpoint['kind']}; distil it first: python "
+                         f"dmd2.py --teacher {cfg.checkpoint}")
     data, path = checkpoint["data"], Path(cfg.out or Path(cfg.checkpoint).with_suffix(".onnx"))
-    generator = build(checkpoint)
-    exported = Exported(generator, checkpoint["sigmas"], cfg.uint8)
+    exported = Exported(build(checkpoint), checkpoint["sigmas"], cfg.uint8)
     to_export = copy.deepcopy(exported)
     if cfg.fp16:
-        to_export.generator.net = Half(generator.net)
+        to_export.generator.net = Half(exported.generator.net)
     tolerance = 1e-2 if cfg.fp16 else 1e-4 if device == "cuda" else 1e-5
 
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     try:
-        export_onnx(to_export, data["shape"], facts_of(checkpoint, cfg.checkpoint, cfg), temporary)
+        facts = facts_of(checkpoint, cfg.checkpoint, cfg)
+        export_onnx(to_export, data["shape"], facts, temporary)
         error = check_onnx(temporary, exported, data["shape"], len(data["classes"]), device)
-        if error > tolerance:
-            print(f"export.py: onnxruntime differs from PyTorch by {error:.2e}, more than {tolerance:.0e}; "
-                  "no file written", file=sys.stderr)
+        if not error <= tolerance:
+            print(f"export.py: onnxruntime differs from PyTorch by {error:.1e}, more than "
+                  f"{tolerance:.0e}; no file was written", file=sys.stderr)
             sys.exit(1)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, differs from PyTorch by {error:.1e} (at most "
-          f"{tolerance:.0e}) on the {device}\nnext: python sample.py {path}")
+    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB; differs from PyTorch by {error:.1e}, of "
+          f"{tolerance:.0e} allowed, on {device}\nnext: python sample.py {path}")
     if cfg.benchmark:
         for place in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
-            print_benchmark(benchmark(path, exported, generator, data, place), place)
+            print_benchmark(benchmark(path, exported, data, place), place)
 
 
 if __name__ == "__main__":

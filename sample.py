@@ -3,9 +3,9 @@
     python sample.py runs/dmd2/generator.pt                    # a grid of every class
     python sample.py runs/teacher/teacher.pt --labels 3,3,7 --out threes.png
     python sample.py runs/dmd2/generator.onnx --n 1000 --out samples.npz
-    python sample.py runs/dmd2/generator.pt --evaluate         # Fréchet distance, precision, recall
+    python sample.py runs/dmd2/generator.pt --evaluate         # Fréchet distance and more
 
-A checkpoint of teacher.py or dmd2.py or a file of export.py; the path is all that is needed. In
+A checkpoint of teacher.py or dmd2.py or a file of export.py: its path is all that is needed. In
 reading order: options, samplers, any checkpoint as one function, features, quality, output.
 """
 
@@ -24,12 +24,14 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from teacher import (KNOWN_DATA, Data, Options, arg, build, heun, load, load_data, parse, pick_device,
-                     run_script, save, save_grid, seeded, to_float, to_uint8, unit_noise)
+from teacher import (Options, arg, build, heun, load, load_data, parse, pick_device, run_script,
+                     save, save_grid, seeded, to_float, to_uint8, unit_noise)
 
 ASSETS = Path(__file__).resolve().parent / "assets"
 FEATURES = 64  # dimensions of the feature space in which quality is measured
 NEIGHBOURS = 3  # k of precision and recall
+TITLES = dict(frechet_distance="Fréchet distance", accuracy="classified as asked",
+              precision="precision", recall="recall")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,21 +39,29 @@ class Config(Options):
     """Options of sample.py."""
 
     checkpoint: str = arg(None, "teacher.pt, generator.pt or generator.onnx", positional=True)
-    n: int = arg(None, "number of images (default: 10 per class; 10000 with --evaluate)", at_least=1)
+    n: int = arg(None, "number of images (default: 10 per class; 10000 with --evaluate)",
+                 at_least=1)
     labels: str = arg(None, "the classes to sample, such as 3,3,7 (default: all, evenly)")
     steps: int = arg(None, "Heun steps of a teacher (default: 18)", at_least=1)
-    out: str = arg(None, "a .png (grid), a .npz (images uint8 [N, H, W, C], labels), or a folder of "
-                         "PNG files (default: samples.png)")
-    evaluate: bool = arg(False, "measure quality instead of writing images")
+    out: str = arg("samples.png", "a .png (a grid), a .npz (images uint8 [N, H, W, C] and labels), "
+                                  "or a folder for a PNG file each")
+    evaluate: bool = arg(False, "print Fréchet distance, precision and recall; writes no images")
     seeds: int = arg(3, "with --evaluate: the number of seeds, from --seed on", at_least=1)
-    data_dir: str = arg(None, "with --evaluate: where the data are (default: as in training)")
-    batch: int = arg(256, "images at a time; changes the speed only", at_least=1)
+    beside: str = arg(None, "a second checkpoint: the picture shows real images, its images, and "
+                            "those of the first for the same noise")
+    data_dir: str = arg(None, "with --evaluate and --beside: where the real images are (default: "
+                              "where training found them)")
+    batch: int = arg(256, "images at a time, which changes the speed only", at_least=1)
 
     def __post_init__(self):
         super().__post_init__()
-        if self.evaluate and (self.labels or self.out):
-            raise ValueError("--evaluate measures all classes and writes no images: leave out "
-                             "--labels and --out")
+        if self.evaluate and (self.labels or self.beside):
+            raise ValueError("--evaluate measures all classes of one checkpoint: leave out "
+                             "--labels and --beside")
+        if self.evaluate and self.n is not None and self.n < 100:
+            raise ValueError(f"--n {self.n}: --evaluate needs at least 100 images")
+        if self.beside and Path(self.out).suffix != ".png":
+            raise ValueError(f"--out {self.out}: --beside makes a .png")
 
 
 # ---- samplers: from noise to images, by a denoiser ----------------------------------------------
@@ -84,7 +94,7 @@ class Sampler(NamedTuple):
 
 
 def load_sampler(path, steps=None, device="cpu"):
-    """Make a Sampler of a .pt or .onnx file; ValueError if it is neither, or if `steps` does not apply."""
+    """Make a Sampler of a .pt or .onnx file; ValueError if it is neither, or `steps` unfit."""
     if Path(path).suffix == ".onnx":
         sampler = onnx_sampler(path)
     else:
@@ -94,17 +104,20 @@ def load_sampler(path, steps=None, device="cpu"):
             return teacher_sampler(denoiser, checkpoint["data"], device, steps or 18)
         sampler = generator_sampler(denoiser, checkpoint["sigmas"], checkpoint["data"], device)
     if steps not in (None, sampler.evaluations):
-        raise ValueError(f"--steps {steps}: {path} is a generator of {sampler.evaluations} step(s); "
-                         "--steps is for teachers")
+        raise ValueError(f"--steps {steps}: is for teachers; {path} is a generator of "
+                         f"{sampler.evaluations} step(s)")
     return sampler
 
 
 def teacher_sampler(denoiser, data, device, steps=18):
-    return Sampler(lambda noise, label: heun(denoiser, noise, label, steps), f"Heun, {steps} steps",
-                   2 * steps - 1, data, device)
+    """EDM's deterministic sampler of a teacher."""
+    def images(noise, label):
+        return heun(denoiser, noise, label, steps)
+    return Sampler(images, f"teacher, {steps} Heun steps", 2 * steps - 1, data, device)
 
 
 def generator_sampler(generator, sigmas, data, device):
+    """The few-step sampler of a generator."""
     @torch.no_grad()
     def images(noise, label):
         return few_step(generator, sigmas[0] * noise, sigmas, label)
@@ -112,6 +125,7 @@ def generator_sampler(generator, sigmas, data, device):
 
 
 def onnx_sampler(path):
+    """The sampler of a file of export.py, run by onnxruntime on the CPU."""
     session, facts = onnx_session(path, "cpu")
 
     def images(noise, label):
@@ -119,27 +133,30 @@ def onnx_sampler(path):
         if image.dtype == np.uint8:
             return to_float(torch.from_numpy(image).permute(0, 3, 1, 2))
         return torch.from_numpy(image)
-    return Sampler(images, "ONNX generator", facts["steps"], facts["data"], torch.device("cpu"))
+    steps = facts["steps"]
+    return Sampler(images, f"ONNX generator, {steps} step(s)", steps, facts["data"],
+                   torch.device("cpu"))
 
 
 def onnx_session(path, device, provider_options={}):
-    """An onnxruntime session for a file of export.py on "cpu" or "cuda", and the facts in its metadata.
+    """An onnxruntime session of a file of export.py, on "cpu" or "cuda", and its metadata's facts.
 
     Raises ValueError if the file is missing or foreign, or onnxruntime did not load the provider.
     """
     if not Path(path).is_file():
         raise ValueError(f"{path}: no such file; export.py writes it")
-    provider = dict(cpu="CPUExecutionProvider", cuda="CUDAExecutionProvider")[device]
     if device == "cuda" and hasattr(onnxruntime, "preload_dlls"):
         onnxruntime.preload_dlls()
+    provider = dict(cpu="CPUExecutionProvider", cuda="CUDAExecutionProvider")[device]
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     try:
-        session = onnxruntime.InferenceSession(path, options, providers=[(provider, provider_options)])
-    except Exception as error:  # its exceptions have no common base but Exception; all mean the file
+        session = onnxruntime.InferenceSession(path, options, [(provider, provider_options)])
+    except Exception as error:  # onnxruntime's exceptions have no other base in common
         raise ValueError(f"{path}: onnxruntime can't read it: {error}") from error
-    if provider not in session.get_providers():  # what was loaded; get_available_providers() is what was built
-        raise ValueError(f"--device {device}: onnxruntime did not load {provider}, it has {session.get_providers()}")
+    loaded = session.get_providers()  # get_available_providers() would tell what was compiled in
+    if provider not in loaded:
+        raise ValueError(f"--device {device}: onnxruntime did not load {provider}, only {loaded}")
     facts = session.get_modelmeta().custom_metadata_map
     if "dmd2" not in facts:
         raise ValueError(f"{path}: an ONNX file, but not one of export.py")
@@ -147,18 +164,18 @@ def onnx_session(path, device, provider_options={}):
 
 
 def generate(sampler, label, seed, batch=256):
-    """Images uint8 [N, C, H, W] for label [N]; image i depends on seed, i and label[i], not on batch."""
-    parts = []
-    for i in range(0, len(label), batch):
-        noise = unit_noise(len(label[i:i + batch]), sampler.data["shape"], seed, start=i)
-        image = sampler.images(noise.to(sampler.device), label[i:i + batch].to(sampler.device))
-        parts.append(to_uint8(image).cpu())
-    return torch.cat(parts)
+    """Images uint8 [N, C, H, W] of label [N]; image i depends on seed, i and label[i] only."""
+    images = []
+    for i, part in enumerate(label.split(batch)):
+        noise = unit_noise(len(part), sampler.data["shape"], seed, start=i * batch)
+        image = sampler.images(noise.to(sampler.device), part.to(sampler.device))
+        images.append(to_uint8(image).cpu())
+    return torch.cat(images)
 
 
 # ---- features: a small classifier, its weights part of the protocol -----------------------------
 
-# SHA-256 of the networks in assets/, made by `python sample.py --train-features digits` (and mnist).
+# SHA-256 of the networks in assets/; `python sample.py --train-features digits` makes such a one.
 SHA256 = {
     "digits": "051cc1265fab4a89f1ad62a77a803b561c008f7c6a4c18f906d54d68c722689c",
     "mnist": "832fe8c1521bbae580c7b01eb5cdb02c5f5f64da376ec2f4e8af15d1efdc3a96",
@@ -170,16 +187,20 @@ class FeatureNet(nn.Module):
 
     def __init__(self, channels, num_classes):
         super().__init__()
-        def conv(c_in, c_out, stride):
-            return nn.Sequential(nn.Conv2d(c_in, c_out, 3, stride, 1), nn.BatchNorm2d(c_out), nn.ReLU())
-        self.body = nn.Sequential(conv(channels, 32, 1), conv(32, 64, 2), conv(64, 64, 2),
-                                  nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(256, FEATURES), nn.ReLU())
+        self.body = nn.Sequential(
+            convolution(channels, 32, stride=1), convolution(32, 64, 2), convolution(64, 64, 2),
+            nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4 * 64, FEATURES), nn.ReLU())
         self.head = nn.Linear(FEATURES, num_classes)
 
     def forward(self, x):
         """x [B, C, H, W] in [-1, 1] -> features [B, FEATURES], logits [B, num_classes]"""
         features = self.body(x)
         return features, self.head(features)
+
+
+def convolution(c_in, c_out, stride):
+    return nn.Sequential(nn.Conv2d(c_in, c_out, 3, stride, padding=1), nn.BatchNorm2d(c_out),
+                         nn.ReLU())
 
 
 def train_features(data, steps=1500, batch=128, device="cpu"):
@@ -190,12 +211,12 @@ def train_features(data, steps=1500, batch=128, device="cpu"):
     net = FeatureNet(images.shape[1], len(data.classes)).to(device)
     optimizer = torch.optim.AdamW(net.parameters(), weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, steps)
-    reach = max(1, images.shape[-1] // 9)
+    side, reach = images.shape[-1], max(1, images.shape[-1] // 9)
     for _ in range(steps):
         index = torch.randint(len(images), (batch,), generator=rng)
         dy, dx = torch.randint(-reach, reach + 1, (2,), generator=rng).tolist()
         x = F.pad(images[index], (reach,) * 4, mode="replicate")
-        x = x[:, :, reach + dy:reach + dy + images.shape[2], reach + dx:reach + dx + images.shape[3]]
+        x = x[:, :, reach + dy:reach + dy + side, reach + dx:reach + dx + side]
         loss = F.cross_entropy(net(x.to(device))[1], labels[index].to(device), label_smoothing=0.1)
         optimizer.zero_grad()
         loss.backward()
@@ -205,7 +226,7 @@ def train_features(data, steps=1500, batch=128, device="cpu"):
 
 
 def load_features(data, name, device="cpu"):
-    """The feature network for a data set, and 12 hex digits of its SHA-256 to tell figures apart by.
+    """The feature network for a data set, and the head of its SHA-256, to tell figures apart by.
 
     digits and mnist have theirs in assets/; for other data it is trained once, which takes a
     minute or so, and kept in ~/.cache/dmd2. Raises ValueError if the file in assets/ was changed.
@@ -215,18 +236,19 @@ def load_features(data, name, device="cpu"):
         content = hashlib.sha256(data.images.numpy().tobytes() + data.labels.numpy().tobytes())
         path = Path.home() / ".cache" / "dmd2" / f"features_{content.hexdigest()[:16]}.pt"
         if not path.exists():
-            print(f"training a feature network for {name}, kept in {path}: figures compare only with "
-                  "others of this file", file=sys.stderr)
+            print(f"training a feature network for {name}; figures compare only with others that "
+                  "tell the same hash", file=sys.stderr)
             write_features(data, path, device)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     if digest != SHA256.get(name, digest):
-        raise ValueError(f"{path}: SHA-256 {digest[:12]} is not {SHA256[name][:12]}; restore the file")
+        raise ValueError(f"{path}: SHA-256 {digest[:12]} is not {SHA256[name][:12]}; restore it")
     net = FeatureNet(data.images.shape[1], len(data.classes))
     net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     return net.to(device).eval().requires_grad_(False), digest[:12]
 
 
 def write_features(data, path, device="cpu"):
+    """Train a feature network and keep it at path."""
     net = train_features(data, device=device)
     path.parent.mkdir(parents=True, exist_ok=True)
     save(net.cpu().state_dict(), path)
@@ -249,27 +271,28 @@ def load_reference(name, data_dir="data", size=32, device="cpu"):
     """Read a data set and its feature network and make the Reference to evaluate against."""
     data, held_out = (load_data(name, split, data_dir, size) for split in ("train", "test"))
     net, digest = load_features(data, name, device)
-    order = torch.randperm(len(data.images), generator=seeded(0, 4))  # so that a prefix is a fair sample
+    order = torch.randperm(len(data.images), generator=seeded(0, 4))  # a prefix is a fair sample
     features, _ = extract(net, data.images[order])
     protocol = f"reference {len(features)} training images of {name}, feature network {digest}"
     reference = Reference(net, features, data.labels[order], {}, protocol)
-    return reference._replace(floor=dict(evaluate(held_out.images, held_out.labels, reference),
-                                         n=len(held_out.images)))
+    floor = evaluate(held_out.images, held_out.labels, reference)
+    return reference._replace(floor=dict(floor, n=len(held_out.images)))
 
 
 @torch.no_grad()
 def extract(net, images, batch=1000):
-    """Features [N, FEATURES] and predicted classes [N], on the CPU, of uint8 images [N, C, H, W]."""
+    """Features [N, FEATURES] and predicted classes [N], on the CPU, of uint8 [N, C, H, W]."""
     device = next(net.parameters()).device
     outputs = [net(to_float(part.to(device))) for part in images.split(batch)]
-    return (torch.cat([f for f, _ in outputs]).cpu(), torch.cat([c.argmax(1) for _, c in outputs]).cpu())
+    features, logits = (torch.cat(parts).cpu() for parts in zip(*outputs))
+    return features, logits.argmax(1)
 
 
 def evaluate(images, label, reference):
     """Quality of images uint8 [N, C, H, W] that were asked to be of the classes label [N].
 
     returns frechet_distance to the training images, accuracy (share classified as label), precision
-    and recall (Kynkäänniemi et al. 2019, k = 3, on equally many real and given images, at most 10000)
+    and recall (of equally many real and given images, at most 10000)
     """
     features, predicted = extract(reference.net, images)
     count = min(len(features), len(reference.features), 10000)
@@ -280,7 +303,7 @@ def evaluate(images, label, reference):
 
 
 def frechet_distance(a, b):
-    """Fréchet distance of two Gaussians fitted to features a [N, D], b [M, D] (Heusel et al. 2017, Eq. 6).
+    """Fréchet distance of Gaussians fitted to features a [N, D] and b [M, D] (Heusel et al. 2017).
 
         |mu_a - mu_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2))
 
@@ -292,23 +315,21 @@ def frechet_distance(a, b):
     values, vectors = torch.linalg.eigh(cov_a)
     root_a = vectors * values.clamp(min=0).sqrt() @ vectors.T
     root_trace = torch.linalg.eigvalsh(root_a @ cov_b @ root_a).clamp(min=0).sqrt().sum()
-    distance = (a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * root_trace
-    return distance.item()
+    means = (a.mean(0) - b.mean(0)).square().sum()
+    return (means + cov_a.trace() + cov_b.trace() - 2 * root_trace).item()
 
 
 def precision_recall(real, fake, k=NEIGHBOURS):
-    """Share of fake inside the real images' manifold, and of real inside the fake ones'.
+    """Share of fake features inside the real ones' manifold, and of real inside the fake ones'.
 
     The manifold of features [N, D] is the union of balls, each reaching to the k-th nearest
-    neighbour of its centre (Kynkäänniemi et al. 2019, Eqs. 1 and 2).
+    neighbour of its centre (Kynkäänniemi et al. 2019, "Improved Precision and Recall Metric").
     """
-    def radii(points):  # the nearest is the point itself
-        return torch.cat([torch.cdist(part, points).kthvalue(k + 1).values for part in points.split(1000)])
-
     def share_inside(points, centres):
-        reach = radii(centres)
-        return torch.cat([(torch.cdist(part, centres) <= reach).any(1)
-                          for part in points.split(1000)]).double().mean().item()
+        radii = torch.cat([torch.cdist(part, centres).kthvalue(k + 1).values  # 1: itself
+                           for part in centres.split(1000)])
+        inside = [(torch.cdist(part, centres) <= radii).any(1) for part in points.split(1000)]
+        return torch.cat(inside).double().mean().item()
     return share_inside(fake, real), share_inside(real, fake)
 
 
@@ -319,25 +340,33 @@ def measure(sampler, reference, n, seed, batch=256):
 
 
 def report(sampler, reference, n, seeds, batch=256):
-    """Measure a sampler at several seeds; returns figures, floor, their ratio and the protocol as one dict."""
+    """Measure a sampler at several seeds: figures, floor, ratio and protocol, as one dict."""
     runs = [measure(sampler, reference, n, seed, batch) for seed in seeds]
-    mean = {name: statistics.mean(run[name] for run in runs) for name in runs[0]}
-    spread = {name: statistics.stdev(run[name] for run in runs) if len(runs) > 1 else 0.0 for name in runs[0]}
+    columns = {name: [run[name] for run in runs] for name in runs[0]}
+    mean = {name: statistics.mean(values) for name, values in columns.items()}
+    spread = {name: statistics.stdev(values) if len(values) > 1 else None
+              for name, values in columns.items()}
     protocol = (f"{n} samples, {reference.protocol}, {sampler.name}, EMA weights, "
                 f"{sampler.evaluations} function evaluations, seeds {min(seeds)} to {max(seeds)}")
     return dict(mean=mean, spread=spread, floor=reference.floor, protocol=protocol,
                 ratio_to_floor=mean["frechet_distance"] / reference.floor["frechet_distance"])
 
 
+def summary(figures):
+    """Figures of evaluate() in a line."""
+    return ", ".join(f"{title} {figures[name]:.3f}" for name, title in TITLES.items())
+
+
 def table(result):
     """The text that shows a report() to a person."""
-    names = dict(frechet_distance="Fréchet distance", accuracy="classified as asked",
-                 precision="precision", recall="recall")
-    lines = [f"{'':20} {'samples':>9} {'spread':>8}   real, held out ({result['floor']['n']})"]
-    for name, title in names.items():
-        lines.append(f"{title:20} {result['mean'][name]:9.4f} {result['spread'][name]:8.4f}   {result['floor'][name]:9.4f}")
-    lines.append(f"{'ratio to the floor':20} {result['ratio_to_floor']:9.2f}")
-    return "\n".join(lines)
+    lines = [f"{'':20} {'samples':>8} {'spread':>8} {'floor':>8}   "
+             f"floor: the {result['floor']['n']} held-out real images"]
+    for name, title in TITLES.items():
+        spread = result["spread"][name]
+        lines.append(f"{title:20} {result['mean'][name]:8.4f} "
+                     f"{'-' if spread is None else format(spread, '.4f'):>8} "
+                     f"{result['floor'][name]:8.4f}")
+    return "\n".join([*lines, f"{'ratio to the floor':20} {result['ratio_to_floor']:8.2f}"])
 
 
 # ---- output -------------------------------------------------------------------------------------
@@ -345,23 +374,23 @@ def table(result):
 def read_labels(text, classes):
     """Class numbers of "3,3,7", or of class names; ValueError naming the one that is neither."""
     numbers = []
-    for word in text.split(","):
-        word = word.strip()
+    for word in map(str.strip, text.split(",")):
         number = classes.index(word) if word in classes else int(word) if word.isdecimal() else -1
         if not 0 <= number < len(classes):
-            raise ValueError(f"--labels {text}: {word!r} is no class; there are 0 to {len(classes) - 1} "
-                             f"({', '.join(classes[:10])}{', ...' if len(classes) > 10 else ''})")
+            raise ValueError(f"--labels {text}: {word!r} is no class; there are 0 to "
+                             f"{len(classes) - 1}, or by name {', '.join(classes[:10])}")
         numbers.append(number)
     return torch.tensor(numbers)
 
 
 def write_images(images, label, classes, out):
-    """Write uint8 images [N, C, H, W] as a grid (.png), arrays (.npz), or one PNG each in a folder."""
+    """Write images uint8 [N, C, H, W] as a grid (.png), arrays (.npz), or PNG files in a folder."""
     out = Path(out)
     if out.suffix == ".png":
         groups = [(classes[c], images[label == c]) for c in label.unique().tolist()]
         width = max(len(group) for _, group in groups)
-        rows = [F.pad(group, (0, 0) * 3 + (0, width - len(group)), value=255) for _, group in groups]
+        rows = [F.pad(group, (0, 0) * 3 + (0, width - len(group)), value=255)
+                for _, group in groups]
         save_grid(torch.stack(rows), [name for name, _ in groups], out)
         return
     pixels = images.permute(0, 2, 3, 1).numpy()
@@ -374,25 +403,58 @@ def write_images(images, label, classes, out):
         Image.fromarray(image.squeeze()).save(out / f"{i:05d}_{c}.png")
 
 
+def save_beside(blocks, names, path, columns=5):
+    """Write blocks, each a title and images uint8 [rows * columns, C, H, W], side by side."""
+    grids = [images.unflatten(0, (len(names), columns)) for _, images in blocks]
+    gap = torch.full_like(grids[0][:, :1], 255)
+    rows = torch.cat([part for grid in grids for part in (grid, gap)][:-1], dim=1)
+    titles = [""] * rows.shape[1]
+    for i, (title, _) in enumerate(blocks):
+        titles[i * (columns + 1) + columns // 2] = title
+    save_grid(rows, names, path, titles)
+
+
+def compare(cfg, sampler):
+    """The picture real | second checkpoint | first checkpoint, a row per class (the first 10)."""
+    other, data = load_sampler(cfg.beside, cfg.steps, sampler.device), sampler.data
+    real = load_data(data["name"], "train", data_dir_of(cfg, data), data["size"])
+    classes, columns = real.classes[:10], 5
+    label = torch.arange(len(classes)).repeat_interleave(columns)
+    shown = torch.cat([real.images[real.labels == c][:columns] for c in range(len(classes))])
+    blocks = [(s.name, generate(s, label, cfg.seed, cfg.batch)) for s in (other, sampler)]
+    save_beside([("real", shown), *blocks], classes, cfg.out, columns)
+    print(f"wrote {cfg.out}")
+
+
+def data_dir_of(cfg, data):
+    """Where the real images are; an exported file doesn't say where training found them."""
+    return cfg.data_dir or data.get("data_dir", "data")
+
+
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] == ["--train-features"]:  # makes assets/; not for users, so not an option
+    if argv[:1] == ["--train-features"]:  # makes what is in assets/, so not among users' options
         name, data_dir = (argv[1:] + ["data"])[:2]
-        return write_features(load_data(name, "train", data_dir), ASSETS / f"features_{name}.pt")
-    cfg = parse(Config, argv, __doc__)
-    sampler = load_sampler(cfg.checkpoint, cfg.steps, pick_device(cfg.device))
-    classes = tuple(sampler.data["classes"])
-    if cfg.evaluate:
-        reference = load_reference(sampler.data["name"], cfg.data_dir or sampler.data["data_dir"],
-                                   sampler.data["size"], sampler.device)
-        result = report(sampler, reference, cfg.n or 10000, range(cfg.seed, cfg.seed + cfg.seeds), cfg.batch)
-        print(table(result), json.dumps(result), sep="\n")
+        write_features(load_data(name, "train", data_dir), ASSETS / f"features_{name}.pt")
         return
-    label = read_labels(cfg.labels, classes) if cfg.labels else torch.arange(cfg.n or 10 * len(classes))
-    label = label[torch.arange(cfg.n or len(label)) % len(label)] % len(classes)
-    out = cfg.out or "samples.png"
-    write_images(generate(sampler, label, cfg.seed, cfg.batch), label, classes, out)
-    print(f"wrote {len(label)} images to {out}")
+    cfg = parse(Config, argv, __doc__)
+    steps, device = None if cfg.beside else cfg.steps, pick_device(cfg.device)
+    sampler = load_sampler(cfg.checkpoint, steps, device)
+    data = sampler.data
+    if cfg.beside:
+        compare(cfg, sampler)
+    elif cfg.evaluate:
+        reference = load_reference(data["name"], data_dir_of(cfg, data), data["size"], device)
+        seeds = range(cfg.seed, cfg.seed + cfg.seeds)
+        result = report(sampler, reference, cfg.n or 10000, seeds, cfg.batch)
+        print(table(result), json.dumps(result), sep="\n")
+    else:
+        classes = tuple(data["classes"])
+        asked = read_labels(cfg.labels, classes) if cfg.labels else torch.arange(len(classes))
+        n = cfg.n or (len(asked) if cfg.labels else 10 * len(classes))
+        label = asked[torch.arange(n) % len(asked)]
+        write_images(generate(sampler, label, cfg.seed, cfg.batch), label, classes, cfg.out)
+        print(f"wrote {n} images to {cfg.out}")
 
 
 if __name__ == "__main__":

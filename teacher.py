@@ -1,11 +1,12 @@
 """Train a class-conditional diffusion model on images: the teacher that dmd2.py distils.
 
     python teacher.py                       # 1,797 real 8x8 digits, no download
-    python teacher.py --data mnist          # or fashion, cifar10, a folder with a sub-folder per class
+    python teacher.py --data mnist          # or fashion, cifar10, a folder of images
 
-In reading order: options, data, noise levels, network, denoiser and loss, optimisation, sampling,
-checkpoints, logging, training. The method is EDM (Karras et al. 2022, "Elucidating the Design Space
-of Diffusion-Based Generative Models"). After this file a diffusion model is a function and no more:
+In reading order: options, data, random numbers, noise levels, network, denoiser and loss,
+optimisation, sampling, checkpoints, logging, training. The method is EDM (Karras et al. 2022,
+"Elucidating the Design Space of Diffusion-Based Generative Models"). After this file a diffusion
+model is a function and no more:
 
     x = x0 + sigma * noise                  x0 in [-1, 1], noise standard normal
     denoiser(x, sigma, label) -> x0_hat     the mean of all the x0 that x may have come from
@@ -43,18 +44,19 @@ KNOWN_DATA = ("digits", "mnist", "fashion", "cifar10")
 
 # What depends on the data stands here and nowhere else: it fills the options that were not given.
 RECIPES = {
-    "digits": dict(width=32, mults="1,2", blocks=1, batch=128, steps=1500, lr=2e-3, ema=0.99),
+    "digits": dict(width=32, mults="1,2", blocks=1, batch=128, steps=1200, lr=2e-3, ema=0.99),
     "mnist": dict(width=32, mults="1,2,2", blocks=2, batch=256, steps=20000, lr=1e-3, ema=0.999),
-    "fashion": dict(width=32, mults="1,2,2", blocks=2, batch=256, steps=20000, lr=1e-3, ema=0.999),
-    "cifar10": dict(width=96, mults="1,2,2", blocks=3, batch=256, steps=100000, lr=5e-4, ema=0.9995),
+    "cifar10": dict(width=96, mults="1,2,2", blocks=3, batch=256, steps=100000, lr=5e-4, ema=0.999),
     "folder": dict(width=64, mults="1,2,2", blocks=2, batch=64, steps=20000, lr=5e-4, ema=0.999),
 }
+RECIPES["fashion"] = RECIPES["mnist"]
 
 
 def arg(default, help, choices=None, at_least=None, below=None, free=False, positional=False):
     """A dataclass field that is also a flag. A `free` one may change when a run is resumed."""
-    return dataclasses.field(default=default, metadata=dict(
-        help=help, choices=choices, at_least=at_least, below=below, free=free, positional=positional))
+    metadata = dict(help=help, choices=choices, at_least=at_least, below=below, free=free,
+                    positional=positional)
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def flag(name):
@@ -72,15 +74,16 @@ class Options:
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
-            value, bounds = getattr(self, field.name), field.metadata
+            value, choices = getattr(self, field.name), field.metadata["choices"]
+            low, high = field.metadata["at_least"], field.metadata["below"]
             if value is None:
                 continue
-            if bounds["choices"] and value not in bounds["choices"]:
-                raise ValueError(f"{flag(field.name)} {value}: choose from {', '.join(bounds['choices'])}")
-            low, high = bounds["at_least"], bounds["below"]
-            if (low is not None and not value >= low) or (high is not None and not value < high):
-                limits = [f"at least {low}"] * (low is not None) + [f"below {high}"] * (high is not None)
-                raise ValueError(f"{flag(field.name)} {value}: must be {' and '.join(limits)}")
+            if choices and value not in choices:
+                raise ValueError(f"{flag(field.name)} {value}: choose from {', '.join(choices)}")
+            if low is not None and not value >= low:
+                raise ValueError(f"{flag(field.name)} {value}: must be at least {low}")
+            if high is not None and not value < high:
+                raise ValueError(f"{flag(field.name)} {value}: must be below {high}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,14 +91,15 @@ class TrainingOptions(Options):
     """What both training scripts have."""
 
     out: str = arg(None, "folder of the run", free=True)
-    data_dir: str = arg("data", "where mnist, fashion and cifar10 are, or are downloaded to", free=True)
+    data_dir: str = arg("data", "where mnist, fashion and cifar10 are, or are downloaded to",
+                        free=True)
     steps: int = arg(None, "training steps (default: by data)", at_least=1, free=True)
     batch: int = arg(None, "images per step (default: by data)", at_least=1)
     warmup: int = arg(100, "steps over which the learning rate rises to its value", at_least=0)
     clip: float = arg(1.0, "gradients longer than this are scaled down to it", at_least=1e-9)
     ema: float = arg(None, "decay per update of the averaged weights, which are what is kept "
                            "(default: by data)", at_least=0, below=1)
-    dtype: str = arg("auto", "type of the network's arithmetic; auto: bfloat16 on cuda, else float32",
+    dtype: str = arg("auto", "type of the networks' arithmetic; auto: bfloat16 on cuda, or float32",
                      ("auto", "float32", "bfloat16"))
     compile: str = arg("auto", "torch.compile the networks; auto: on for cuda, else off",
                        ("auto", "on", "off"))
@@ -111,7 +115,8 @@ class Config(TrainingOptions):
     """Options of teacher.py; those left at None take their values from RECIPES."""
 
     out: str = arg("runs/teacher", "folder of the run", free=True)
-    data: str = arg("digits", f"{', '.join(KNOWN_DATA)}, or a folder of images, a sub-folder per class")
+    data: str = arg("digits", f"{', '.join(KNOWN_DATA)}, or a folder that holds a folder of images "
+                              "per class")
     size: int = arg(32, "side to which the images of a folder are scaled and cropped", at_least=4)
     width: int = arg(None, "channels of the network's first level (default: by data)", at_least=4)
     mults: str = arg(None, "channels of each level as multiples of --width (default: by data)")
@@ -131,6 +136,7 @@ class Config(TrainingOptions):
 
 
 def recipe_name(data):
+    """The key of RECIPES for --data."""
     return data if data in KNOWN_DATA else "folder"
 
 
@@ -152,10 +158,12 @@ def parse(config_class, argv=None, description=""):
         help = field.metadata["help"].replace("%", "%%")
         if field.default is not None and field.type is not bool and "default" not in help:
             help += f" (default: {field.default})"
-        kind = dict(action=argparse.BooleanOptionalAction) if field.type is bool else dict(
-            type=field.type, metavar=field.name.split("_")[-1].upper())
-        name = field.name if field.metadata["positional"] else flag(field.name)
-        parser.add_argument(name, help=help, **kind)
+        if field.metadata["positional"]:
+            parser.add_argument(field.name, help=help)
+        elif field.type is bool:
+            parser.add_argument(flag(field.name), help=help, action=argparse.BooleanOptionalAction)
+        else:
+            parser.add_argument(flag(field.name), help=help, type=field.type, metavar="X")
 
     def error(message):
         raise ValueError(f"{message} (--help lists the options)")
@@ -164,12 +172,17 @@ def parse(config_class, argv=None, description=""):
     if "resume" not in given:
         return config_class(**given)
 
-    saved = load(given["resume"], resume=True)["config"]
+    checkpoint = load(given["resume"], resume=True)
+    saved = checkpoint["config"]
     for field in dataclasses.fields(config_class):
-        if field.name in given and not field.metadata["free"] and given[field.name] != saved.get(field.name):
-            raise ValueError(f"{flag(field.name)} {given[field.name]}: the run to resume has "
-                             f"{saved.get(field.name)}; leave the flag out, or start a new run")
-    return config_class(**{"out": str(Path(given["resume"]).parent), **saved, **given})
+        name = field.name
+        if name in given and not field.metadata["free"] and given[name] != saved.get(name):
+            raise ValueError(f"{flag(name)} {given[name]}: the run to resume has "
+                             f"{saved.get(name)}; leave the flag out, or start a new run")
+    cfg = config_class(**{**saved, "out": str(Path(given["resume"]).parent), **given})
+    if cfg.steps <= checkpoint["step"]:
+        raise ValueError(f"--steps {cfg.steps}: {cfg.resume} has done {checkpoint['step']} already")
+    return cfg
 
 
 def run_script(main):
@@ -212,7 +225,8 @@ def load_data(name, split, data_dir="data", size=32):
     if name == "digits":
         digits = load_digits()
         images = torch.from_numpy(np.rint(digits.images * 255 / 16).astype(np.uint8))[:, None]
-        return hold_out(Data(images, torch.from_numpy(digits.target).long(), tuple("0123456789")), split)
+        labels = torch.from_numpy(digits.target).long()
+        return hold_out(Data(images, labels, tuple("0123456789")), split)
     if name in KNOWN_DATA:
         source = dict(mnist="MNIST", fashion="FashionMNIST", cifar10="CIFAR10")[name]
         found = download(getattr(torchvision.datasets, source), data_dir, split == "train", name)
@@ -233,9 +247,9 @@ def download(dataset, data_dir, train, name):
     try:
         return dataset(data_dir, train=train, download=True)
     except (OSError, RuntimeError) as error:
-        raise OSError(f"--data {name}: its files are not in {Path(data_dir).resolve()} and can't be "
-                      f"downloaded ({error}); --data-dir says where they are, --data digits needs "
-                      "no download") from error
+        raise OSError(f"--data {name}: its files are not in {Path(data_dir).resolve()} and can't "
+                      f"be downloaded ({error}); --data-dir tells where they are, and --data "
+                      "digits needs no download") from error
 
 
 @functools.lru_cache(maxsize=1)  # both splits come from one reading
@@ -253,8 +267,7 @@ def load_folder(folder, size):
 
 def hold_out(data, split):
     order = torch.from_numpy(np.random.RandomState(0).permutation(len(data.images)))
-    chosen = order[torch.arange(len(order)) % 6 == 0] if split == "test" else \
-        order[torch.arange(len(order)) % 6 != 0]
+    chosen = order[(torch.arange(len(order)) % 6 == 0) == (split == "test")]
     return Data(data.images[chosen], data.labels[chosen], data.classes)
 
 
@@ -277,7 +290,7 @@ def seeded(*key, device="cpu"):
 
 
 def batch_at(step, count, batch, seed):
-    """Indices [batch] of the images of a step, each image once per epoch of count // batch steps."""
+    """Indices [batch] of a step's images: each image at most once in count // batch steps."""
     epoch, position = divmod(step, count // batch)
     return permutation(count, seed, epoch)[position * batch:(position + 1) * batch]
 
@@ -295,10 +308,12 @@ def unit_noise(count, shape, seed, start=0):
 
 # ---- noise levels -------------------------------------------------------------------------------
 
+LOW, HIGH = SIGMA_MIN ** (1 / RHO), SIGMA_MAX ** (1 / RHO)
+
 # Quantile functions: the noise level below which a share u of the training draws lies.
 SCHEDULES = {
     "lognormal": lambda u: torch.exp(-1.2 + 1.2 * torch.special.ndtri(u)),
-    "karras": lambda u: (SIGMA_MIN ** (1 / RHO) + u * (SIGMA_MAX ** (1 / RHO) - SIGMA_MIN ** (1 / RHO))) ** RHO,
+    "karras": lambda u: (LOW + u * (HIGH - LOW)) ** RHO,
 }
 
 # Rows (c_skip, c_out, c_in) that make of a network F a denoiser c_skip x + c_out F(c_in x).
@@ -347,7 +362,7 @@ class Block(nn.Module):
         h = self.conv1(F.silu(self.norm1(h + self.affine(emb)[:, :, None, None])))
         x = (h + self.skip(self.resized(x))) * 0.5**0.5
         if self.norm2 is not None:
-            # EDM's qkv channels run as (head, channel, q|k|v), not as three blocks; here is one head.
+            # EDM's qkv channels run as (head, channel, q|k|v), not as three blocks; one head here.
             qkv = self.qkv(self.norm2(x)).unflatten(1, (1, -1, 3)).flatten(4)
             q, k, v = qkv.permute(3, 0, 1, 4, 2)
             attended = F.scaled_dot_product_attention(q, k, v).transpose(2, 3).reshape(x.shape)
@@ -418,7 +433,8 @@ class UNet(nn.Module):
                     attention=i == num_blocks and res in attn_resolutions)
                 channels = mult * model_channels
         self.dec[f"{res}x{res}_aux_norm"] = group_norm(channels)
-        self.dec[f"{res}x{res}_aux_conv"] = scaled(nn.Conv2d(channels, img_channels, 3, padding=1), 1e-5)
+        last = nn.Conv2d(channels, img_channels, 3, padding=1)
+        self.dec[f"{res}x{res}_aux_conv"] = scaled(last, 1e-5)
         self.apply(initialise)
 
     def forward(self, x, c_noise, label):
@@ -450,7 +466,7 @@ def noise_frequencies(channels):
 
 
 def initialise(layer):
-    """EDM's initialisation of DDPM++: Xavier uniform, last layers of residual branches near zero."""
+    """EDM's initialisation of DDPM++: Xavier uniform, residual branches ending near zero."""
     if isinstance(layer, (nn.Conv2d, nn.Linear)):
         nn.init.xavier_uniform_(layer.weight, gain=getattr(layer, "init_scale", 1))
         nn.init.zeros_(layer.bias)
@@ -459,7 +475,7 @@ def initialise(layer):
 # ---- denoiser and loss --------------------------------------------------------------------------
 
 class Denoiser(nn.Module):
-    """A network F with its preconditioning (EDM Eq. 7): c_skip x + c_out F(c_in x, ln(sigma) / 4)."""
+    """A network F, preconditioned (EDM Eq. 7): c_skip x + c_out F(c_in x, ln(sigma) / 4, label)."""
 
     def __init__(self, net, prediction="edm"):
         super().__init__()
@@ -475,7 +491,7 @@ class Denoiser(nn.Module):
 
 
 def denoising_loss(denoiser, x0, sigma, label, noise):
-    """Error of the estimate of x0 in the network's own units (EDM Eq. 8, its lambda(sigma) = 1 / c_out^2).
+    """Error of the estimate of x0 in the network's units (EDM Eq. 8; its lambda is 1 / c_out^2).
 
         mean(((denoiser(x0 + sigma * noise) - x0) / c_out)^2)
 
@@ -529,7 +545,8 @@ def pick_device(name):
     here = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
     name = next(n for n in here if here[n]) if name == "auto" else name
     if not here[name]:
-        raise ValueError(f"--device {name}: PyTorch finds none here; {' and '.join(n for n in here if here[n])} works")
+        found = ", ".join(n for n in here if here[n])
+        raise ValueError(f"--device {name}: PyTorch finds none here, only {found}")
     return torch.device(name)
 
 
@@ -574,19 +591,18 @@ def save_grid(rows, names, path, titles=()):
     names   R strings; titles, above the columns, if there are some
     """
     zoom = max(1, 48 // rows.shape[-1])
-    side, gap, font = rows.shape[-1] * zoom, 2, ImageFont.load_default(14)
+    side, font = rows.shape[-1] * zoom, ImageFont.load_default(14)
+    step, top = side + 2, 22 if titles else 2
     left = 8 + max([round(font.getlength(name)) for name in names], default=0)
-    top = 22 if titles else gap
-    sheet = Image.new("RGB", (left + rows.shape[1] * (side + gap), top + len(rows) * (side + gap)), "white")
+    sheet = Image.new("RGB", (left + rows.shape[1] * step, top + len(rows) * step), "white")
     draw = ImageDraw.Draw(sheet)
     for column, title in enumerate(titles):
-        draw.text((left + (column + 0.5) * (side + gap), 3), title, "black", font, anchor="ma")
+        draw.text((left + (column + 0.5) * step, 3), title, "black", font, anchor="ma")
     for r, (row, name) in enumerate(zip(rows.cpu().numpy(), names)):
-        y = top + r * (side + gap)
-        draw.text((left - 6, y + side // 2), name, "black", font, anchor="rm")
+        draw.text((left - 6, top + r * step + side // 2), name, "black", font, anchor="rm")
         for k, pixels in enumerate(row):
             pixels = pixels.transpose(1, 2, 0).repeat(zoom, 0).repeat(zoom, 1)
-            sheet.paste(Image.fromarray(pixels.squeeze()), (left + k * (side + gap), y))
+            sheet.paste(Image.fromarray(pixels.squeeze()), (left + k * step, top + r * step))
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path)
 
@@ -596,11 +612,14 @@ def save_grid(rows, names, path, titles=()):
 def save(checkpoint, path):
     """Write a checkpoint whole or not at all: to a temporary name, to the disk, then renamed."""
     temporary = Path(f"{path}.tmp")
-    with open(temporary, "wb") as file:
-        torch.save(checkpoint, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def load(path, resume=False):
@@ -615,13 +634,13 @@ def load(path, resume=False):
         raise ValueError(f"{path}: no such checkpoint; teacher.py and dmd2.py write them")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError, OSError) as error:
-        raise ValueError(f"{path}: not a checkpoint of this project, or damaged "
-                         f"({str(error).strip().splitlines()[0][:80] if str(error) else 'empty'})") from error
-    if not isinstance(checkpoint, dict) or not {"kind", "config", "data", "network", "model"} <= set(checkpoint):
+    except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, ValueError) as error:
+        raise ValueError(f"{path}: not a checkpoint of this project, or damaged") from error
+    needed = {"kind", "config", "data", "network", "prediction", "model", "step"}
+    if not isinstance(checkpoint, dict) or not needed <= set(checkpoint):
         raise ValueError(f"{path}: a PyTorch file, but not a checkpoint of this project")
     if resume and "training" not in checkpoint:
-        raise ValueError(f"{path}: holds no optimizers to resume from; use the run's last checkpoint")
+        raise ValueError(f"{path}: holds no optimizers to resume from; teacher.pt and last.pt do")
     return checkpoint
 
 
@@ -643,20 +662,20 @@ def make_run_folder(cfg):
 # ---- logging ------------------------------------------------------------------------------------
 
 class Log:
-    """log.jsonl, loss.png, the progress bar and wandb of a run; raises on numbers that are not finite.
+    """log.jsonl, loss.png, the progress bar and wandb of a run; stops it if a number is not finite.
 
-    Values stay on the device until a line is due, so the loop never waits for them.
+    Values stay on their device until a line is due, so that the loop never waits for them.
     """
 
-    def __init__(self, cfg, start, unit):
-        self.cfg, self.path, self.noted, self.pending = cfg, Path(cfg.out) / "log.jsonl", {}, []
-        kept = [line for line in self.path.read_text().splitlines()
-                if json.loads(line)["step"] <= start] if start and self.path.exists() else []
-        self.path.write_text("".join(line + "\n" for line in kept))
-        self.bar = tqdm(total=cfg.steps, initial=start, unit=unit, disable=None, dynamic_ncols=True)
-        self.time, self.wandb = time.perf_counter(), None
-        if cfg.wandb:
-            self.wandb = import_wandb().init(project="dmd2", config=dataclasses.asdict(cfg), dir=cfg.out)
+    def __init__(self, cfg, start):
+        self.cfg, self.path = cfg, Path(cfg.out) / "log.jsonl"
+        self.noted, self.pending, self.time = {}, [], time.perf_counter()
+        lines = self.path.read_text().splitlines() if start and self.path.exists() else []
+        kept = [line + "\n" for line in lines if json.loads(line)["step"] <= start]
+        self.path.write_text("".join(kept))
+        self.bar = tqdm(total=cfg.steps, initial=start, disable=None, dynamic_ncols=True)
+        self.wandb = import_wandb().init(project="dmd2", config=dataclasses.asdict(cfg),
+                                         dir=cfg.out) if cfg.wandb else None
 
     def note(self, **values):
         """Take in values (scalars, tensors too) of the step under way."""
@@ -667,36 +686,37 @@ class Log:
         self.pending.append((step, self.noted))
         self.noted = {}
         self.bar.update()
-        if step % self.cfg.log_every == 0 or step == self.cfg.steps:
+        if due(step - 1, self.cfg.log_every, self.cfg.steps):
             self.check()
 
     def check(self):
-        """Write the mean of what is pending as a line. Raises FloatingPointError, step and quantity."""
+        """Write the means of what is pending; FloatingPointError if a value is not finite."""
         collected = {}
         for step, values in self.pending:
             for name, value in values.items():
-                collected.setdefault(name, []).append((step, float(value)))
-        for name, pairs in collected.items():
-            for step, value in pairs:
-                if not math.isfinite(value):
+                if not math.isfinite(value := float(value)):
                     raise FloatingPointError(f"{name} is {value} at step {step}")
+                collected.setdefault(name, []).append(value)
         if self.pending:
-            now = time.perf_counter()
-            rate = len(self.pending) * self.cfg.batch / (now - self.time)
-            means = {name: sum(v for _, v in pairs) / len(pairs) for name, pairs in collected.items()}
+            means = {name: sum(values) / len(values) for name, values in collected.items()}
+            rate = len(self.pending) * self.cfg.batch / (time.perf_counter() - self.time)
             self.write(self.pending[-1][0], **means, images_per_second=rate)
-            self.bar.set_postfix({n: f"{v:.3g}" for n, v in means.items() if "loss" in n} | {"img/s": f"{rate:.0f}"})
-            self.pending, self.time = [], now
+            losses = {name: f"{value:.3g}" for name, value in means.items() if "loss" in name}
+            self.bar.set_postfix(losses | {"images/s": f"{rate:.0f}"})
+            self.pending, self.time = [], time.perf_counter()
 
     def write(self, step, **values):
         """Append a line for a step now."""
+        line = dict(step=step, **{name: round(value, 6) for name, value in values.items()})
         with open(self.path, "a") as file:
-            file.write(json.dumps(dict(step=step, **{n: round(v, 6) for n, v in values.items()})) + "\n")
+            file.write(json.dumps(line) + "\n")
         if self.wandb:
             self.wandb.log(values, step=step)
 
     def say(self, message):
+        """Print a line above the progress bar, and leave the time until now out of images/s."""
         self.bar.write(message, file=sys.stderr)
+        self.time = time.perf_counter()
 
     def close(self):
         self.bar.close()
@@ -707,23 +727,23 @@ def import_wandb():
     try:
         return importlib.import_module("wandb")
     except ImportError as error:
-        raise ValueError("--wandb: the wandb package is not installed; pip install wandb") from error
+        raise ValueError("--wandb: wandb is not installed; pip install wandb") from error
 
 
-def plot_log(path, picture=None):
-    """Draw what log.jsonl holds, one panel per quantity, to loss.png beside it or to `picture`."""
+def plot_log(path):
+    """Draw what a log.jsonl holds, one panel per quantity, as loss.png beside it."""
     lines = [json.loads(line) for line in Path(path).read_text().splitlines()]
-    names = sorted({name for line in lines for name in line} - {"step"}, key=lambda n: ("loss" not in n, n))
-    if not names:
-        return
-    figure = Figure(figsize=(4 * min(len(names), 4), 2.6 * math.ceil(len(names) / 4)), layout="constrained")
+    names = sorted({name for line in lines for name in line} - {"step"},
+                   key=lambda name: ("loss" not in name, name))
+    columns, rows = min(len(names), 4), math.ceil(len(names) / 4)
+    figure = Figure(figsize=(4 * columns, 2.6 * rows), layout="constrained")
     for i, name in enumerate(names):
-        panel = figure.add_subplot(math.ceil(len(names) / 4), min(len(names), 4), i + 1, title=name)
-        points = [(line["step"], line[name]) for line in lines if name in line]
-        panel.plot(*zip(*points), marker="." if len(points) < 30 else None, linewidth=1)
-        if len(points) > 1 and min(v for _, v in points) > 0:
+        panel = figure.add_subplot(rows, columns, i + 1, title=name, xlabel="step")
+        steps, values = zip(*[(line["step"], line[name]) for line in lines if name in line])
+        panel.plot(steps, values, marker="." if len(steps) < 30 else None, linewidth=1)
+        if min(values) > 0 and max(values) > 3 * min(values):
             panel.set_yscale("log")
-    figure.savefig(picture or Path(path).with_name("loss.png"), dpi=90)
+    figure.savefig(Path(path).with_name("loss.png"), dpi=90)
 
 
 # ---- training -----------------------------------------------------------------------------------
@@ -731,9 +751,11 @@ def plot_log(path, picture=None):
 def train(cfg):
     """Train a teacher; returns the path of its checkpoint."""
     device = pick_device(cfg.device)
-    data, held_out = (load_data(cfg.data, split, cfg.data_dir, cfg.size) for split in ("train", "test"))
+    data, held_out = (load_data(cfg.data, split, cfg.data_dir, cfg.size)
+                      for split in ("train", "test"))
     if cfg.batch > len(data.images):
-        raise ValueError(f"--batch {cfg.batch}: {cfg.data} has only {len(data.images)} training images")
+        raise ValueError(f"--batch {cfg.batch}: {cfg.data} has only {len(data.images)} images to "
+                         "train on")
     data, held_out, num_classes = data.to(device), held_out.to(device), len(data.classes)
     shape = tuple(data.images.shape[1:])
     mults = tuple(int(mult) for mult in cfg.mults.split(","))
@@ -752,13 +774,13 @@ def train(cfg):
         model.load_state_dict(checkpoint["training"]["model"])
         optimizer.load_state_dict(checkpoint["training"]["optimizer"])
     prepare(cfg, device, model, ema)
-    log = Log(cfg, start, "step")
+    log = Log(cfg, start)
 
     def checkpoint_at(step):
-        return dict(kind="teacher", config=dataclasses.asdict(cfg), network=network, step=step,
+        where = dict(name=cfg.data, data_dir=str(Path(cfg.data_dir).resolve()), size=cfg.size)
+        return dict(kind="teacher", config=dataclasses.asdict(cfg), step=step, network=network,
                     prediction=cfg.prediction, null_label=cfg.label_dropout > 0,
-                    data=dict(name=cfg.data, data_dir=str(Path(cfg.data_dir).resolve()), size=cfg.size,
-                              shape=shape, classes=data.classes),
+                    data=dict(where, shape=shape, classes=data.classes),
                     model=ema.state_dict(),
                     training=dict(model=model.state_dict(), optimizer=optimizer.state_dict()))
 
@@ -773,7 +795,7 @@ def train(cfg):
 
         loss = denoising_loss(model, x0, sigma, label, noise)
         norm = descend(loss, optimizer, cfg.clip, warmed_up(cfg.lr, step, cfg.warmup))
-        update_ema(ema, model, min(cfg.ema, (step + 1) / (step + 10)))  # early on, a shorter memory
+        update_ema(ema, model, min(cfg.ema, (step + 1) / (step + 10)))  # at first a shorter memory
 
         log.note(loss=loss.detach(), gradient_norm=norm)
         log.step(step + 1)
@@ -788,21 +810,22 @@ def train(cfg):
 
 
 def due(step, every, steps):
-    """Whether something done `every` so many steps, and at the last, is due after this one; 0 is never."""
+    """Whether what is done every so many steps, and at the last, is due after this; 0: never."""
     return every > 0 and ((step + 1) % every == 0 or step + 1 == steps)
 
 
 @torch.no_grad()
 def validation_loss(denoiser, held_out, cfg, count=512):
-    """Denoising loss on held-out images, at fixed noise and evenly spread quantiles of the schedule."""
+    """Denoising loss on held-out images, at fixed noise and evenly spread quantiles of sigma."""
     images, label = held_out.images[:count], held_out.labels[:count]
     noise = unit_noise(len(images), images.shape[1:], 0).to(images.device)
     u = (torch.arange(len(images), device=images.device) + 0.5) / len(images)
-    return denoising_loss(denoiser, to_float(images), sigma_at(u, cfg.schedule), label, noise).item()
+    sigma = sigma_at(u, cfg.schedule)
+    return denoising_loss(denoiser, to_float(images), sigma, label, noise).item()
 
 
 def preview(denoiser, shape, classes, path, columns=8):
-    """A picture of the denoiser's own samples, a row per class (the first 10), the same noise each time."""
+    """Picture the denoiser's samples, a row per class (the first 10), the same noise each time."""
     label = torch.arange(min(len(classes), 10)).repeat_interleave(columns)
     device = next(denoiser.parameters()).device
     images = heun(denoiser, unit_noise(len(label), shape, 0).to(device), label.to(device))

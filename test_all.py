@@ -1,0 +1,753 @@
+"""What the scripts promise. `pytest test_all.py`: under 8 minutes on two cores, no network, no GPU.
+
+Wherever it can, a closed-form denoiser stands in for the network: that of data N(mean, std^2).
+"""
+
+import ast
+import copy
+import hashlib
+import inspect
+import json
+import math
+import pickle
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+import dmd2
+import export
+import sample
+import teacher
+
+ROOT = Path(__file__).resolve().parent
+SHARED = ROOT.parent / "shared"
+README = (ROOT / "README.md").read_text()
+TINY = "--steps 4 --batch 16 --width 8 --sample-every 0 --log-every 1".split()
+TINY_DMD = "--steps 4 --batch 16 --evaluate-n 100 --sample-every 0 --log-every 1".split()
+
+
+def vectors(name):
+    path = SHARED / "vectors" / f"{name}.npz"
+    if not path.exists():
+        pytest.skip(f"needs {path.name}, numbers of the reference implementations")
+    return {key: torch.from_numpy(value) for key, value in np.load(path).items()}
+
+
+class Gaussian(nn.Module):
+    """The exact denoiser of data N(mean, std^2) per pixel, with a network's interface and parameters."""
+
+    prediction = "edm"
+
+    def __init__(self, mean, std):
+        super().__init__()
+        self.mean, self.log_std = (nn.Parameter(torch.tensor(float(v))) for v in (mean, math.log(std)))
+
+    def forward(self, x, sigma, label):
+        noise_var, var = sigma.view(-1, 1, 1, 1) ** 2, torch.exp(2 * self.log_std)
+        return (self.mean * noise_var + x * var) / (noise_var + var)
+
+
+class Stub(nn.Module):
+    """A denoiser that returns what it is told to."""
+
+    prediction = "edm"
+
+    def __init__(self, x0_hat):
+        super().__init__()
+        self.x0_hat = x0_hat
+
+    def forward(self, x, sigma, label):
+        return self.x0_hat
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """A folder with a tiny teacher, generator and ONNX file, none of them any good."""
+    folder = tmp_path_factory.mktemp("tiny")
+    teacher.main([*TINY, "--out", f"{folder}/teacher"])
+    dmd2.main([*TINY_DMD, "--teacher", f"{folder}/teacher/teacher.pt", "--out", f"{folder}/dmd2"])
+    export.main([f"{folder}/dmd2/generator.pt"])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_teacher(tiny):
+    return str(tiny / "teacher" / "teacher.pt")
+
+
+@pytest.fixture(scope="session")
+def tiny_generator(tiny):
+    return str(tiny / "dmd2" / "generator.pt")
+
+
+def log_of(folder):
+    return [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
+
+
+def equal(a, b):
+    """Whether two nested states hold the same bits."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return a == b
+
+
+# ---- noise levels, preconditioning, loss --------------------------------------------------------
+
+def test_karras_schedule_is_the_official_table_of_1000_levels():
+    expected = vectors("dmd2_losses")["karras_sigmas_ascending"]
+    torch.testing.assert_close(teacher.sigma_at(torch.linspace(0, 1, 1000), "karras"), expected,
+                               rtol=2e-5, atol=0)
+
+
+def test_lognormal_schedule_has_edm_s_quantiles():
+    u = torch.tensor([0.5, 0.8413447])  # the mean and one standard deviation above it
+    torch.testing.assert_close(teacher.sigma_at(u, "lognormal"), torch.tensor([math.exp(-1.2), 1.0]))
+
+
+@pytest.mark.parametrize("schedule", teacher.SCHEDULES)
+def test_schedules_rise_from_end_to_end_within_the_noise_range(schedule):
+    sigma = teacher.sigma_at(torch.linspace(0, 1, 101), schedule)
+    assert (sigma.diff() >= 0).all()
+    assert sigma[0] >= teacher.SIGMA_MIN and sigma[-1] <= teacher.SIGMA_MAX
+
+
+@pytest.mark.parametrize("prediction", teacher.PREDICTIONS)
+def test_loss_is_the_error_of_f_against_its_own_target(prediction):
+    sigma = torch.tensor([0.002, 0.5, 80.0]).view(-1, 1, 1, 1)
+    c_skip, c_out, c_in = teacher.precondition(prediction, sigma)
+    x0, noise, f = torch.randn(3, 3, 1, 4, 4, dtype=torch.float64)
+    x = x0 + sigma * noise
+    target = (x0 - c_skip * x) / c_out
+    denoiser = Stub(c_skip * x + c_out * f)
+    denoiser.prediction = prediction
+    loss = teacher.denoising_loss(denoiser, x0, sigma.flatten(), None, noise)
+    torch.testing.assert_close(loss, (f - target).square().mean())
+
+
+def test_edm_coefficients_give_unit_variance_in_and_out():
+    sigma = torch.tensor([0.002, 0.5, 80.0], dtype=torch.float64)
+    c_skip, c_out, c_in = teacher.precondition("edm", sigma)
+    var = teacher.SIGMA_DATA**2
+    torch.testing.assert_close(c_in**2 * (var + sigma**2), torch.ones(3, dtype=torch.float64))
+    target_var = ((1 - c_skip) ** 2 * var + c_skip**2 * sigma**2) / c_out**2
+    torch.testing.assert_close(target_var, torch.ones(3, dtype=torch.float64))
+
+
+def test_fake_score_loss_is_the_official_one():
+    v = vectors("dmd2_losses")
+    sigma = v["fake/sigma"].view(-1, 1, 1, 1)
+    loss = teacher.denoising_loss(Stub(v["fake/pred_x0"]), v["fake/x"], v["fake/sigma"], None,
+                                  (v["fake/noisy"] - v["fake/x"]) / sigma)
+    torch.testing.assert_close(loss, v["fake/loss"], rtol=1e-5, atol=0)
+
+
+def test_exact_denoiser_has_the_lowest_loss():
+    x0, noise = torch.randn(2, 512, 1, 4, 4)
+    sigma = teacher.sigma_at(torch.rand(512), "karras")
+    losses = [teacher.denoising_loss(Gaussian(mean, std), 0.3 + 0.5 * x0, sigma, None, noise)
+              for mean, std in ((0.3, 0.5), (0.4, 0.5), (0.3, 0.6), (0.3, 0.4))]
+    assert min(losses) == losses[0]
+
+
+# ---- network ------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name, shape, arguments", [
+    ("edm_ddpmpp_tiny", (16, 3, 10), dict(channel_mult=(1, 2), attn_resolutions=(8,))),
+    ("edm_ddpmpp_tiny_uncond", (8, 1, 0), dict(channel_mult=(1, 1), attn_resolutions=())),
+])
+def test_unet_is_edm_s_ddpmpp(name, shape, arguments):
+    v = vectors(name)
+    denoiser = teacher.Denoiser(teacher.UNet(*shape, model_channels=16, num_blocks=1, **arguments))
+    denoiser.net.load_state_dict({key.removeprefix("state/model."): value for key, value in v.items()
+                                  if key.startswith("state/")
+                                  and not key.endswith("resample_filter") and "augment" not in key})
+    label = v.get("in/label", torch.zeros(len(v["in/x"]), dtype=torch.long))
+    with torch.no_grad():
+        torch.testing.assert_close(denoiser(v["in/x"], v["in/sigma"], label), v["out/denoised"],
+                                   rtol=0, atol=1e-5)
+        if shape[2]:
+            no_label = torch.full_like(label, shape[2])
+            torch.testing.assert_close(denoiser(v["in/x"], v["in/sigma"], no_label),
+                                       v["out/denoised_no_label"], rtol=0, atol=1e-5)
+
+
+def test_new_denoiser_is_c_skip_x_whose_loss_is_about_1():
+    torch.manual_seed(0)
+    denoiser = teacher.Denoiser(teacher.UNet(8, 1, 10, 16, (1, 2), 1, (4,)))
+    x0, noise = torch.randn(2, 64, 1, 8, 8)
+    sigma = torch.full((64,), 1.0)
+    assert 0.9 < teacher.denoising_loss(denoiser, 0.5 * x0, sigma, torch.zeros(64).long(), noise) < 1.1
+
+
+def test_denoiser_keeps_shape_and_type_at_both_ends_of_sigma_and_batch_1():
+    denoiser = teacher.Denoiser(teacher.UNet(28, 3, 7, 8, (1, 2, 2), 1, (7,))).eval()
+    for sigma in (teacher.SIGMA_MIN, teacher.SIGMA_MAX):
+        out = denoiser(torch.randn(1, 3, 28, 28, dtype=torch.float64), torch.tensor([sigma]),
+                       torch.tensor([7]))
+        assert out.shape == (1, 3, 28, 28) and out.dtype == torch.float32 and out.isfinite().all()
+
+
+def test_unet_names_the_sides_that_work():
+    with pytest.raises(ValueError, match="multiple of 4"):
+        teacher.UNet(30, 1, 10, 8, (1, 2, 2), 1, ())
+
+
+# ---- samplers -----------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("steps", [5, 18])
+def test_heun_is_edm_s_sampler(steps):
+    v = vectors("samplers")
+    x0 = teacher.heun(Gaussian(v["mu"], v["s"]).double(), v["latents"], None, steps)
+    torch.testing.assert_close(x0, v[f"edm_heun_{steps}"], rtol=0, atol=1e-6)
+
+
+def test_heun_is_of_second_order():
+    noise = torch.tensor([1.0], dtype=torch.float64).view(1, 1, 1, 1)
+    exact = 80 * 0.5 / math.sqrt(80**2 + 0.5**2)  # the probability flow of N(0, 0.5^2) scales its noise
+    errors = [abs(teacher.heun(Gaussian(0, 0.5).double(), noise, None, steps).item() - exact)
+              for steps in (100, 200)]
+    assert 3.5 < errors[0] / errors[1] < 4.5
+
+
+def test_few_step_gives_each_level_the_last_estimate_and_fresh_noise():
+    seen = []
+
+    def generator(x, sigma, label):
+        seen.append((x.mean().item(), sigma.tolist()))
+        return torch.ones_like(x)
+
+    x0 = sample.few_step(generator, torch.full((2, 1, 1, 1), 80.0), [80.0, 2.5], None,
+                         [torch.full((2, 1, 1, 1), 4.0)])
+    assert seen == [(80, [80, 80]), (1 + 2.5 * 4, [2.5, 2.5])] and x0.mean() == 1
+
+
+def test_same_seed_and_label_give_the_same_images_at_any_batch_size(tiny_teacher, tiny_generator):
+    label = torch.arange(10).repeat(4)
+    for path in (tiny_teacher, tiny_generator):
+        sampler = sample.load_sampler(path, None, "cpu")
+        images = sample.generate(sampler, label, seed=3)
+        for batch in (1, 7):
+            assert torch.equal(sample.generate(sampler, label, 3, batch), images)
+        assert torch.equal(sample.generate(sampler, label[:9], 3), images[:9])
+        assert not torch.equal(sample.generate(sampler, label, 4), images)
+
+
+# ---- data ---------------------------------------------------------------------------------------
+
+def test_digits_are_split_without_overlap_and_alike_each_time():
+    train, test = (teacher.load_data("digits", split) for split in ("train", "test"))
+    assert train.images.shape == (1497, 1, 8, 8) and test.images.shape == (300, 1, 8, 8)
+    assert train.images.dtype == torch.uint8 and train.images.max() == 255
+    assert train.labels.bincount().tolist() == [146, 154, 149, 148, 143, 155, 157, 144, 151, 150]
+    assert torch.equal(teacher.load_data("digits", "train").images, train.images)
+
+
+def test_mnist_is_read_where_it_lies():
+    if not (SHARED / "data" / "MNIST").exists():
+        pytest.skip("needs the MNIST files")
+    data = teacher.load_data("mnist", "test", SHARED / "data")
+    assert data.images.shape == (10000, 1, 28, 28) and data.labels[:5].tolist() == [7, 2, 1, 0, 4]
+
+
+def test_folder_has_a_class_per_sub_folder(tmp_path):
+    for i, name in enumerate(("cats", "dogs")):
+        (tmp_path / name).mkdir()
+        for j in range(6):
+            Image.new("RGB", (40 + j, 30), (100 * i, 0, 0)).save(tmp_path / name / f"{j}.png")
+    data = teacher.load_data(str(tmp_path), "train", size=16)
+    assert data.images.shape == (10, 3, 16, 16) and data.classes == ("cats", "dogs")
+    assert torch.equal(data.images[:, 0, 0, 0], (100 * data.labels).to(torch.uint8))
+
+
+def test_uint8_survives_the_way_to_float_and_back():
+    levels = torch.arange(256, dtype=torch.uint8)
+    assert torch.equal(teacher.to_uint8(teacher.to_float(levels)), levels)
+
+
+def test_an_epoch_shows_every_image_once():
+    indices = torch.cat([teacher.batch_at(step, 100, 20, seed=0) for step in range(5)])
+    assert sorted(indices.tolist()) == list(range(100))
+    assert not torch.equal(teacher.batch_at(5, 100, 20, 0), indices[:20])
+
+
+# ---- distribution matching ----------------------------------------------------------------------
+
+def test_dmd_loss_and_gradient_are_the_official_ones():
+    v = vectors("dmd2_losses")
+    x, sigma = v["dm/x"].requires_grad_(), v["dm/sigma"]
+    noise = (v["dm/noisy"] - v["dm/x"].detach()) / sigma.view(-1, 1, 1, 1)
+    networks = Stub(v["dm/real_x0"]), Stub(v["dm/fake_x0"])
+    torch.testing.assert_close(dmd2.dmd_gradient(*networks, x, sigma, None, noise), v["dm/gradient"])
+    loss = dmd2.dmd_loss(*networks, x, sigma, None, noise)
+    loss.backward()
+    torch.testing.assert_close(loss.detach(), v["dm/loss"])
+    torch.testing.assert_close(x.grad, v["dm/loss_grad_wrt_x"])
+
+
+def test_dmd_gradient_is_exactly_0_where_fake_score_is_the_teacher():
+    x0, noise = torch.randn(2, 4, 1, 8, 8)
+    gradient = dmd2.dmd_gradient(Gaussian(0, 1), Gaussian(0, 1), x0, torch.ones(4), None, noise)
+    assert gradient.count_nonzero() == 0
+
+
+def test_descending_the_dmd_gradient_moves_samples_towards_the_teacher_s():
+    x0, noise = torch.randn(2, 4, 1, 8, 8)
+    gradient = dmd2.dmd_gradient(Gaussian(1, 1), Gaussian(0, 1), x0, torch.ones(4), None, noise)
+    assert (gradient < 0).all()  # subtracted: up, to the teacher's mean
+
+
+def test_distilled_gaussian_has_its_teacher_s_moments():
+    """A generator a + b z and a fake score of two parameters, by the functions of the real loop."""
+    real, fake = Gaussian(0.3, 0.5).requires_grad_(False), Gaussian(-0.5, 1.0)
+    a, b = (nn.Parameter(torch.tensor(v)) for v in (-0.5, 1.0))
+
+    def generator(x, sigma, label):
+        return a + b * x / sigma.view(-1, 1, 1, 1)
+
+    generator_optimizer, fake_optimizer = torch.optim.Adam([a, b]), torch.optim.Adam(fake.parameters())
+    rng = torch.Generator().manual_seed(0)
+    for step in range(1500):
+        z, n0, n1 = torch.randn(3, 64, 1, 4, 4, generator=rng)
+        u0, u1 = torch.rand(2, 64, generator=rng)
+        x0 = sample.few_step(generator, 80 * z, [80], None)
+        if step % 2 == 0:
+            sigma = teacher.sigma_at(0.02 + 0.96 * u0, "karras")
+            teacher.descend(dmd2.dmd_loss(real, fake, x0, sigma, None, n0), generator_optimizer, 10, 4e-3)
+        sigma = teacher.sigma_at(u1, "karras")
+        teacher.descend(teacher.denoising_loss(fake, x0.detach(), sigma, None, n1), fake_optimizer, 10, 2e-2)
+    assert abs(a.item() - 0.3) < 0.02 and abs(abs(b.item()) - 0.5) < 0.02
+
+
+def test_networks_start_as_the_teacher_and_the_teacher_stays_bit_identical(tiny_teacher, tmp_path, monkeypatch):
+    built = []
+
+    def build(*args):
+        built.append(teacher.build(*args))
+        return built[-1]
+
+    monkeypatch.setattr(dmd2, "build", build)
+    dmd2.main([*TINY_DMD, "--teacher", tiny_teacher, "--out", str(tmp_path)])
+    frozen, generator, fake_score = (net.state_dict() for net in built)
+    before = teacher.load(tiny_teacher)["model"]
+    assert equal(frozen, before)
+    assert not equal(generator, before) and not equal(fake_score, before)
+    log = log_of(tmp_path)
+    assert log[0]["dmd_loss"] == 0 and log[0]["generator_gradient_norm"] == 0
+    assert log[2]["dmd_loss"] > 0
+
+
+def test_two_time_scale_rule(tiny_teacher, tmp_path):
+    dmd2.main([*TINY_DMD, "--teacher", tiny_teacher, "--out", str(tmp_path), "--fake-steps", "3"])
+    lines = [line for line in log_of(tmp_path) if "fake_loss" in line]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert [line["step"] for line in lines if "dmd_loss" in line] == [1, 4]
+
+
+def test_distilling_digits_for_a_minute_comes_near_the_teacher(tmp_path):
+    teacher.main(f"--steps 400 --sample-every 0 --out {tmp_path}/teacher".split())
+    dmd2.main(f"--teacher {tmp_path}/teacher/teacher.pt --steps 300 --evaluate-every 0 --sample-every 0 "
+              f"--save-every 300 --out {tmp_path}/dmd2".split())
+    reference = sample.load_reference("digits")
+    real, fake = (sample.measure(sample.load_sampler(f"{tmp_path}/{path}"), reference, 1000, 0)
+                  for path in ("teacher/teacher.pt", "dmd2/generator.pt"))
+    print(real, fake)
+    assert fake["frechet_distance"] < 1.5 * real["frechet_distance"]
+    assert fake["accuracy"] > 0.95
+    assert fake["recall"] > 0.7 * real["recall"]
+
+
+# ---- optimisation and logging -------------------------------------------------------------------
+
+def test_descend_scales_the_gradient_down_and_returns_its_norm():
+    weight = nn.Parameter(torch.tensor([3.0, 4.0]))
+    optimizer = torch.optim.SGD([weight])
+    norm = teacher.descend(0.5 * weight.square().sum(), optimizer, clip=1.0, lr=0.1)
+    assert norm == 5
+    torch.testing.assert_close(weight.detach(), torch.tensor([3 - 0.06, 4 - 0.08]))
+
+
+def test_ema_is_the_weighted_mean():
+    ema, model = nn.Linear(1, 1), nn.Linear(1, 1)
+    expected = 0.9 * ema.weight + 0.1 * model.weight
+    teacher.update_ema(ema, model, 0.9)
+    torch.testing.assert_close(ema.weight, expected)
+
+
+def test_learning_rate_rises_to_its_value_and_stays():
+    rates = [teacher.warmed_up(1.0, update, 4) for update in range(6)]
+    assert rates == [0.25, 0.5, 0.75, 1, 1, 1] and teacher.warmed_up(1.0, 0, 0) == 1
+
+
+def test_divergence_stops_the_run_with_step_and_quantity(tmp_path, tiny_teacher, monkeypatch):
+    def loss(*args):
+        steps.append(1)
+        return teacher.denoising_loss(*args) * (math.nan if len(steps) == 3 else 1)
+
+    steps = []
+    monkeypatch.setattr(dmd2, "denoising_loss", loss)
+    with pytest.raises(FloatingPointError, match="fake_loss is nan at step 3"):
+        dmd2.main([*TINY_DMD, "--teacher", tiny_teacher, "--out", str(tmp_path), "--save-every", "2",
+                   "--log-every", "4"])
+    assert teacher.load(tmp_path / "last.pt")["step"] == 2
+
+
+def test_wandb_is_asked_for_by_name_when_it_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ValueError, match="pip install wandb"):
+        teacher.main([*TINY, "--wandb", "--out", str(tmp_path / "run")])
+
+
+# ---- checkpoints and resuming -------------------------------------------------------------------
+
+def test_a_checkpoint_that_fails_to_be_written_leaves_the_last_one(tmp_path, monkeypatch):
+    path = tmp_path / "x.pt"
+    teacher.save({"step": 1}, path)
+
+    def full_disk(checkpoint, file):
+        file.write(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    with pytest.raises(OSError):
+        teacher.save({"step": 2}, path)
+    assert torch.load(path, weights_only=True) == {"step": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["x.pt"]
+
+
+def test_loading_executes_nothing(tmp_path):
+    class Planted:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "executed",)
+
+    torch.save({"kind": Planted()}, tmp_path / "hostile.pt")
+    (tmp_path / "plain.pt").write_bytes(pickle.dumps(Planted()))
+    for name in ("hostile.pt", "plain.pt"):
+        with pytest.raises(ValueError, match="not a checkpoint"):
+            teacher.load(tmp_path / name)
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("script, flags, name", [(teacher, TINY, "teacher.pt"), (dmd2, TINY_DMD, "last.pt")])
+def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(script, flags, name, tiny_teacher, tmp_path):
+    flags = flags + (["--teacher", tiny_teacher] if script is dmd2 else [])
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    script.main([*flags, "--steps", "7", "--out", str(whole)])
+    script.main([*flags, "--steps", "3", "--out", str(parts)])
+    script.main(["--resume", str(parts / name), "--steps", "7"])
+    a, b = teacher.load(whole / name), teacher.load(parts / name)
+    assert a["step"] == b["step"] == 7
+    assert equal(a["model"], b["model"]) and equal(a["training"], b["training"])
+    values = [[line["loss" if script is teacher else "fake_loss"] for line in log_of(folder)
+               if "images_per_second" in line] for folder in (whole, parts)]
+    assert values[0] == values[1] and len(values[0]) == 7
+
+
+def test_config_beside_the_run_and_in_the_checkpoint_are_the_options(tiny, tiny_teacher):
+    config = json.loads((tiny / "teacher" / "config.json").read_text())
+    assert config == teacher.load(tiny_teacher)["config"]
+    assert config["width"] == 8 and config["lr"] == teacher.RECIPES["digits"]["lr"]
+
+
+# ---- quality ------------------------------------------------------------------------------------
+
+def test_frechet_distance_of_gaussians_is_the_closed_form():
+    torch.manual_seed(0)
+    a, b = torch.randn(2, 5000, 3, dtype=torch.float64)
+    a, b = ((x - x.mean(0)) @ torch.linalg.inv(torch.linalg.cholesky(torch.cov(x.T))).T for x in (a, b))
+    std, mean = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([1.0, 0.0, 2.0])
+    expected = mean.square().sum() + (std - 1).square().sum()  # commuting covariances
+    assert sample.frechet_distance(a, b * std + mean) == pytest.approx(expected.item(), rel=1e-9)
+    assert sample.frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
+
+
+def test_precision_counts_fakes_among_the_real_and_recall_reals_among_the_fake():
+    torch.manual_seed(0)
+    left = torch.randn(500, 2)
+    right = left + torch.tensor([100.0, 0.0])
+    assert sample.precision_recall(torch.cat([left, right]), left + 0.01) == pytest.approx((1, 0.5), abs=0.02)
+    assert sample.precision_recall(left, torch.cat([left, right]) + 0.01) == pytest.approx((0.5, 1), abs=0.02)
+
+
+def test_evaluation_of_the_training_images_themselves_is_perfect():
+    reference = sample.load_reference("digits")
+    data = teacher.load_data("digits", "train")
+    figures = sample.evaluate(data.images, data.labels, reference)
+    assert figures["frechet_distance"] < 1e-6 and figures["accuracy"] == 1
+    assert figures["precision"] == figures["recall"] == 1
+    assert reference.floor["accuracy"] > 0.97 and reference.floor["n"] == 300
+
+
+def test_evaluation_sees_blur_and_lost_classes():
+    reference = sample.load_reference("digits")
+    data = teacher.load_data("digits", "train")
+    good = sample.evaluate(data.images[::2], data.labels[::2], reference)
+    kept = data.labels[::2] < 8
+    fewer = sample.evaluate(data.images[::2][kept], data.labels[::2][kept], reference)
+    smooth = torch.nn.functional.avg_pool2d(teacher.to_float(data.images[::2]), 3, 1, 1)
+    blurred = sample.evaluate(teacher.to_uint8(smooth), data.labels[::2], reference)
+    assert fewer["frechet_distance"] > 4 * good["frechet_distance"] and fewer["recall"] < 0.85
+    assert blurred["frechet_distance"] > 4 * good["frechet_distance"] and blurred["precision"] < 0.7
+
+
+@pytest.mark.parametrize("name", sample.SHA256)
+def test_feature_networks_are_the_stated_ones_and_small(name):
+    path = sample.ASSETS / f"features_{name}.pt"
+    assert hashlib.sha256(path.read_bytes()).hexdigest() == sample.SHA256[name]
+    assert sum(p.stat().st_size for p in sample.ASSETS.glob("features_*.pt")) < 1e6
+
+
+def test_report_tells_figures_floor_and_protocol(tiny_generator, capsys):
+    sample.main([tiny_generator, "--evaluate", "--n", "200", "--seeds", "2"])
+    out = capsys.readouterr().out
+    result = json.loads(out.splitlines()[-1])
+    for word in ("200 samples", "1497 training images of digits", sample.SHA256["digits"][:12], "EMA",
+                 "1 function evaluations", "seeds 0 to 1"):
+        assert word in result["protocol"]
+    assert result["ratio_to_floor"] == pytest.approx(
+        result["mean"]["frechet_distance"] / result["floor"]["frechet_distance"])
+    assert result["spread"]["frechet_distance"] > 0 and "classified as asked" in out
+
+
+# ---- ONNX ---------------------------------------------------------------------------------------
+
+def run_onnx(path, batch, seed=0):
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    noise = teacher.unit_noise(batch, (1, 8, 8), seed)
+    label = torch.arange(batch) % 10
+    image, = session.run(None, {"noise": noise.numpy(), "label": label.numpy()})
+    return image, noise, label
+
+
+@pytest.mark.parametrize("flags, tolerance", [([], 1e-5), (["--uint8"], 1), (["--fp16"], 1e-2)])
+def test_onnx_file_keeps_its_contract(flags, tolerance, tiny_generator, tmp_path):
+    path = tmp_path / "g.onnx"
+    export.main([tiny_generator, *flags, "--out", str(path)])
+    model = onnx.load(path)
+    assert [i.name for i in model.graph.input] == ["noise", "label"]
+    assert [o.name for o in model.graph.output] == ["image"]
+    types = [v.type.tensor_type.elem_type for v in (*model.graph.input, *model.graph.output)]
+    image_type = onnx.TensorProto.UINT8 if flags == ["--uint8"] else onnx.TensorProto.FLOAT
+    assert types == [onnx.TensorProto.FLOAT, onnx.TensorProto.INT64, image_type]
+    assert [(o.domain, o.version) for o in model.opset_import] == [("", 18)]
+    assert list(tmp_path.iterdir()) == [path]
+
+    checkpoint = teacher.load(tiny_generator)
+    generator = teacher.build(checkpoint)
+    for batch in (1, 3, 64, 257):
+        image, noise, label = run_onnx(path, batch)
+        expected = generator(80 * noise, torch.full((batch,), 80.0), label).clamp(-1, 1)
+        if flags == ["--uint8"]:
+            expected = teacher.to_uint8(expected).permute(0, 2, 3, 1)
+        assert image.shape == expected.shape
+        assert abs(image.astype(float) - expected.numpy().astype(float)).max() <= tolerance
+
+
+def test_onnx_metadata_hold_the_contract_and_no_path(tiny):
+    path = tiny / "dmd2" / "generator.onnx"
+    facts = json.loads({p.key: p.value for p in onnx.load(path).metadata_props}["dmd2"])
+    assert facts["data"]["classes"] == list("0123456789") and facts["data"]["shape"] == [1, 8, 8]
+    assert facts["sigmas"] == [80.0] and facts["steps"] == 1 and facts["figures"]["frechet_distance"] > 0
+    digest = hashlib.sha256((tiny / "dmd2" / "generator.pt").read_bytes()).hexdigest()
+    assert facts["checkpoint_sha256"] == digest
+    content = path.read_bytes()
+    for part in (str(ROOT), str(tiny), str(Path(torch.__file__).parent), "export.py", "teacher.py"):
+        assert part.encode() not in content
+
+
+def test_onnx_file_alone_makes_the_checkpoint_s_images(tiny, tiny_generator, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for source in (tiny_generator, str(tiny / "dmd2" / "generator.onnx")):
+        sample.main([source, "--n", "20", "--out", Path(source).suffix[1:] + ".npz"])
+    a, b = np.load("pt.npz"), np.load("onnx.npz")
+    assert a["images"].shape == (20, 8, 8, 1) and a["images"].dtype == np.uint8
+    assert abs(a["images"].astype(int) - b["images"].astype(int)).max() <= 1
+    assert a["labels"].tolist() == b["labels"].tolist() == [i % 10 for i in range(20)]
+
+
+def test_export_that_differs_from_pytorch_leaves_no_file(tiny_generator, tmp_path, monkeypatch, capsys):
+    original = export.export_onnx
+
+    def wrong(exported, *args):
+        exported = copy.deepcopy(exported)
+        with torch.no_grad():
+            exported.generator.net.dec["8x8_aux_conv"].bias += 0.1
+        original(exported, *args)
+
+    monkeypatch.setattr(export, "export_onnx", wrong)
+    with pytest.raises(SystemExit) as stop:
+        export.main([tiny_generator, "--out", str(tmp_path / "g.onnx")])
+    assert stop.value.code == 1 and "differs from PyTorch" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_provider_that_did_not_load_is_an_error(tiny, monkeypatch):
+    if torch.cuda.is_available():
+        pytest.skip("CUDA is here")
+    with pytest.raises(ValueError, match="did not load CUDAExecutionProvider"):
+        sample.onnx_session(tiny / "dmd2" / "generator.onnx", "cuda")
+
+
+# ---- what users see -----------------------------------------------------------------------------
+
+def fails(main, argv, capsys):
+    """Run a script's main as its command does; returns the one line it must fail with, status 2."""
+    with pytest.raises(SystemExit) as stop:
+        teacher.run_script(lambda: main(argv))
+    lines = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and len(lines) == 1, lines
+    return lines[0]
+
+
+@pytest.mark.parametrize("main, argv, says", [
+    (teacher.main, "--data cifra", "--data cifra: neither digits, mnist"),
+    (teacher.main, "--data mnist --data-dir /nowhere", "--data digits needs no download"),
+    (teacher.main, "--batch 1500", "--batch 1500: digits has only 1497"),
+    (teacher.main, "--batch 0", "--batch 0: must be at least 1"),
+    (teacher.main, "--batch many", "invalid int value: 'many'"),
+    (teacher.main, "--lr nan", "--lr nan: must be"),
+    (teacher.main, "--mults 1,x", "--mults 1,x: needs positive integers"),
+    (teacher.main, "--mults 1,2,2,2,2", "multiple of 16"),
+    (teacher.main, "--schedule cosin", "--schedule cosin: choose from lognormal"),
+    (teacher.main, "--bacth 3", "unrecognized arguments: --bacth"),
+    (teacher.main, "--out /dev/null/run", "/dev/null/run"),
+    (teacher.main, "--resume nowhere.pt", "nowhere.pt: no such checkpoint"),
+    (dmd2.main, "", "--teacher is missing"),
+    (dmd2.main, "--teacher nowhere.pt", "nowhere.pt: no such checkpoint"),
+    (dmd2.main, "--teacher GENERATOR", "holds a generator"),
+    (dmd2.main, "--teacher TEACHER --out /dev/null/run", "/dev/null/run"),
+    (dmd2.main, "--resume LAST --batch 32", "--batch 32: the run to resume has 16"),
+    (dmd2.main, "--resume GENERATOR", "holds no optimizers"),
+    (sample.main, "", "arguments are required: checkpoint"),
+    (sample.main, "nowhere.pt", "nowhere.pt: no such checkpoint"),
+    (sample.main, "nowhere.onnx", "nowhere.onnx: no such file"),
+    (sample.main, "README", "not a checkpoint of this project"),
+    (sample.main, "FOREIGN", "not a checkpoint of this project"),
+    (sample.main, "GENERATOR --labels 3,10", "'10' is no class; there are 0 to 9"),
+    (sample.main, "GENERATOR --labels 3,,7", "'' is no class"),
+    (sample.main, "GENERATOR --steps 4", "--steps 4"),
+    (sample.main, "GENERATOR --out /dev/null/x.png", "/dev/null"),
+    (sample.main, "GENERATOR --evaluate --out x.png", "leave out"),
+    (export.main, "TEACHER", "distil it first"),
+    (export.main, "GENERATOR --out /dev/null/x.onnx", "/dev/null"),
+])
+def test_mistake_of_the_user_is_one_line_and_status_2(main, argv, says, tiny, tiny_teacher, tiny_generator,
+                                                      tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"weights": torch.zeros(3)}, tmp_path / "foreign.pt")
+    paths = dict(TEACHER=tiny_teacher, GENERATOR=tiny_generator, LAST=str(tiny / "dmd2" / "last.pt"),
+                 README=str(ROOT / "README.md"), FOREIGN=str(tmp_path / "foreign.pt"))
+    capsys.readouterr()
+    line = fails(main, [paths.get(word, word) for word in argv.split()], capsys)
+    assert says in line and "Traceback" not in line
+    assert [p.name for p in tmp_path.iterdir()] == ["foreign.pt"]
+
+
+def test_device_that_is_not_there_is_refused(capsys):
+    missing = "mps" if torch.cuda.is_available() else "cuda"
+    assert f"--device {missing}" in fails(teacher.main, ["--device", missing], capsys)
+
+
+def test_a_script_started_as_users_do_fails_in_one_line(tmp_path):
+    done = subprocess.run([sys.executable, ROOT / "sample.py", "nothing.pt"], cwd=tmp_path,
+                          capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("sample.py: nothing.pt: no such checkpoint")
+    assert len(done.stderr.splitlines()) == 1 and not done.stdout
+
+
+def test_labels_make_a_row_per_class_and_a_folder_a_file_per_image(tiny_generator, tmp_path):
+    sample.main([tiny_generator, "--labels", "3,3,7", "--out", str(tmp_path / "grid.png")])
+    sample.main([tiny_generator, "--labels", "3,3,7", "--out", str(tmp_path / "folder")])
+    assert Image.open(tmp_path / "grid.png").size[1] < Image.open(tmp_path / "grid.png").size[0] * 2
+    names = sorted(p.name for p in (tmp_path / "folder").iterdir())
+    assert names == ["00000_3.png", "00001_3.png", "00002_7.png"]
+    assert Image.open(tmp_path / "folder" / names[0]).size == (8, 8)
+
+
+def test_training_leaves_its_log_and_pictures(tiny_teacher, tmp_path):
+    dmd2.main([*TINY_DMD, "--teacher", tiny_teacher, "--out", str(tmp_path), "--sample-every", "2",
+               "--evaluate-every", "2"])
+    names = {p.name for p in tmp_path.iterdir()}
+    assert names == {"config.json", "log.jsonl", "loss.png", "generator.pt", "last.pt",
+                     "samples_000002.png", "samples_000004.png"}
+    assert [line["step"] for line in log_of(tmp_path) if "frechet_distance" in line] == [2, 4]
+    best, last = (teacher.load(tmp_path / name) for name in ("generator.pt", "last.pt"))
+    distances = [line["frechet_distance"] for line in log_of(tmp_path) if "frechet_distance" in line]
+    assert best["figures"]["frechet_distance"] == pytest.approx(min(distances), abs=1e-5)
+    assert last["step"] == 4 and last["best"] == best["figures"]
+
+
+def test_networks_compile(tmp_path):
+    """torch.compile and bfloat16 autocast, the defaults on CUDA, give a run like the plain one."""
+    losses = []
+    for flags in ([], ["--compile", "on", "--dtype", "bfloat16"]):
+        out = str(tmp_path / str(len(flags)))
+        teacher.main([*TINY, "--out", out, "--mults", "1", *flags])
+        losses.append(log_of(out)[0]["loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
+
+
+# ---- the house ----------------------------------------------------------------------------------
+
+def test_imports_form_a_line():
+    allowed = dict(teacher=set(), sample={"teacher"}, dmd2={"teacher", "sample"}, export={"teacher", "sample"})
+    for name, may in allowed.items():
+        tree = ast.parse((ROOT / f"{name}.py").read_text())
+        imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+        imported |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+        assert imported & set(allowed) <= may, name
+
+
+def test_every_class_and_every_function_that_another_file_uses_is_documented():
+    used = "".join((ROOT / f"{name}.py").read_text() for name in ("sample", "dmd2", "export"))
+    for module in (teacher, sample, dmd2, export):
+        for name, thing in vars(module).items():
+            if getattr(thing, "__module__", "") == module.__name__ and (
+                    inspect.isclass(thing) or re.search(rf"import[^)]*\b{name}\b", used)):
+                assert thing.__doc__, f"{module.__name__}.{name}"
+
+
+def commands(readme):
+    """The commands in the README's blocks, one to a string, in reading order."""
+    blocks = re.findall(r"```(?:sh|bash)\n(.*?)```", readme, re.S)
+    lines = [line.split("#")[0].strip() for block in blocks for line in block.splitlines()]
+    return [part.strip() for line in lines if line for part in line.split("&&")]
+
+
+def test_every_command_of_the_readme_runs(tmp_path, monkeypatch):
+    """In order, in an empty folder, by the scripts' own main, with tiny sizes put behind each."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(export, "BATCHES", (1,))
+    monkeypatch.setattr(torch, "compile", lambda module, **options: module)  # has a test of its own
+    ran = 0
+    for command in commands(README):
+        program, *words = shlex.split(command)
+        if program != "python":
+            assert command in ("pip install -r requirements.txt", "pytest test_all.py"), command
+            continue
+        if "mnist" in command and not (SHARED / "data" / "MNIST").exists():
+            continue
+        words = [str(SHARED / "data") if word.endswith("shared/data") else word for word in words]
+        script = Path(words[0]).stem
+        extra = dict(teacher=[*TINY, "--sample-every", "4"], dmd2=[*TINY_DMD, "--sample-every", "4"],
+                     sample=["--n", "100" if "--evaluate" in words else "20", "--seeds", "1"], export=[])
+        extra = ["--steps", "6"] if "--resume" in words else extra[script]
+        dict(teacher=teacher, dmd2=dmd2, sample=sample, export=export)[script].main([*words[1:], *extra])
+        ran += 1
+    assert ran >= 15
+    for snippet in re.findall(r"```python\n(.*?)```", README, re.S):
+        exec(snippet, variables := {})
+        assert variables["image"].shape == (10, 1, 8, 8)
