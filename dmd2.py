@@ -18,13 +18,14 @@ from pathlib import Path
 
 import torch
 
-from sample import (few_step, generator_sampler, load_reference, measure, summary, teacher_sampler)
-from teacher import (SIGMA_MAX, Log, TrainingOptions, arg, build, denoising_loss, descend, due,
-                     fill, frozen, load, make_run_folder, parse, pick_device, prepare, recipe_name,
-                     run_script, save, save_grid, seeded, sigma_at, to_uint8, unit_noise,
+from sample import (EVALUATE_AT_LEAST, TITLES, few_step, generator_sampler, load_reference, measure,
+                    summary, teacher_sampler)
+from teacher import (GENERATOR, SIGMA_MAX, Draw, Log, TrainingOptions, arg, build, denoising_loss,
+                     descend, due, filled, frozen, load, make_run_folder, parse, pick_device,
+                     plot_log, prepare, run_script, save, save_grid, sigma_at, to_uint8, unit_noise,
                      update_ema, warmed_up)
 
-# What depends on the data stands here and nowhere else: it fills the options that were not given.
+# What of dmd2.py depends on the data: it fills the options that were not given.
 RECIPES = {
     "digits": dict(batch=128, steps=1200, lr=4e-4, fake_lr=1e-3, fake_steps=2, ema=0.99),
     "mnist": dict(batch=256, steps=20000, lr=2e-4, fake_lr=4e-4, fake_steps=2, ema=0.999),
@@ -41,19 +42,16 @@ EVALUATION_SEED = 1_000_000
 class Config(TrainingOptions):
     """Options of dmd2.py; those left at None take their values from RECIPES."""
 
-    teacher: str = arg(None, "checkpoint of teacher.py to distil")
+    teacher: str = arg(None, "checkpoint of teacher.py to distil", free=True)
     out: str = arg("runs/dmd2", "folder of the run", free=True)
-    data_dir: str = arg(None, "where the real images to evaluate against are (default: as the "
-                              "teacher found them)", free=True)
     fake_steps: int = arg(None, "updates of the fake score per update of the generator: the two "
                                 "time-scale rule (default: by data)", at_least=1)
     lr: float = arg(None, "learning rate of the generator (default: by data)", at_least=0, below=1)
     fake_lr: float = arg(None, "learning rate of the fake score (default: by data)", at_least=0,
                          below=1)
-    clip: float = arg(10.0, "gradients longer than this are scaled down to it", at_least=1e-9)
     evaluate_every: int = arg(200, "steps between evaluations, the best of which is kept; 0 for "
                                    "none, which needs no data", at_least=0)
-    evaluate_n: int = arg(2000, "images per evaluation", at_least=100)
+    evaluate_n: int = arg(2000, "images per evaluation", at_least=EVALUATE_AT_LEAST)
 
     def __post_init__(self):
         super().__post_init__()
@@ -74,11 +72,13 @@ def dmd_gradient(teacher, fake_score, x0, sigma, label, noise):
     sigma      [B]           one level per image, in [SIGMA_MIN, SIGMA_MAX]
     label      [B]           the classes x0 was generated for, int64
     returns [B, C, H, W], of order 1 per image; exactly 0 where fake_score equals teacher
+
+    A value that is not finite is left so: Log stops the run at it.
     """
     x = x0 + sigma.view(-1, 1, 1, 1) * noise
     real, fake = teacher(x, sigma, label), fake_score(x, sigma, label)
     scale = (x0 - real).abs().mean(dim=(1, 2, 3), keepdim=True)
-    return (fake - real) / scale
+    return (fake - real) / scale.clamp(min=1e-6)  # 0 if the teacher leaves x0 as it is
 
 
 def dmd_loss(teacher, fake_score, x0, sigma, label, noise):
@@ -106,88 +106,97 @@ def save_estimates(teacher, fake_score, generator, sigmas, data, path, columns=1
 # ---- what happens between the steps -------------------------------------------------------------
 
 class Keeper:
-    """Evaluates, pictures and saves a run; generator.pt is the best of its EMA generators."""
+    """Evaluates, pictures, saves and resumes a run; generator.pt is the best of its EMA generators.
 
-    def __init__(self, cfg, parent, out, sigmas, networks, device):
-        self.cfg, self.parent, self.out, self.sigmas = cfg, parent, out, sigmas
-        self.networks, self.device = networks, device  # everything whose state a resumed run needs
+    networks holds what a resumed run needs besides the EMA: networks and optimizers by name.
+    """
+
+    def __init__(self, cfg, parent, teacher, ema, sigmas, networks):
+        self.cfg, self.parent, self.teacher, self.ema = cfg, parent, teacher, ema
+        self.sigmas, self.networks, self.out = sigmas, networks, Path(cfg.out)
+        self.device = next(teacher.parameters()).device
         self.teacher_sha256 = hashlib.sha256(Path(cfg.teacher).read_bytes()).hexdigest()
-        self.figures, self.best, self.reference = None, None, None
+        self.figures = self.best = self.teacher_figures = self.reference = None
+        data = parent["data"]
         if cfg.evaluate_every:
-            data = parent["data"]
             self.reference = load_reference(data["name"], cfg.data_dir or data["data_dir"],
-                                            data["size"], device)
+                                            data["size"], self.device)
+            self.teacher_figures = self.measure(teacher_sampler(teacher, data, self.device))
+
+    def measure(self, sampler):
+        """evaluate() at this run's number of samples, and what they were compared with."""
+        n = self.cfg.evaluate_n
+        return dict(measure(sampler, self.reference, n, EVALUATION_SEED),
+                    protocol=f"{n} samples, {self.reference.protocol}")
 
     def resume(self):
-        """Restore the networks and optimizers from --resume; returns the step to go on at."""
+        """Restore networks and optimizers from --resume; returns the step to go on at."""
         checkpoint = load(self.cfg.resume, resume=True)
         if checkpoint["teacher_sha256"] != self.teacher_sha256:
-            raise ValueError(f"--teacher {self.cfg.teacher}: has changed since the run in "
-                             f"{self.cfg.resume} began; start a new run")
+            raise ValueError(f"--teacher {self.cfg.teacher}: not the one that the run in "
+                             f"{self.cfg.resume} began with")
         for name, state in checkpoint["training"].items():
             self.networks[name].load_state_dict(state)
-        self.networks["ema"].load_state_dict(checkpoint["model"])
+        self.ema.load_state_dict(checkpoint["model"])
         self.best = checkpoint["best"]
         return checkpoint["step"]
 
-    def measure(self, sampler):
-        return measure(sampler, self.reference, self.cfg.evaluate_n, EVALUATION_SEED)
-
-    def begin(self, log, teacher):
-        """Measure the teacher, for comparison."""
+    def begin(self, log):
+        """Tell the teacher's figures, which the generator's are to be compared with."""
         if self.reference:
-            sampler = teacher_sampler(teacher, self.parent["data"], self.device)
-            log.say(f"teacher ({sampler.name}): {summary(self.measure(sampler))}")
+            log.write(0, **{f"teacher_{name}": self.teacher_figures[name] for name in TITLES})
+            log.say(f"teacher: {summary(self.teacher_figures)}")
 
-    def after(self, step, log, teacher):
-        """Whatever is due after a step, counted from 0."""
-        cfg, ema = self.cfg, self.networks["ema"]
+    def after(self, step, log):
+        """Do whatever is due after a step, counted from 0."""
+        cfg, data = self.cfg, self.parent["data"]
         if due(step, cfg.evaluate_every, cfg.steps):
             log.check()
-            sampler = generator_sampler(ema, self.sigmas, self.parent["data"], self.device)
+            sampler = generator_sampler(self.ema, self.sigmas, data, self.device)
             self.figures = dict(self.measure(sampler), step=step + 1)
-            log.write(step + 1, **{name: v for name, v in self.figures.items() if name != "step"})
+            log.write(step + 1, **{name: self.figures[name] for name in TITLES})
             log.say(f"step {step + 1}: {summary(self.figures)}")
             if not self.best or self.figures["frechet_distance"] < self.best["frechet_distance"]:
                 self.best = self.figures
                 save(self.checkpoint(step + 1), self.out / "generator.pt")
         if due(step, cfg.sample_every, cfg.steps):
-            save_estimates(teacher, self.networks["fake_score"], ema, self.sigmas,
-                           self.parent["data"], self.out / f"samples_{step + 1:06d}.png")
+            save_estimates(self.teacher, self.networks["fake_score"], self.ema, self.sigmas, data,
+                           self.out / f"samples_{step + 1:06d}.png")
         if due(step, cfg.save_every, cfg.steps):
             log.check()
+            plot_log(log.path)
             if not cfg.evaluate_every:
                 save(self.checkpoint(step + 1), self.out / "generator.pt")
             training = {name: network.state_dict() for name, network in self.networks.items()}
-            del training["ema"]  # it is what the checkpoint calls model
             save(dict(self.checkpoint(step + 1), training=training), self.out / "last.pt")
+
+    def checkpoint(self, step):
+        """The EMA generator, its figures if this step was evaluated, and where it comes from."""
+        inherited = {name: self.parent[name] for name in ("network", "prediction", "data")}
+        evaluated = self.figures is not None and self.figures["step"] == step
+        return dict(inherited, kind="generator", step=step, config=dataclasses.asdict(self.cfg),
+                    sigmas=self.sigmas, figures=self.figures if evaluated else None,
+                    best=self.best, teacher_figures=self.teacher_figures,
+                    teacher_sha256=self.teacher_sha256, model=self.ema.state_dict())
 
     def end(self):
         """Say which file holds what, and which step its figures are of."""
         if self.best:
             for name, title, figures in (("generator.pt", "best", self.best),
                                          ("last.pt", "last", self.figures)):
-                print(f"{self.out / name}: {title} generator, step {figures['step']}: "
-                      f"{summary(figures)}")
-
-    def checkpoint(self, step):
-        kept = ("network", "prediction", "data")
-        return dict({name: self.parent[name] for name in kept}, kind="generator", step=step,
-                    config=dataclasses.asdict(self.cfg), sigmas=self.sigmas, figures=self.figures,
-                    best=self.best, teacher_sha256=self.teacher_sha256,
-                    model=self.networks["ema"].state_dict())
+                print(f"{self.out / name}: the {title}, step {figures['step']}: {summary(figures)}")
 
 
 # ---- training -----------------------------------------------------------------------------------
 
 def train(cfg):
     """Distil; returns the path of the generator's checkpoint."""
-    device = pick_device(cfg.device)
-    parent = load(cfg.teacher)
+    device, parent = pick_device(cfg.device), load(cfg.teacher)
     if parent["kind"] != "teacher":
         raise ValueError(f"--teacher {cfg.teacher}: holds a {parent['kind']}; give a checkpoint of "
                          "teacher.py")
-    fill(cfg, RECIPES[recipe_name(parent["data"]["name"])])
+    cfg = filled(cfg, RECIPES, parent["data"]["name"])
+    cfg = dataclasses.replace(cfg, teacher=str(Path(cfg.teacher).resolve()))
     num_classes, shape = len(parent["data"]["classes"]), parent["data"]["shape"]
     sigmas = [SIGMA_MAX]
     teacher = build(parent, device)
@@ -196,47 +205,44 @@ def train(cfg):
     adamw = functools.partial(torch.optim.AdamW, weight_decay=0.01, fused=device.type != "mps")
     generator_optimizer = adamw(generator.parameters())
     fake_optimizer = adamw(fake_score.parameters())
-
-    networks = dict(generator=generator, fake_score=fake_score, ema=ema,
-                    generator_optimizer=generator_optimizer, fake_optimizer=fake_optimizer)
-    out = make_run_folder(cfg)
-    keeper = Keeper(cfg, parent, out, sigmas, networks, device)
+    keeper = Keeper(cfg, parent, teacher, ema, sigmas, dict(
+        generator=generator, fake_score=fake_score, generator_optimizer=generator_optimizer,
+        fake_optimizer=fake_optimizer))
     start = keeper.resume() if cfg.resume else 0
-    prepare(cfg, device, teacher, generator, fake_score, ema)
+    prepare(cfg, device, teacher, generator, fake_score)  # not ema: evaluated in float32
+    make_run_folder(cfg)
     log = Log(cfg, start)
-    keeper.begin(log, teacher)
+    keeper.begin(log)
 
     for step in range(start, cfg.steps):
-        rng = seeded(cfg.seed, 0, step, device=device)
-        label = torch.randint(num_classes, (cfg.batch,), generator=rng, device=device)
-        uniform = functools.partial(torch.rand, cfg.batch, generator=rng, device=device)
-        randn = functools.partial(torch.randn, cfg.batch, *shape, generator=rng, device=device)
-        update_generator = step % cfg.fake_steps == 0  # the two time-scale rule (DMD2, section 4.2)
+        draw = Draw(GENERATOR, cfg.seed, step, cfg.batch, shape, device)
+        label = draw.label(num_classes)
+        update, rest = divmod(step, cfg.fake_steps)
+        update_generator = rest == 0  # the two time-scale rule (DMD2, section 4.2)
         with torch.set_grad_enabled(update_generator):
-            x0 = few_step(generator, sigmas[0] * randn(), sigmas, label)
+            x0 = few_step(generator, sigmas[0] * draw.normal(), sigmas, label)
 
         # Generator: move its samples along the distribution-matching gradient.
         if update_generator:
-            update = step // cfg.fake_steps
-            sigma = sigma_at(0.02 + 0.96 * uniform(), "karras")
-            loss = dmd_loss(teacher, fake_score, x0, sigma, label, randn())
-            lr = warmed_up(cfg.lr, update, cfg.warmup)
-            norm = descend(loss, generator_optimizer, cfg.clip, lr)
-            update_ema(ema, generator, min(cfg.ema, (update + 1) / (update + 10)))
-            log.note(dmd_loss=loss.detach(), generator_gradient_norm=norm)
+            sigma = sigma_at(draw.uniform(0.02, 0.98), "karras")
+            loss, norm = descend(
+                dmd_loss(teacher, fake_score, x0, sigma, label, draw.normal()),
+                generator_optimizer, cfg.clip, warmed_up(cfg.lr, update, cfg.warmup))
+            update_ema(ema, generator, cfg.ema, update)
+            log.note(dmd_loss=loss, generator_gradient_norm=norm)
 
         # Fake score: the teacher's own loss, on the generator's samples, at every step.
-        sigma = sigma_at(uniform(), "karras")
-        loss = denoising_loss(fake_score, x0.detach(), sigma, label, randn())
-        lr = warmed_up(cfg.fake_lr, step, cfg.warmup)
-        norm = descend(loss, fake_optimizer, cfg.clip, lr)
-        log.note(fake_loss=loss.detach(), fake_gradient_norm=norm)
+        sigma = sigma_at(draw.uniform(), "karras")
+        loss, norm = descend(
+            denoising_loss(fake_score, x0.detach(), sigma, label, draw.normal()),
+            fake_optimizer, cfg.clip, warmed_up(cfg.fake_lr, step, cfg.warmup))
+        log.note(fake_loss=loss, fake_gradient_norm=norm)
 
         log.step(step + 1)
-        keeper.after(step, log, teacher)
+        keeper.after(step, log)
     log.close()
     keeper.end()
-    return out / "generator.pt"
+    return keeper.out / "generator.pt"
 
 
 def main(argv=None):

@@ -43,6 +43,7 @@ class Config(Options):
     """Options of export.py."""
 
     checkpoint: str = arg(None, "generator.pt of dmd2.py", positional=True)
+    device: str = arg("cpu", "where the file is checked against PyTorch", ("cpu", "cuda"))
     out: str = arg(None, "the file to write (default: beside the checkpoint, .onnx)")
     uint8: bool = arg(False, "the image as uint8 [batch, H, W, C], not float32 [batch, C, H, W]")
     fp16: bool = arg(False, "the network's weights, arithmetic in float16; inputs and output stay")
@@ -104,14 +105,13 @@ def check_onnx(path, exported, shape, num_classes, device="cpu"):
     one comes of rounding.
     """
     session, _ = onnx_session(path, device, dict(use_tf32=0) if device == "cuda" else {})
-    torch.backends.cudnn.allow_tf32 = False
     exported, worst, first = exported.to(device), 0.0, 0
     for batch in (1, 3) + (64,) * math.ceil(num_classes / 64):
         label = torch.arange(first, first + batch) % num_classes
         first += batch
         noise = unit_noise(batch, shape, seed=0)
         image, = session.run(["image"], {"noise": noise.numpy(), "label": label.numpy()})
-        with torch.no_grad():
+        with torch.no_grad(), torch.backends.cudnn.flags(allow_tf32=False):
             expected = exported(noise.to(device), label.to(device)).cpu().numpy()
         assert image.shape == expected.shape and image.dtype == expected.dtype
         difference = np.abs(image.astype(np.float64) - expected.astype(np.float64)).max()
@@ -122,13 +122,15 @@ def check_onnx(path, exported, shape, num_classes, device="cpu"):
 def facts_of(checkpoint, path, cfg):
     """The contract and the origin of an exported file, as its metadata tells them."""
     data = {name: checkpoint["data"][name] for name in ("name", "size", "shape", "classes")}
+    data["name"] = Path(data["name"]).name  # of a folder, not where it lies on this machine
     return dict(
         data=data, steps=len(checkpoint["sigmas"]), sigmas=checkpoint["sigmas"],
         noise="float32 [batch, C, H, W], standard normal",
         label=f"int64 [batch], 0 to {len(data['classes']) - 1}",
         image="uint8 [batch, H, W, C]" if cfg.uint8 else "float32 [batch, C, H, W] in [-1, 1]",
         arithmetic="float16" if cfg.fp16 else "float32",
-        training_step=checkpoint["step"], figures=checkpoint["figures"], git_commit=git_commit(),
+        training_step=checkpoint["step"], figures=checkpoint["figures"],
+        teacher_figures=checkpoint["teacher_figures"], git_commit=git_commit(),
         checkpoint_sha256=hashlib.sha256(Path(path).read_bytes()).hexdigest())
 
 
@@ -175,13 +177,16 @@ def benchmark(path, exported, data, device):
                            ("PyTorch eager", lambda: exported(*inputs)),
                            ("torch.compile", lambda: compiled(*inputs)),
                            ("onnxruntime", lambda: session.run(["image"], feed))):
-            yield batch, name, median_seconds(call, device)
+            try:
+                yield batch, name, median_seconds(call, device)
+            except RuntimeError as error:  # torch.compile, where there is no compiler
+                yield batch, f"{name}: {type(error).__name__}", math.nan
 
 
 def print_benchmark(rows, device):
     """Print the rows of benchmark() as they come, with each batch's gain over the teacher."""
-    print(f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}, onnxruntime "
-          f"{onnxruntime.__version__}; medians")
+    print(f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__} in float32, "
+          f"onnxruntime {onnxruntime.__version__} with the file as exported; medians")
     print(f"{'batch':>5}  {'':22} {'ms':>9} {'images/s':>10} {'x teacher':>10}")
     base = {}
     for batch, name, seconds in rows:
@@ -194,7 +199,7 @@ def print_benchmark(rows, device):
 
 def main(argv=None):
     cfg = parse(Config, argv, __doc__)
-    device = pick_device("cpu" if cfg.device == "mps" else cfg.device).type
+    device = pick_device(cfg.device).type
     checkpoint = load(cfg.checkpoint)
     if checkpoint["kind"] != "generator":
         raise ValueError(f"{cfg.checkpoint}: holds a {checkpoint['kind']}; distil it first: python "

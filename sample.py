@@ -24,14 +24,23 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from teacher import (Options, arg, build, heun, load, load_data, parse, pick_device, run_script,
-                     save, save_grid, seeded, to_float, to_uint8, unit_noise)
+from teacher import (DATA_DIR, FEATURES, HEUN_STEPS, SUBSET, Options, arg, build, heun, load,
+                     load_data, parse, pick_device, run_script, save, save_grid, seeded, to_float,
+                     to_uint8, unit_noise)
 
 ASSETS = Path(__file__).resolve().parent / "assets"
-FEATURES = 64  # dimensions of the feature space in which quality is measured
+DIMENSIONS = 64  # of the feature space in which quality is measured
 NEIGHBOURS = 3  # k of precision and recall
+EVALUATE_N, EVALUATE_AT_LEAST = 10000, 100
+BATCH = 256  # images at a time; changes the speed only
 TITLES = dict(frechet_distance="Fréchet distance", accuracy="classified as asked",
               precision="precision", recall="recall")
+
+# SHA-256 of the feature networks in assets/; `python sample.py --train-features digits` makes one.
+SHA256 = {
+    "digits": "cccf1413509d3f3f21bba293d4335c019cba307419630e1dd361feaf1f021495",
+    "mnist": "5754c12ac82f279fea6591087cebb8bac6a0afd92f79af5473a65fbf973d033d",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,29 +48,40 @@ class Config(Options):
     """Options of sample.py."""
 
     checkpoint: str = arg(None, "teacher.pt, generator.pt or generator.onnx", positional=True)
-    n: int = arg(None, "number of images (default: 10 per class; 10000 with --evaluate)",
+    n: int = arg(None, f"number of images (default: 10 per class; with --evaluate {EVALUATE_N})",
                  at_least=1)
     labels: str = arg(None, "the classes to sample, such as 3,3,7 (default: all, evenly)")
-    steps: int = arg(None, "Heun steps of a teacher (default: 18)", at_least=1)
-    out: str = arg("samples.png", "a .png (a grid), a .npz (images uint8 [N, H, W, C] and labels), "
-                                  "or a folder for a PNG file each")
+    steps: int = arg(None, f"Heun steps of a teacher (default: {HEUN_STEPS})", at_least=1)
+    seed: int = arg(0, "seed of the noise", at_least=0, below=2**63)
+    out: str = arg(None, "a .png (a grid), a .npz (images uint8 [N, H, W, C] and labels), or a "
+                         "folder for a PNG file each (default: samples.png)")
     evaluate: bool = arg(False, "print Fréchet distance, precision and recall; writes no images")
     seeds: int = arg(3, "with --evaluate: the number of seeds, from --seed on", at_least=1)
     beside: str = arg(None, "a second checkpoint: the picture shows real images, its images, and "
                             "those of the first for the same noise")
     data_dir: str = arg(None, "with --evaluate and --beside: where the real images are (default: "
                               "where training found them)")
-    batch: int = arg(256, "images at a time, which changes the speed only", at_least=1)
+    batch: int = arg(BATCH, "images at a time, which changes the speed only", at_least=1)
+    train_features: str = arg(None, "make a new feature network for this data, written to --out; "
+                                    "figures measured with it compare with no others",
+                              tuple(SHA256))
 
     def __post_init__(self):
         super().__post_init__()
-        if self.evaluate and (self.labels or self.beside):
-            raise ValueError("--evaluate measures all classes of one checkpoint: leave out "
-                             "--labels and --beside")
-        if self.evaluate and self.n is not None and self.n < 100:
-            raise ValueError(f"--n {self.n}: --evaluate needs at least 100 images")
-        if self.beside and Path(self.out).suffix != ".png":
-            raise ValueError(f"--out {self.out}: --beside makes a .png")
+        if self.checkpoint is None and not self.train_features:
+            raise ValueError("no checkpoint given; runs/dmd2/generator.pt is dmd2.py's")
+        if self.evaluate and (self.labels or self.beside or self.out):
+            raise ValueError("--evaluate measures all classes of one checkpoint and writes no "
+                             "images: leave out --labels, --beside and --out")
+        if self.evaluate and self.n is not None and self.n < EVALUATE_AT_LEAST:
+            raise ValueError(f"--n {self.n}: --evaluate needs at least {EVALUATE_AT_LEAST} images")
+        if self.beside and (self.labels or self.n):
+            raise ValueError("--beside shows 5 images of each class: leave out --labels and --n")
+        kinds = (".png",) if self.beside else (".png", ".npz", "")
+        kinds = (".pt",) if self.train_features else kinds
+        if self.out and Path(self.out).suffix not in kinds:
+            raise ValueError(f"--out {self.out}: must end in "
+                             f"{' or '.join(kind or 'nothing, for a folder' for kind in kinds)}")
 
 
 # ---- samplers: from noise to images, by a denoiser ----------------------------------------------
@@ -93,15 +113,15 @@ class Sampler(NamedTuple):
     device: torch.device
 
 
-def load_sampler(path, steps=None, device="cpu"):
+def load_sampler(path, steps=None, device=torch.device("cpu")):
     """Make a Sampler of a .pt or .onnx file; ValueError if it is neither, or `steps` unfit."""
     if Path(path).suffix == ".onnx":
-        sampler = onnx_sampler(path)
+        sampler = onnx_sampler(path, device)
     else:
         checkpoint = load(path)
         denoiser = build(checkpoint, device)
         if checkpoint["kind"] == "teacher":
-            return teacher_sampler(denoiser, checkpoint["data"], device, steps or 18)
+            return teacher_sampler(denoiser, checkpoint["data"], device, steps or HEUN_STEPS)
         sampler = generator_sampler(denoiser, checkpoint["sigmas"], checkpoint["data"], device)
     if steps not in (None, sampler.evaluations):
         raise ValueError(f"--steps {steps}: is for teachers; {path} is a generator of "
@@ -109,7 +129,7 @@ def load_sampler(path, steps=None, device="cpu"):
     return sampler
 
 
-def teacher_sampler(denoiser, data, device, steps=18):
+def teacher_sampler(denoiser, data, device, steps=HEUN_STEPS):
     """EDM's deterministic sampler of a teacher."""
     def images(noise, label):
         return heun(denoiser, noise, label, steps)
@@ -124,18 +144,16 @@ def generator_sampler(generator, sigmas, data, device):
     return Sampler(images, f"generator, {len(sigmas)} step(s)", len(sigmas), data, device)
 
 
-def onnx_sampler(path):
-    """The sampler of a file of export.py, run by onnxruntime on the CPU."""
-    session, facts = onnx_session(path, "cpu")
+def onnx_sampler(path, device):
+    """The sampler of a file of export.py, run by onnxruntime."""
+    session, facts = onnx_session(path, device.type)
 
     def images(noise, label):
-        image, = session.run(["image"], {"noise": noise.numpy(), "label": label.numpy()})
-        if image.dtype == np.uint8:
-            return to_float(torch.from_numpy(image).permute(0, 3, 1, 2))
-        return torch.from_numpy(image)
-    steps = facts["steps"]
-    return Sampler(images, f"ONNX generator, {steps} step(s)", steps, facts["data"],
-                   torch.device("cpu"))
+        feed = {"noise": noise.cpu().numpy(), "label": label.cpu().numpy()}
+        image = torch.from_numpy(session.run(["image"], feed)[0])
+        return to_float(image.permute(0, 3, 1, 2)) if image.dtype == torch.uint8 else image
+    return Sampler(images, f"ONNX generator, {facts['steps']} step(s)", facts["steps"],
+                   facts["data"], device)
 
 
 def onnx_session(path, device, provider_options={}):
@@ -147,7 +165,10 @@ def onnx_session(path, device, provider_options={}):
         raise ValueError(f"{path}: no such file; export.py writes it")
     if device == "cuda" and hasattr(onnxruntime, "preload_dlls"):
         onnxruntime.preload_dlls()
-    provider = dict(cpu="CPUExecutionProvider", cuda="CUDAExecutionProvider")[device]
+    providers = dict(cpu="CPUExecutionProvider", cuda="CUDAExecutionProvider")
+    if device not in providers:
+        raise ValueError(f"--device {device}: onnxruntime runs files of export.py on cpu and cuda")
+    provider = providers[device]
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     try:
@@ -163,24 +184,21 @@ def onnx_session(path, device, provider_options={}):
     return session, json.loads(facts["dmd2"])
 
 
-def generate(sampler, label, seed, batch=256):
-    """Images uint8 [N, C, H, W] of label [N]; image i depends on seed, i and label[i] only."""
-    images = []
-    for i, part in enumerate(label.split(batch)):
+def generate(sampler, label, seed, batch=BATCH):
+    """Images uint8 [N, C, H, W] of label [N]; image i is made of seed, i and label[i] only.
+
+    Batches are filled up to multiples of 16: at odd sizes the last bits come out differently, for
+    kernels then add in another order.
+    """
+    images, batch = [], batch + -batch % 16
+    for i, part in enumerate(F.pad(label, (0, -len(label) % 16)).split(batch)):
         noise = unit_noise(len(part), sampler.data["shape"], seed, start=i * batch)
         image = sampler.images(noise.to(sampler.device), part.to(sampler.device))
         images.append(to_uint8(image).cpu())
-    return torch.cat(images)
+    return torch.cat(images)[:len(label)]
 
 
 # ---- features: a small classifier, its weights part of the protocol -----------------------------
-
-# SHA-256 of the networks in assets/; `python sample.py --train-features digits` makes such a one.
-SHA256 = {
-    "digits": "051cc1265fab4a89f1ad62a77a803b561c008f7c6a4c18f906d54d68c722689c",
-    "mnist": "832fe8c1521bbae580c7b01eb5cdb02c5f5f64da376ec2f4e8af15d1efdc3a96",
-}
-
 
 class FeatureNet(nn.Module):
     """Classifier of images of any size; what enters its last layer are the features."""
@@ -189,11 +207,11 @@ class FeatureNet(nn.Module):
         super().__init__()
         self.body = nn.Sequential(
             convolution(channels, 32, stride=1), convolution(32, 64, 2), convolution(64, 64, 2),
-            nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4 * 64, FEATURES), nn.ReLU())
-        self.head = nn.Linear(FEATURES, num_classes)
+            nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4 * 64, DIMENSIONS), nn.ReLU())
+        self.head = nn.Linear(DIMENSIONS, num_classes)
 
     def forward(self, x):
-        """x [B, C, H, W] in [-1, 1] -> features [B, FEATURES], logits [B, num_classes]"""
+        """x [B, C, H, W] in [-1, 1] -> features [B, DIMENSIONS], logits [B, num_classes]"""
         features = self.body(x)
         return features, self.head(features)
 
@@ -204,8 +222,8 @@ def convolution(c_in, c_out, stride):
 
 
 def train_features(data, steps=1500, batch=128, device="cpu"):
-    """Train the feature network on the training images, shifted by up to a ninth of their side."""
-    rng = seeded(0, 3)
+    """Train the feature network on the training images, each batch shifted by a few pixels."""
+    rng = seeded(FEATURES)
     torch.manual_seed(0)
     images, labels = to_float(data.images), data.labels
     net = FeatureNet(images.shape[1], len(data.classes)).to(device)
@@ -261,27 +279,31 @@ class Reference(NamedTuple):
     """What images are measured against."""
 
     net: FeatureNet
-    features: torch.Tensor  # [N, FEATURES] of the real training images
+    features: torch.Tensor  # [N, DIMENSIONS] of the real training images
     labels: torch.Tensor    # [N] int64, in the same order
-    floor: dict             # evaluate() of the held-out real images
+    floor: dict             # distance and accuracy of the n held-out real images
     protocol: str
 
 
-def load_reference(name, data_dir="data", size=32, device="cpu"):
+def load_reference(name, data_dir, size, device="cpu"):
     """Read a data set and its feature network and make the Reference to evaluate against."""
     data, held_out = (load_data(name, split, data_dir, size) for split in ("train", "test"))
+    if len(held_out.images) <= NEIGHBOURS:
+        raise ValueError(f"{name}: {len(held_out.images)} held-out images are too few to evaluate "
+                         f"against; at least {NEIGHBOURS + 1} are needed")
     net, digest = load_features(data, name, device)
-    order = torch.randperm(len(data.images), generator=seeded(0, 4))  # a prefix is a fair sample
+    order = torch.randperm(len(data.images), generator=seeded(SUBSET))  # a prefix is a fair sample
     features, _ = extract(net, data.images[order])
     protocol = f"reference {len(features)} training images of {name}, feature network {digest}"
     reference = Reference(net, features, data.labels[order], {}, protocol)
     floor = evaluate(held_out.images, held_out.labels, reference)
+    del floor["precision"], floor["recall"]  # of so few images they compare with no others
     return reference._replace(floor=dict(floor, n=len(held_out.images)))
 
 
 @torch.no_grad()
 def extract(net, images, batch=1000):
-    """Features [N, FEATURES] and predicted classes [N], on the CPU, of uint8 [N, C, H, W]."""
+    """Features [N, DIMENSIONS] and predicted classes [N], on the CPU, of uint8 [N, C, H, W]."""
     device = next(net.parameters()).device
     outputs = [net(to_float(part.to(device))) for part in images.split(batch)]
     features, logits = (torch.cat(parts).cpu() for parts in zip(*outputs))
@@ -333,13 +355,13 @@ def precision_recall(real, fake, k=NEIGHBOURS):
     return share_inside(fake, real), share_inside(real, fake)
 
 
-def measure(sampler, reference, n, seed, batch=256):
+def measure(sampler, reference, n, seed, batch=BATCH):
     """evaluate() n images of a sampler, of classes in the proportions of the training images."""
     label = reference.labels.repeat(-(-n // len(reference.labels)))[:n]
     return evaluate(generate(sampler, label, seed, batch), label, reference)
 
 
-def report(sampler, reference, n, seeds, batch=256):
+def report(sampler, reference, n, seeds, batch=BATCH):
     """Measure a sampler at several seeds: figures, floor, ratio and protocol, as one dict."""
     runs = [measure(sampler, reference, n, seed, batch) for seed in seeds]
     columns = {name: [run[name] for run in runs] for name in runs[0]}
@@ -359,14 +381,13 @@ def summary(figures):
 
 def table(result):
     """The text that shows a report() to a person."""
-    lines = [f"{'':20} {'samples':>8} {'spread':>8} {'floor':>8}   "
-             f"floor: the {result['floor']['n']} held-out real images"]
+    lines = [f"{'':20}{'samples':>9}{'spread':>9}{'floor':>9}   "
+             f"(floor: the {result['floor']['n']} held-out real images)"]
     for name, title in TITLES.items():
-        spread = result["spread"][name]
-        lines.append(f"{title:20} {result['mean'][name]:8.4f} "
-                     f"{'-' if spread is None else format(spread, '.4f'):>8} "
-                     f"{result['floor'][name]:8.4f}")
-    return "\n".join([*lines, f"{'ratio to the floor':20} {result['ratio_to_floor']:8.2f}"])
+        cells = [column.get(name) for column in (result["mean"], result["spread"], result["floor"])]
+        lines.append(f"{title:20}" + "".join("        -" if cell is None else f"{cell:9.4f}"
+                                             for cell in cells))
+    return "\n".join([*lines, f"{'ratio to the floor':20}{result['ratio_to_floor']:9.2f}"])
 
 
 # ---- output -------------------------------------------------------------------------------------
@@ -383,15 +404,19 @@ def read_labels(text, classes):
     return torch.tensor(numbers)
 
 
+def padded(images, count):
+    """Images uint8 [N, C, H, W] and white ones, count in all."""
+    return F.pad(images, (0, 0) * 3 + (0, count - len(images)), value=255)
+
+
 def write_images(images, label, classes, out):
     """Write images uint8 [N, C, H, W] as a grid (.png), arrays (.npz), or PNG files in a folder."""
     out = Path(out)
     if out.suffix == ".png":
         groups = [(classes[c], images[label == c]) for c in label.unique().tolist()]
         width = max(len(group) for _, group in groups)
-        rows = [F.pad(group, (0, 0) * 3 + (0, width - len(group)), value=255)
-                for _, group in groups]
-        save_grid(torch.stack(rows), [name for name, _ in groups], out)
+        rows = torch.stack([padded(group, width) for _, group in groups])
+        save_grid(rows, [name for name, _ in groups], out)
         return
     pixels = images.permute(0, 2, 3, 1).numpy()
     if out.suffix == ".npz":
@@ -414,47 +439,51 @@ def save_beside(blocks, names, path, columns=5):
     save_grid(rows, names, path, titles)
 
 
-def compare(cfg, sampler):
+def compare(cfg, sampler, out):
     """The picture real | second checkpoint | first checkpoint, a row per class (the first 10)."""
     other, data = load_sampler(cfg.beside, cfg.steps, sampler.device), sampler.data
+    if any(tuple(other.data[key]) != tuple(data[key]) for key in ("shape", "classes")):
+        raise ValueError(f"--beside {cfg.beside}: has images of other shape or classes than "
+                         f"{cfg.checkpoint}")
     real = load_data(data["name"], "train", data_dir_of(cfg, data), data["size"])
     classes, columns = real.classes[:10], 5
     label = torch.arange(len(classes)).repeat_interleave(columns)
-    shown = torch.cat([real.images[real.labels == c][:columns] for c in range(len(classes))])
+    shown = [real.images[real.labels == c][:columns] for c in range(len(classes))]
+    shown = torch.cat([padded(images, columns) for images in shown])
     blocks = [(s.name, generate(s, label, cfg.seed, cfg.batch)) for s in (other, sampler)]
-    save_beside([("real", shown), *blocks], classes, cfg.out, columns)
-    print(f"wrote {cfg.out}")
+    save_beside([("real", shown), *blocks], classes, out, columns)
 
 
 def data_dir_of(cfg, data):
     """Where the real images are; an exported file doesn't say where training found them."""
-    return cfg.data_dir or data.get("data_dir", "data")
+    return cfg.data_dir or data.get("data_dir", DATA_DIR)
 
 
 def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] == ["--train-features"]:  # makes what is in assets/, so not among users' options
-        name, data_dir = (argv[1:] + ["data"])[:2]
-        write_features(load_data(name, "train", data_dir), ASSETS / f"features_{name}.pt")
-        return
     cfg = parse(Config, argv, __doc__)
-    steps, device = None if cfg.beside else cfg.steps, pick_device(cfg.device)
-    sampler = load_sampler(cfg.checkpoint, steps, device)
-    data = sampler.data
-    if cfg.beside:
-        compare(cfg, sampler)
-    elif cfg.evaluate:
+    if cfg.train_features:
+        path = Path(cfg.out or ASSETS / f"features_{cfg.train_features}.pt")
+        write_features(load_data(cfg.train_features, "train", cfg.data_dir or DATA_DIR), path)
+        return
+    on_cpu = cfg.device == "auto" and Path(cfg.checkpoint).suffix == ".onnx"
+    device = pick_device("cpu" if on_cpu else cfg.device)
+    sampler = load_sampler(cfg.checkpoint, None if cfg.beside else cfg.steps, device)
+    data, out = sampler.data, cfg.out or "samples.png"
+    if cfg.evaluate:
         reference = load_reference(data["name"], data_dir_of(cfg, data), data["size"], device)
         seeds = range(cfg.seed, cfg.seed + cfg.seeds)
-        result = report(sampler, reference, cfg.n or 10000, seeds, cfg.batch)
+        result = report(sampler, reference, cfg.n or EVALUATE_N, seeds, cfg.batch)
         print(table(result), json.dumps(result), sep="\n")
+        return
+    if cfg.beside:
+        compare(cfg, sampler, out)
     else:
         classes = tuple(data["classes"])
         asked = read_labels(cfg.labels, classes) if cfg.labels else torch.arange(len(classes))
         n = cfg.n or (len(asked) if cfg.labels else 10 * len(classes))
         label = asked[torch.arange(n) % len(asked)]
-        write_images(generate(sampler, label, cfg.seed, cfg.batch), label, classes, cfg.out)
-        print(f"wrote {n} images to {cfg.out}")
+        write_images(generate(sampler, label, cfg.seed, cfg.batch), label, classes, out)
+    print(f"wrote {out}")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import argparse
 import copy
 import dataclasses
 import functools
-import importlib
+import importlib.util
 import json
 import math
 import os
@@ -37,12 +37,11 @@ from torch import nn
 from tqdm import tqdm
 
 SIGMA_MIN, SIGMA_MAX, RHO, SIGMA_DATA = 0.002, 80.0, 7.0, 0.5  # EDM, Table 1
+HEUN_STEPS = 18  # of a teacher's sampler, as EDM has for CIFAR-10
 KNOWN_DATA = ("digits", "mnist", "fashion", "cifar10")
+DATA_DIR, FOLDER_SIZE = "data", 32
 
-
-# ---- options: one frozen dataclass per script, whose fields are its flags -----------------------
-
-# What depends on the data stands here and nowhere else: it fills the options that were not given.
+# What of teacher.py depends on the data: it fills the options that were not given.
 RECIPES = {
     "digits": dict(width=32, mults="1,2", blocks=1, batch=128, steps=1200, lr=2e-3, ema=0.99),
     "mnist": dict(width=32, mults="1,2,2", blocks=2, batch=256, steps=20000, lr=1e-3, ema=0.999),
@@ -51,6 +50,40 @@ RECIPES = {
 }
 RECIPES["fashion"] = RECIPES["mnist"]
 
+
+# ---- noise levels -------------------------------------------------------------------------------
+
+LOW, HIGH = SIGMA_MIN ** (1 / RHO), SIGMA_MAX ** (1 / RHO)
+
+# Quantile functions: the noise level below which a share u of the training draws lies.
+SCHEDULES = {
+    "lognormal": lambda u: torch.exp(-1.2 + 1.2 * 2**0.5 * torch.erfinv(2 * u - 1)),
+    "karras": lambda u: (LOW + u * (HIGH - LOW)) ** RHO,
+}
+
+# Rows (c_skip, c_out, c_in) that make of a network F a denoiser c_skip x + c_out F(c_in x).
+PREDICTIONS = {
+    "edm": lambda s: (SIGMA_DATA**2 / (s**2 + SIGMA_DATA**2),
+                      s * SIGMA_DATA / (s**2 + SIGMA_DATA**2).sqrt(),
+                      1 / (s**2 + SIGMA_DATA**2).sqrt()),
+}
+
+
+def sigma_at(u, schedule):
+    """Noise level at quantile u of a schedule (EDM Eq. 5 for karras; Table 1 for lognormal).
+
+    u  any shape, in [0, 1]
+    returns sigma of that shape, rising with u, in [SIGMA_MIN, SIGMA_MAX]
+    """
+    return SCHEDULES[schedule](u).clamp(SIGMA_MIN, SIGMA_MAX)
+
+
+def precondition(prediction, sigma):
+    """The coefficients c_skip, c_out, c_in of a prediction, each of sigma's shape (EDM Table 1)."""
+    return PREDICTIONS[prediction](sigma)
+
+
+# ---- options: one frozen dataclass per script, whose fields are its flags -----------------------
 
 def arg(default, help, choices=None, at_least=None, below=None, free=False, positional=False):
     """A dataclass field that is also a flag. A `free` one may change when a run is resumed."""
@@ -70,7 +103,6 @@ class Options:
 
     device: str = arg("auto", "auto: cuda, else mps, else cpu", ("auto", "cuda", "mps", "cpu"),
                       free=True)
-    seed: int = arg(0, "seed of every random draw", at_least=0, below=2**63)
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -90,13 +122,13 @@ class Options:
 class TrainingOptions(Options):
     """What both training scripts have."""
 
-    out: str = arg(None, "folder of the run", free=True)
-    data_dir: str = arg("data", "where mnist, fashion and cifar10 are, or are downloaded to",
-                        free=True)
+    data_dir: str = arg(None, "where mnist, fashion and cifar10 are, or are downloaded to "
+                              f"(default: {DATA_DIR}, or where the teacher found them)", free=True)
+    seed: int = arg(0, "seed of every random draw", at_least=0, below=2**63)
     steps: int = arg(None, "training steps (default: by data)", at_least=1, free=True)
     batch: int = arg(None, "images per step (default: by data)", at_least=1)
-    warmup: int = arg(100, "steps over which the learning rate rises to its value", at_least=0)
-    clip: float = arg(1.0, "gradients longer than this are scaled down to it", at_least=1e-9)
+    warmup: int = arg(100, "updates over which a learning rate rises to its value", at_least=0)
+    clip: float = arg(10.0, "gradients longer than this are scaled down to it", at_least=1e-9)
     ema: float = arg(None, "decay per update of the averaged weights, which are what is kept "
                            "(default: by data)", at_least=0, below=1)
     dtype: str = arg("auto", "type of the networks' arithmetic; auto: bfloat16 on cuda, or float32",
@@ -107,7 +139,13 @@ class TrainingOptions(Options):
     save_every: int = arg(500, "steps between checkpoints", at_least=1, free=True)
     sample_every: int = arg(500, "steps between pictures; 0 for none", at_least=0, free=True)
     wandb: bool = arg(False, "log to Weights & Biases too", free=True)
-    resume: str = arg(None, "a run's checkpoint to go on from, with that run's options", free=True)
+    resume: str = arg(None, "a run's checkpoint to go on from, with its options, in its folder",
+                      free=True)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.wandb:
+            import_wandb()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,34 +155,28 @@ class Config(TrainingOptions):
     out: str = arg("runs/teacher", "folder of the run", free=True)
     data: str = arg("digits", f"{', '.join(KNOWN_DATA)}, or a folder that holds a folder of images "
                               "per class")
-    size: int = arg(32, "side to which the images of a folder are scaled and cropped", at_least=4)
+    size: int = arg(FOLDER_SIZE, "side of a folder's images, scaled and cropped", at_least=4)
     width: int = arg(None, "channels of the network's first level (default: by data)", at_least=4)
     mults: str = arg(None, "channels of each level as multiples of --width (default: by data)")
     blocks: int = arg(None, "residual blocks per level (default: by data)", at_least=1)
-    prediction: str = arg("edm", "what the network learns: a row of PREDICTIONS", ("edm",))
-    schedule: str = arg("lognormal", "which noise levels it is trained on: a row of SCHEDULES",
-                        ("lognormal", "karras"))
+    prediction: str = arg("edm", "what the network learns", tuple(PREDICTIONS))
+    schedule: str = arg("lognormal", "which noise levels it is trained on", tuple(SCHEDULES))
     lr: float = arg(None, "learning rate (default: by data)", at_least=0, below=1)
     label_dropout: float = arg(0.1, "share of images shown without label, for guidance",
                                at_least=0, below=1)
 
     def __post_init__(self):
-        fill(self, RECIPES[recipe_name(self.data)])
         super().__post_init__()
-        if not all(mult.isdecimal() and int(mult) > 0 for mult in self.mults.split(",")):
+        mults = (self.mults or "1").split(",")
+        if not all(mult.isdecimal() and int(mult) > 0 for mult in mults):
             raise ValueError(f"--mults {self.mults}: needs positive integers such as 1,2,2")
 
 
-def recipe_name(data):
-    """The key of RECIPES for --data."""
-    return data if data in KNOWN_DATA else "folder"
-
-
-def fill(config, defaults):
-    """Give the fields of a frozen config that are None their values from `defaults`."""
-    for name, value in defaults.items():
-        if getattr(config, name) is None:
-            object.__setattr__(config, name, value)
+def filled(cfg, recipes, data):
+    """The config with the options that were not given taken from the recipe for the data."""
+    recipe = recipes[data if data in KNOWN_DATA else "folder"]
+    missing = {name: value for name, value in recipe.items() if getattr(cfg, name) is None}
+    return dataclasses.replace(cfg, **missing)
 
 
 def parse(config_class, argv=None, description=""):
@@ -156,10 +188,12 @@ def parse(config_class, argv=None, description=""):
                                      argument_default=argparse.SUPPRESS)
     for field in dataclasses.fields(config_class):
         help = field.metadata["help"].replace("%", "%%")
-        if field.default is not None and field.type is not bool and "default" not in help:
+        if field.metadata["choices"]:
+            help += f": {', '.join(map(str, field.metadata['choices']))}"
+        if field.default is not None and field.type is not bool:
             help += f" (default: {field.default})"
         if field.metadata["positional"]:
-            parser.add_argument(field.name, help=help)
+            parser.add_argument(field.name, help=help, nargs="?")
         elif field.type is bool:
             parser.add_argument(flag(field.name), help=help, action=argparse.BooleanOptionalAction)
         else:
@@ -169,19 +203,28 @@ def parse(config_class, argv=None, description=""):
         raise ValueError(f"{message} (--help lists the options)")
     parser.error = error
     given = vars(parser.parse_args(argv))
-    if "resume" not in given:
-        return config_class(**given)
+    given = {name: value for name, value in given.items() if value is not None}
+    return resumed(config_class, given) if "resume" in given else config_class(**given)
 
-    checkpoint = load(given["resume"], resume=True)
-    saved = checkpoint["config"]
-    for field in dataclasses.fields(config_class):
+
+def resumed(config_class, given):
+    """The config of the run to resume; ValueError if a given option contradicts it."""
+    path = given["resume"]
+    checkpoint = load(path, resume=True)
+    saved, fields = checkpoint["config"], dataclasses.fields(config_class)
+    if saved.keys() != {field.name for field in fields}:
+        raise ValueError(f"--resume {path}: a {checkpoint['kind']} of another script or version")
+    if "out" in given:
+        raise ValueError(f"--out {given['out']}: a resumed run goes on in its own folder, "
+                         f"{Path(path).parent}")
+    for field in fields:
         name = field.name
-        if name in given and not field.metadata["free"] and given[name] != saved.get(name):
-            raise ValueError(f"{flag(name)} {given[name]}: the run to resume has "
-                             f"{saved.get(name)}; leave the flag out, or start a new run")
-    cfg = config_class(**{**saved, "out": str(Path(given["resume"]).parent), **given})
+        if name in given and not field.metadata["free"] and given[name] != saved[name]:
+            raise ValueError(f"{flag(name)} {given[name]}: the run to resume has {saved[name]}; "
+                             "leave the flag out, or start a new run")
+    cfg = config_class(**{**saved, **given, "out": str(Path(path).parent)})
     if cfg.steps <= checkpoint["step"]:
-        raise ValueError(f"--steps {cfg.steps}: {cfg.resume} has done {checkpoint['step']} already")
+        raise ValueError(f"--steps {cfg.steps}: {path} has done {checkpoint['step']} already")
     return cfg
 
 
@@ -212,7 +255,7 @@ class Data(NamedTuple):
         return Data(self.images.to(device), self.labels.to(device), self.classes)
 
 
-def load_data(name, split, data_dir="data", size=32):
+def load_data(name, split, data_dir=DATA_DIR, size=FOLDER_SIZE):
     """Images of a data set, in memory.
 
     name   one of KNOWN_DATA, or a folder with one sub-folder of images per class
@@ -235,17 +278,13 @@ def load_data(name, split, data_dir="data", size=32):
         classes = tuple("0123456789") if name == "mnist" else tuple(found.classes)
         return Data(images, torch.as_tensor(found.targets).long(), classes)
     if not Path(name).is_dir():
-        raise ValueError(f"--data {name}: neither {', '.join(KNOWN_DATA)} nor a folder")
+        raise ValueError(f"--data {name}: no such folder, and none of {', '.join(KNOWN_DATA)}")
     return hold_out(load_folder(name, size), split)
 
 
 def download(dataset, data_dir, train, name):
     try:
-        return dataset(data_dir, train=train)
-    except RuntimeError:  # torchvision: the files are not there
-        pass
-    try:
-        return dataset(data_dir, train=train, download=True)
+        return dataset(data_dir, train=train, download=True)  # if they are not there
     except (OSError, RuntimeError) as error:
         raise OSError(f"--data {name}: its files are not in {Path(data_dir).resolve()} and can't "
                       f"be downloaded ({error}); --data-dir tells where they are, and --data "
@@ -283,10 +322,34 @@ def to_uint8(images):
 
 # ---- random numbers: no state to save, for every draw is made of its place in the run -----------
 
-def seeded(*key, device="cpu"):
-    """A torch.Generator for the place in a run that `key` names, non-negative integers."""
-    seed = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
-    return torch.Generator(device).manual_seed(int(seed >> 1))
+# The independent streams of random numbers: whatever draws has its own.
+TEACHER, GENERATOR, ORDER, NOISE, FEATURES, SUBSET = range(6)
+
+
+def seeded(stream, *key, device="cpu"):
+    """A torch.Generator for the place in a stream that `key`, non-negative integers, names."""
+    seed = np.random.SeedSequence((stream, *key)).generate_state(1, np.uint64)[0]
+    return torch.Generator(device).manual_seed(int(seed) % 2**63)  # what a signed integer holds
+
+
+class Draw:
+    """The random numbers of one training step, in the order they are asked for."""
+
+    def __init__(self, stream, seed, step, batch, shape, device):
+        self.options = dict(generator=seeded(stream, seed, step, device=device), device=device)
+        self.batch, self.shape = batch, shape
+
+    def uniform(self, low=0.0, high=1.0):
+        """[batch] in [low, high)"""
+        return low + (high - low) * torch.rand(self.batch, **self.options)
+
+    def normal(self):
+        """[batch, *shape] standard normal"""
+        return torch.randn(self.batch, *self.shape, **self.options)
+
+    def label(self, num_classes):
+        """[batch] int64 in [0, num_classes)"""
+        return torch.randint(num_classes, (self.batch,), **self.options)
 
 
 def batch_at(step, count, batch, seed):
@@ -297,45 +360,13 @@ def batch_at(step, count, batch, seed):
 
 @functools.lru_cache(maxsize=1)
 def permutation(count, seed, epoch):
-    return torch.randperm(count, generator=seeded(seed, 1, epoch))
+    return torch.randperm(count, generator=seeded(ORDER, seed, epoch))
 
 
 def unit_noise(count, shape, seed, start=0):
     """Standard normal noise [count, *shape]; number i depends on seed and start + i only."""
-    return torch.stack([torch.randn(shape, generator=seeded(seed, 2, i))
+    return torch.stack([torch.randn(shape, generator=seeded(NOISE, seed, i))
                         for i in range(start, start + count)])
-
-
-# ---- noise levels -------------------------------------------------------------------------------
-
-LOW, HIGH = SIGMA_MIN ** (1 / RHO), SIGMA_MAX ** (1 / RHO)
-
-# Quantile functions: the noise level below which a share u of the training draws lies.
-SCHEDULES = {
-    "lognormal": lambda u: torch.exp(-1.2 + 1.2 * torch.special.ndtri(u)),
-    "karras": lambda u: (LOW + u * (HIGH - LOW)) ** RHO,
-}
-
-# Rows (c_skip, c_out, c_in) that make of a network F a denoiser c_skip x + c_out F(c_in x).
-PREDICTIONS = {
-    "edm": lambda s: (SIGMA_DATA**2 / (s**2 + SIGMA_DATA**2),
-                      s * SIGMA_DATA / (s**2 + SIGMA_DATA**2).sqrt(),
-                      1 / (s**2 + SIGMA_DATA**2).sqrt()),
-}
-
-
-def sigma_at(u, schedule):
-    """Noise level at quantile u of a schedule (EDM Eq. 5 for karras; Table 1 for lognormal).
-
-    u  any shape, in [0, 1]
-    returns sigma of that shape, rising with u, in [SIGMA_MIN, SIGMA_MAX]
-    """
-    return SCHEDULES[schedule](u).clamp(SIGMA_MIN, SIGMA_MAX)
-
-
-def precondition(prediction, sigma):
-    """EDM Table 1's c_skip, c_out, c_in of a prediction, each of sigma's shape [B] or any other."""
-    return PREDICTIONS[prediction](sigma)
 
 
 # ---- network: EDM's DDPM++ (Song et al. 2021), with the names of its published checkpoints ------
@@ -388,7 +419,7 @@ def scaled(layer, scale):
 class UNet(nn.Module):
     """EDM's DDPM++ network F. Argument and parameter names are those of NVlabs/edm.
 
-    Raises ValueError if a level's resolution can't be halved.
+    Raises ValueError if a level's resolution can't be halved or the channels can't be grouped.
     """
 
     def __init__(self, img_resolution, img_channels, label_dim, model_channels=128,
@@ -397,9 +428,12 @@ class UNet(nn.Module):
         if img_resolution % 2 ** (len(channel_mult) - 1):
             raise ValueError(f"images of side {img_resolution}: {len(channel_mult)} levels need a "
                              f"multiple of {2 ** (len(channel_mult) - 1)}")
+        if model_channels % 4:
+            raise ValueError(f"width {model_channels}: must be a multiple of 4")
         c_emb = 4 * model_channels
         self.label_dim = label_dim
-        self.register_buffer("freqs", noise_frequencies(model_channels), persistent=False)
+        octaves = torch.linspace(0, 1, model_channels // 2)
+        self.register_buffer("freqs", 10000 ** -octaves, persistent=False)
         self.map_label = nn.Linear(label_dim, model_channels) if label_dim else None
         self.map_layer0 = nn.Linear(model_channels, c_emb)
         self.map_layer1 = nn.Linear(c_emb, c_emb)
@@ -460,11 +494,6 @@ class UNet(nn.Module):
         return conv(F.silu(norm(x)))
 
 
-def noise_frequencies(channels):
-    half = channels // 2
-    return 10000 ** -(torch.arange(half, dtype=torch.float32) / max(half - 1, 1))
-
-
 def initialise(layer):
     """EDM's initialisation of DDPM++: Xavier uniform, residual branches ending near zero."""
     if isinstance(layer, (nn.Conv2d, nn.Linear)):
@@ -509,10 +538,10 @@ def denoising_loss(denoiser, x0, sigma, label, noise):
 # ---- optimisation -------------------------------------------------------------------------------
 
 def descend(loss, optimizer, clip, lr):
-    """One optimizer step down `loss` at learning rate `lr`; returns the gradient's norm.
+    """One optimizer step down `loss`, at learning rate `lr`, with gradients of norm at most `clip`.
 
-    The gradient is scaled down to norm `clip`. Neither value is looked at here, for that would make
-    the CPU wait for the GPU: Log stops the run if one was not finite.
+    returns loss and the gradient's norm, detached. Neither is looked at here, which would make the
+    CPU wait for the GPU: Log raises FloatingPointError if one is not finite.
     """
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
@@ -521,7 +550,7 @@ def descend(loss, optimizer, clip, lr):
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
-    return norm
+    return loss.detach(), norm
 
 
 def warmed_up(lr, update, warmup):
@@ -530,8 +559,12 @@ def warmed_up(lr, update, warmup):
 
 
 @torch.no_grad()
-def update_ema(ema, model, decay):
-    """ema <- decay ema + (1 - decay) model, for parameters; there are no other trained tensors."""
+def update_ema(ema, model, decay, update):
+    """ema <- decay ema + (1 - decay) model, for all parameters.
+
+    At first the memory is shorter: in update k, from 0, it fades by at least 9 / (k + 10).
+    """
+    decay = min(decay, (update + 1) / (update + 10))
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
 
 
@@ -552,34 +585,33 @@ def pick_device(name):
 
 def prepare(cfg, device, *denoisers):
     """Set the type of the networks' arithmetic and compile them, as --dtype and --compile say."""
-    on_cuda = device.type == "cuda"
+    on_cuda, triton = device.type == "cuda", importlib.util.find_spec("triton") is not None
     torch.set_float32_matmul_precision("high")  # TF32, where a GPU has it
     for denoiser in denoisers:
         bfloat16 = on_cuda if cfg.dtype == "auto" else cfg.dtype == "bfloat16"
         denoiser.dtype = torch.bfloat16 if bfloat16 else torch.float32
-        if on_cuda if cfg.compile == "auto" else cfg.compile == "on":
+        if on_cuda and triton if cfg.compile == "auto" else cfg.compile == "on":
             denoiser.net.compile()
 
 
 # ---- sampling and pictures, as far as training needs them; the rest is in sample.py -------------
 
 @torch.no_grad()
-def heun(denoiser, x, label, steps=18):
+def heun(denoiser, x, label, steps=HEUN_STEPS):
     """EDM's deterministic sampler (Algorithm 1): 2 steps - 1 evaluations of the denoiser.
 
     x      [B, C, H, W]  standard normal noise, float32 or float64, which is kept
     label  [B]           int64
     returns x0 [B, C, H, W]
     """
-    sigmas = sigma_at(torch.linspace(1, 0, steps, dtype=x.dtype, device=x.device), "karras")
-    sigmas = torch.cat([sigmas, sigmas.new_zeros(1)])
+    sigmas = sigma_at(torch.linspace(1, 0, steps, dtype=x.dtype), "karras").tolist() + [0]
     x = sigmas[0] * x
     for sigma, sigma_next in zip(sigmas[:-1], sigmas[1:]):
-        slope = (x - denoiser(x, sigma.expand(len(x)), label)) / sigma
+        slope = (x - denoiser(x, x.new_full(x.shape[:1], sigma), label)) / sigma
         x_next = x + (sigma_next - sigma) * slope
         if sigma_next > 0:
-            slope_next = (x_next - denoiser(x_next, sigma_next.expand(len(x)), label)) / sigma_next
-            x_next = x + (sigma_next - sigma) * (slope + slope_next) / 2
+            x0_hat = denoiser(x_next, x.new_full(x.shape[:1], sigma_next), label)
+            x_next = x + (sigma_next - sigma) * (slope + (x_next - x0_hat) / sigma_next) / 2
         x = x_next
     return x
 
@@ -625,9 +657,10 @@ def save(checkpoint, path):
 def load(path, resume=False):
     """Read a checkpoint of this project without executing anything from it.
 
-    returns its dictionary: kind ("teacher" or "generator"), config, data (name, data_dir, size,
-    shape, classes), network (arguments of UNet), prediction, model (the EMA weights), step, and
-    training (weights, optimizers) where --resume can go on from it
+    returns its dictionary: kind ("teacher" or "generator"), config, step, data (name, data_dir,
+    size, shape, classes), network (arguments of UNet), prediction, model (the EMA weights); of a
+    generator sigmas, figures, best, teacher_figures, teacher_sha256; training (weights and
+    optimizers) where --resume can go on from it
     Raises ValueError if the file is missing, foreign or damaged, or can't be resumed from.
     """
     if not Path(path).is_file():
@@ -669,13 +702,12 @@ class Log:
 
     def __init__(self, cfg, start):
         self.cfg, self.path = cfg, Path(cfg.out) / "log.jsonl"
-        self.noted, self.pending, self.time = {}, [], time.perf_counter()
+        self.noted, self.pending, self.began = {}, [], 0.0
         lines = self.path.read_text().splitlines() if start and self.path.exists() else []
         kept = [line + "\n" for line in lines if json.loads(line)["step"] <= start]
         self.path.write_text("".join(kept))
         self.bar = tqdm(total=cfg.steps, initial=start, disable=None, dynamic_ncols=True)
-        self.wandb = import_wandb().init(project="dmd2", config=dataclasses.asdict(cfg),
-                                         dir=cfg.out) if cfg.wandb else None
+        self.wandb = start_wandb(cfg) if cfg.wandb else None
 
     def note(self, **values):
         """Take in values (scalars, tensors too) of the step under way."""
@@ -683,6 +715,8 @@ class Log:
 
     def step(self, step):
         """Close a step, counted from 1."""
+        if not self.pending:
+            self.began = time.perf_counter()
         self.pending.append((step, self.noted))
         self.noted = {}
         self.bar.update()
@@ -699,11 +733,14 @@ class Log:
                 collected.setdefault(name, []).append(value)
         if self.pending:
             means = {name: sum(values) / len(values) for name, values in collected.items()}
-            rate = len(self.pending) * self.cfg.batch / (time.perf_counter() - self.time)
-            self.write(self.pending[-1][0], **means, images_per_second=rate)
             losses = {name: f"{value:.3g}" for name, value in means.items() if "loss" in name}
-            self.bar.set_postfix(losses | {"images/s": f"{rate:.0f}"})
-            self.pending, self.time = [], time.perf_counter()
+            if len(self.pending) > 1:  # between the ends of steps, so nothing else counts
+                images = (len(self.pending) - 1) * self.cfg.batch
+                means["images_per_second"] = images / (time.perf_counter() - self.began)
+                losses["images/s"] = f"{means['images_per_second']:.0f}"
+            self.bar.set_postfix(losses)
+            self.write(self.pending[-1][0], **means)
+            self.pending = []
 
     def write(self, step, **values):
         """Append a line for a step now."""
@@ -714,13 +751,13 @@ class Log:
             self.wandb.log(values, step=step)
 
     def say(self, message):
-        """Print a line above the progress bar, and leave the time until now out of images/s."""
+        """Print a line above the progress bar."""
         self.bar.write(message, file=sys.stderr)
-        self.time = time.perf_counter()
 
     def close(self):
         self.bar.close()
-        plot_log(self.path)
+        if self.wandb:
+            self.wandb.finish()
 
 
 def import_wandb():
@@ -730,17 +767,27 @@ def import_wandb():
         raise ValueError("--wandb: wandb is not installed; pip install wandb") from error
 
 
+def start_wandb(cfg):
+    """A wandb run; offline, beside the log, where nobody is logged in, for it must not ask."""
+    wandb = import_wandb()
+    return wandb.init(project="dmd2", dir=cfg.out, config=dataclasses.asdict(cfg),
+                      mode=None if wandb.api.api_key else "offline")
+
+
 def plot_log(path):
-    """Draw what a log.jsonl holds, one panel per quantity, as loss.png beside it."""
+    """Draw a log.jsonl as loss.png beside it: a panel per quantity, the teacher's dashed."""
     lines = [json.loads(line) for line in Path(path).read_text().splitlines()]
-    names = sorted({name for line in lines for name in line} - {"step"},
-                   key=lambda name: ("loss" not in name, name))
+    names = {name for line in lines for name in line} - {"step"}
+    teachers = {name: line[name] for line in lines for name in line if name.startswith("teacher_")}
+    names = sorted(names - teachers.keys(), key=lambda name: ("loss" not in name, name))
     columns, rows = min(len(names), 4), math.ceil(len(names) / 4)
     figure = Figure(figsize=(4 * columns, 2.6 * rows), layout="constrained")
     for i, name in enumerate(names):
         panel = figure.add_subplot(rows, columns, i + 1, title=name, xlabel="step")
         steps, values = zip(*[(line["step"], line[name]) for line in lines if name in line])
         panel.plot(steps, values, marker="." if len(steps) < 30 else None, linewidth=1)
+        if f"teacher_{name}" in teachers:
+            panel.axhline(teachers[f"teacher_{name}"], linestyle="--", color="gray")
         if min(values) > 0 and max(values) > 3 * min(values):
             panel.set_yscale("log")
     figure.savefig(Path(path).with_name("loss.png"), dpi=90)
@@ -750,9 +797,11 @@ def plot_log(path):
 
 def train(cfg):
     """Train a teacher; returns the path of its checkpoint."""
-    device = pick_device(cfg.device)
-    data, held_out = (load_data(cfg.data, split, cfg.data_dir, cfg.size)
-                      for split in ("train", "test"))
+    device, cfg = pick_device(cfg.device), filled(cfg, RECIPES, cfg.data)
+    where = str(Path(cfg.data_dir or DATA_DIR).resolve())
+    name = cfg.data if cfg.data in KNOWN_DATA else str(Path(cfg.data).resolve())
+    cfg = dataclasses.replace(cfg, data=name, data_dir=where)
+    data, held_out = (load_data(name, split, where, cfg.size) for split in ("train", "test"))
     if cfg.batch > len(data.images):
         raise ValueError(f"--batch {cfg.batch}: {cfg.data} has only {len(data.images)} images to "
                          "train on")
@@ -766,45 +815,44 @@ def train(cfg):
     model = Denoiser(UNet(**network), cfg.prediction).to(device)
     ema = frozen(model)
     optimizer = torch.optim.Adam(model.parameters(), fused=device.type != "mps")
-    start, out = 0, make_run_folder(cfg)
+    start = 0
     if cfg.resume:
         checkpoint = load(cfg.resume, resume=True)
         start = checkpoint["step"]
         ema.load_state_dict(checkpoint["model"])
         model.load_state_dict(checkpoint["training"]["model"])
         optimizer.load_state_dict(checkpoint["training"]["optimizer"])
-    prepare(cfg, device, model, ema)
+    prepare(cfg, device, model)  # not ema: samples and validation are always float32
+    out = make_run_folder(cfg)
     log = Log(cfg, start)
 
-    def checkpoint_at(step):
-        where = dict(name=cfg.data, data_dir=str(Path(cfg.data_dir).resolve()), size=cfg.size)
-        return dict(kind="teacher", config=dataclasses.asdict(cfg), step=step, network=network,
-                    prediction=cfg.prediction, null_label=cfg.label_dropout > 0,
-                    data=dict(where, shape=shape, classes=data.classes),
-                    model=ema.state_dict(),
-                    training=dict(model=model.state_dict(), optimizer=optimizer.state_dict()))
-
     for step in range(start, cfg.steps):
-        rng = seeded(cfg.seed, 0, step, device=device)
-        draw = functools.partial(torch.rand, cfg.batch, generator=rng, device=device)
+        draw = Draw(TEACHER, cfg.seed, step, cfg.batch, shape, device)
         index = batch_at(step, len(data.images), cfg.batch, cfg.seed).to(device)
         x0 = to_float(data.images[index])
-        label = torch.where(draw() < cfg.label_dropout, num_classes, data.labels[index])
-        sigma = sigma_at(draw(), cfg.schedule)
-        noise = torch.randn(x0.shape, generator=rng, device=device)
+        label = torch.where(draw.uniform() < cfg.label_dropout, num_classes, data.labels[index])
+        sigma = sigma_at(draw.uniform(), cfg.schedule)
 
-        loss = denoising_loss(model, x0, sigma, label, noise)
-        norm = descend(loss, optimizer, cfg.clip, warmed_up(cfg.lr, step, cfg.warmup))
-        update_ema(ema, model, min(cfg.ema, (step + 1) / (step + 10)))  # at first a shorter memory
+        loss, norm = descend(denoising_loss(model, x0, sigma, label, draw.normal()), optimizer,
+                             cfg.clip, warmed_up(cfg.lr, step, cfg.warmup))
+        update_ema(ema, model, cfg.ema, step)
 
-        log.note(loss=loss.detach(), gradient_norm=norm)
+        log.note(loss=loss, gradient_norm=norm)
         log.step(step + 1)
         if due(step, cfg.sample_every, cfg.steps):
+            log.check()
             log.write(step + 1, validation_loss=validation_loss(ema, held_out, cfg))
             preview(ema, shape, data.classes, out / f"samples_{step + 1:06d}.png")
         if due(step, cfg.save_every, cfg.steps):
             log.check()
-            save(checkpoint_at(step + 1), out / "teacher.pt")
+            plot_log(log.path)
+            save(dict(kind="teacher", config=dataclasses.asdict(cfg), step=step + 1,
+                      network=network, prediction=cfg.prediction,
+                      data=dict(name=name, data_dir=where, size=cfg.size, shape=shape,
+                                classes=data.classes),
+                      model=ema.state_dict(),
+                      training=dict(model=model.state_dict(), optimizer=optimizer.state_dict())),
+                 out / "teacher.pt")
     log.close()
     return out / "teacher.pt"
 

@@ -12,6 +12,7 @@ import math
 import pickle
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -44,13 +45,14 @@ def vectors(name):
 
 
 class Gaussian(nn.Module):
-    """The exact denoiser of data N(mean, std^2) per pixel, with a network's interface and parameters."""
+    """The exact denoiser of data N(mean, std^2) per pixel, with a network's interface."""
 
     prediction = "edm"
 
     def __init__(self, mean, std):
         super().__init__()
-        self.mean, self.log_std = (nn.Parameter(torch.tensor(float(v))) for v in (mean, math.log(std)))
+        self.mean = nn.Parameter(torch.tensor(float(mean)))
+        self.log_std = nn.Parameter(torch.tensor(math.log(std)))
 
     def forward(self, x, sigma, label):
         noise_var, var = sigma.view(-1, 1, 1, 1) ** 2, torch.exp(2 * self.log_std)
@@ -72,9 +74,14 @@ class Stub(nn.Module):
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
-    """A folder with a tiny teacher, generator and ONNX file, none of them any good."""
+    """A folder with a tiny teacher, generator, ONNX file; random weights, so that each matters."""
     folder = tmp_path_factory.mktemp("tiny")
     teacher.main([*TINY, "--out", f"{folder}/teacher"])
+    checkpoint = teacher.load(f"{folder}/teacher/teacher.pt")
+    rng = torch.Generator().manual_seed(0)
+    for weight in checkpoint["model"].values():
+        weight += 0.15 * torch.randn(weight.shape, generator=rng)
+    teacher.save(checkpoint, f"{folder}/teacher/teacher.pt")
     dmd2.main([*TINY_DMD, "--teacher", f"{folder}/teacher/teacher.pt", "--out", f"{folder}/dmd2"])
     export.main([f"{folder}/dmd2/generator.pt"])
     return folder
@@ -88,6 +95,15 @@ def tiny_teacher(tiny):
 @pytest.fixture(scope="session")
 def tiny_generator(tiny):
     return str(tiny / "dmd2" / "generator.pt")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def cpu_only():
+    """The same tests on every machine; what needs a GPU says so and asks for it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        patch.setattr(torch.backends.mps, "is_available", lambda: False)
+        yield
 
 
 def log_of(folder):
@@ -115,7 +131,8 @@ def test_karras_schedule_is_the_official_table_of_1000_levels():
 
 def test_lognormal_schedule_has_edm_s_quantiles():
     u = torch.tensor([0.5, 0.8413447])  # the mean and one standard deviation above it
-    torch.testing.assert_close(teacher.sigma_at(u, "lognormal"), torch.tensor([math.exp(-1.2), 1.0]))
+    expected = torch.tensor([math.exp(-1.2), 1.0])
+    torch.testing.assert_close(teacher.sigma_at(u, "lognormal"), expected)
 
 
 @pytest.mark.parametrize("schedule", teacher.SCHEDULES)
@@ -172,9 +189,9 @@ def test_exact_denoiser_has_the_lowest_loss():
 def test_unet_is_edm_s_ddpmpp(name, shape, arguments):
     v = vectors(name)
     denoiser = teacher.Denoiser(teacher.UNet(*shape, model_channels=16, num_blocks=1, **arguments))
-    denoiser.net.load_state_dict({key.removeprefix("state/model."): value for key, value in v.items()
-                                  if key.startswith("state/")
-                                  and not key.endswith("resample_filter") and "augment" not in key})
+    state = {key.removeprefix("state/model."): value for key, value in v.items() if "state/" in key}
+    denoiser.net.load_state_dict({key: value for key, value in state.items()
+                                  if not key.endswith("resample_filter") and "augment" not in key})
     label = v.get("in/label", torch.zeros(len(v["in/x"]), dtype=torch.long))
     with torch.no_grad():
         torch.testing.assert_close(denoiser(v["in/x"], v["in/sigma"], label), v["out/denoised"],
@@ -190,7 +207,8 @@ def test_new_denoiser_is_c_skip_x_whose_loss_is_about_1():
     denoiser = teacher.Denoiser(teacher.UNet(8, 1, 10, 16, (1, 2), 1, (4,)))
     x0, noise = torch.randn(2, 64, 1, 8, 8)
     sigma = torch.full((64,), 1.0)
-    assert 0.9 < teacher.denoising_loss(denoiser, 0.5 * x0, sigma, torch.zeros(64).long(), noise) < 1.1
+    label = torch.zeros(64, dtype=torch.long)
+    assert 0.9 < teacher.denoising_loss(denoiser, 0.5 * x0, sigma, label, noise) < 1.1
 
 
 def test_denoiser_keeps_shape_and_type_at_both_ends_of_sigma_and_batch_1():
@@ -217,7 +235,7 @@ def test_heun_is_edm_s_sampler(steps):
 
 def test_heun_is_of_second_order():
     noise = torch.tensor([1.0], dtype=torch.float64).view(1, 1, 1, 1)
-    exact = 80 * 0.5 / math.sqrt(80**2 + 0.5**2)  # the probability flow of N(0, 0.5^2) scales its noise
+    exact = 80 * 0.5 / math.sqrt(80**2 + 0.5**2)  # of the probability flow of N(0, 0.5^2)
     errors = [abs(teacher.heun(Gaussian(0, 0.5).double(), noise, None, steps).item() - exact)
               for steps in (100, 200)]
     assert 3.5 < errors[0] / errors[1] < 4.5
@@ -291,7 +309,8 @@ def test_dmd_loss_and_gradient_are_the_official_ones():
     x, sigma = v["dm/x"].requires_grad_(), v["dm/sigma"]
     noise = (v["dm/noisy"] - v["dm/x"].detach()) / sigma.view(-1, 1, 1, 1)
     networks = Stub(v["dm/real_x0"]), Stub(v["dm/fake_x0"])
-    torch.testing.assert_close(dmd2.dmd_gradient(*networks, x, sigma, None, noise), v["dm/gradient"])
+    gradient = dmd2.dmd_gradient(*networks, x, sigma, None, noise)
+    torch.testing.assert_close(gradient, v["dm/gradient"])
     loss = dmd2.dmd_loss(*networks, x, sigma, None, noise)
     loss.backward()
     torch.testing.assert_close(loss.detach(), v["dm/loss"])
@@ -318,7 +337,8 @@ def test_distilled_gaussian_has_its_teacher_s_moments():
     def generator(x, sigma, label):
         return a + b * x / sigma.view(-1, 1, 1, 1)
 
-    generator_optimizer, fake_optimizer = torch.optim.Adam([a, b]), torch.optim.Adam(fake.parameters())
+    generator_optimizer = torch.optim.Adam([a, b])
+    fake_optimizer = torch.optim.Adam(fake.parameters())
     rng = torch.Generator().manual_seed(0)
     for step in range(1500):
         z, n0, n1 = torch.randn(3, 64, 1, 4, 4, generator=rng)
@@ -326,28 +346,33 @@ def test_distilled_gaussian_has_its_teacher_s_moments():
         x0 = sample.few_step(generator, 80 * z, [80], None)
         if step % 2 == 0:
             sigma = teacher.sigma_at(0.02 + 0.96 * u0, "karras")
-            teacher.descend(dmd2.dmd_loss(real, fake, x0, sigma, None, n0), generator_optimizer, 10, 4e-3)
+            loss = dmd2.dmd_loss(real, fake, x0, sigma, None, n0)
+            teacher.descend(loss, generator_optimizer, 10, 4e-3)
         sigma = teacher.sigma_at(u1, "karras")
-        teacher.descend(teacher.denoising_loss(fake, x0.detach(), sigma, None, n1), fake_optimizer, 10, 2e-2)
+        loss = teacher.denoising_loss(fake, x0.detach(), sigma, None, n1)
+        teacher.descend(loss, fake_optimizer, 10, 2e-2)
     assert abs(a.item() - 0.3) < 0.02 and abs(abs(b.item()) - 0.5) < 0.02
 
 
-def test_networks_start_as_the_teacher_and_the_teacher_stays_bit_identical(tiny_teacher, tmp_path, monkeypatch):
-    built = []
+def test_networks_start_as_the_teacher_which_stays_bit_identical(tiny_teacher, tmp_path,
+                                                                 monkeypatch):
+    built, at_start = [], []
 
     def build(*args):
         built.append(teacher.build(*args))
+        at_start.append(copy.deepcopy(built[-1].state_dict()))
         return built[-1]
 
     monkeypatch.setattr(dmd2, "build", build)
     dmd2.main([*TINY_DMD, "--teacher", tiny_teacher, "--out", str(tmp_path)])
     frozen, generator, fake_score = (net.state_dict() for net in built)
     before = teacher.load(tiny_teacher)["model"]
+    assert len(built) == 3 and all(equal(state, before) for state in at_start)
     assert equal(frozen, before)
     assert not equal(generator, before) and not equal(fake_score, before)
-    log = log_of(tmp_path)
-    assert log[0]["dmd_loss"] == 0 and log[0]["generator_gradient_norm"] == 0
-    assert log[2]["dmd_loss"] > 0
+    first, _, third, *_ = (line for line in log_of(tmp_path) if "fake_loss" in line)
+    assert first["dmd_loss"] == 0 and first["generator_gradient_norm"] == 0
+    assert third["dmd_loss"] > 0
 
 
 def test_two_time_scale_rule(tiny_teacher, tmp_path):
@@ -359,15 +384,15 @@ def test_two_time_scale_rule(tiny_teacher, tmp_path):
 
 def test_distilling_digits_for_a_minute_comes_near_the_teacher(tmp_path):
     teacher.main(f"--steps 400 --sample-every 0 --out {tmp_path}/teacher".split())
-    dmd2.main(f"--teacher {tmp_path}/teacher/teacher.pt --steps 300 --evaluate-every 0 --sample-every 0 "
-              f"--save-every 300 --out {tmp_path}/dmd2".split())
-    reference = sample.load_reference("digits")
+    dmd2.main(f"--teacher {tmp_path}/teacher/teacher.pt --steps 300 --evaluate-every 0 "
+              f"--sample-every 0 --out {tmp_path}/dmd2".split())
+    reference = sample.load_reference("digits", None, None)
     real, fake = (sample.measure(sample.load_sampler(f"{tmp_path}/{path}"), reference, 1000, 0)
                   for path in ("teacher/teacher.pt", "dmd2/generator.pt"))
-    print(real, fake)
-    assert fake["frechet_distance"] < 1.5 * real["frechet_distance"]
-    assert fake["accuracy"] > 0.95
-    assert fake["recall"] > 0.7 * real["recall"]
+    assert real["frechet_distance"] < 1.2 and real["accuracy"] > 0.9
+    assert fake["frechet_distance"] < 1.2 * real["frechet_distance"]
+    assert fake["accuracy"] > real["accuracy"] - 0.02
+    assert fake["recall"] > 0.75 * real["recall"]
 
 
 # ---- optimisation and logging -------------------------------------------------------------------
@@ -375,16 +400,18 @@ def test_distilling_digits_for_a_minute_comes_near_the_teacher(tmp_path):
 def test_descend_scales_the_gradient_down_and_returns_its_norm():
     weight = nn.Parameter(torch.tensor([3.0, 4.0]))
     optimizer = torch.optim.SGD([weight])
-    norm = teacher.descend(0.5 * weight.square().sum(), optimizer, clip=1.0, lr=0.1)
-    assert norm == 5
+    loss, norm = teacher.descend(0.5 * weight.square().sum(), optimizer, clip=1.0, lr=0.1)
+    assert loss == 12.5 and norm == 5
     torch.testing.assert_close(weight.detach(), torch.tensor([3 - 0.06, 4 - 0.08]))
 
 
 def test_ema_is_the_weighted_mean():
     ema, model = nn.Linear(1, 1), nn.Linear(1, 1)
     expected = 0.9 * ema.weight + 0.1 * model.weight
-    teacher.update_ema(ema, model, 0.9)
+    teacher.update_ema(ema, model, 0.9, update=80)  # from then on the decay is what was asked for
     torch.testing.assert_close(ema.weight, expected)
+    teacher.update_ema(ema, model, 0.9, update=0)
+    torch.testing.assert_close(ema.weight, 0.1 * expected + 0.9 * model.weight)
 
 
 def test_learning_rate_rises_to_its_value_and_stays():
@@ -400,8 +427,8 @@ def test_divergence_stops_the_run_with_step_and_quantity(tmp_path, tiny_teacher,
     steps = []
     monkeypatch.setattr(dmd2, "denoising_loss", loss)
     with pytest.raises(FloatingPointError, match="fake_loss is nan at step 3"):
-        dmd2.main([*TINY_DMD, "--teacher", tiny_teacher, "--out", str(tmp_path), "--save-every", "2",
-                   "--log-every", "4"])
+        dmd2.main([*TINY_DMD, "--teacher", tiny_teacher, "--out", str(tmp_path),
+                   "--save-every", "2", "--log-every", "4"])
     assert teacher.load(tmp_path / "last.pt")["step"] == 2
 
 
@@ -428,6 +455,7 @@ def test_a_checkpoint_that_fails_to_be_written_leaves_the_last_one(tmp_path, mon
     assert [p.name for p in tmp_path.iterdir()] == ["x.pt"]
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_loading_executes_nothing(tmp_path):
     class Planted:
         def __reduce__(self):
@@ -441,8 +469,10 @@ def test_loading_executes_nothing(tmp_path):
     assert not (tmp_path / "executed").exists()
 
 
-@pytest.mark.parametrize("script, flags, name", [(teacher, TINY, "teacher.pt"), (dmd2, TINY_DMD, "last.pt")])
-def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(script, flags, name, tiny_teacher, tmp_path):
+@pytest.mark.parametrize("script, flags, name", [(teacher, TINY, "teacher.pt"),
+                                                 (dmd2, TINY_DMD, "last.pt")])
+def test_resumed_run_is_the_uninterrupted_one_bit_for_bit(script, flags, name, tiny_teacher,
+                                                          tmp_path):
     flags = flags + (["--teacher", tiny_teacher] if script is dmd2 else [])
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     script.main([*flags, "--steps", "7", "--out", str(whole)])
@@ -451,8 +481,11 @@ def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(script, flags, nam
     a, b = teacher.load(whole / name), teacher.load(parts / name)
     assert a["step"] == b["step"] == 7
     assert equal(a["model"], b["model"]) and equal(a["training"], b["training"])
+    if script is dmd2:
+        a, b = (teacher.load(folder / "generator.pt") for folder in (whole, parts))
+        assert equal(a["model"], b["model"]) and a["figures"] == b["figures"]
     values = [[line["loss" if script is teacher else "fake_loss"] for line in log_of(folder)
-               if "images_per_second" in line] for folder in (whole, parts)]
+               if "gradient_norm" in line or "fake_loss" in line] for folder in (whole, parts)]
     assert values[0] == values[1] and len(values[0]) == 7
 
 
@@ -467,7 +500,8 @@ def test_config_beside_the_run_and_in_the_checkpoint_are_the_options(tiny, tiny_
 def test_frechet_distance_of_gaussians_is_the_closed_form():
     torch.manual_seed(0)
     a, b = torch.randn(2, 5000, 3, dtype=torch.float64)
-    a, b = ((x - x.mean(0)) @ torch.linalg.inv(torch.linalg.cholesky(torch.cov(x.T))).T for x in (a, b))
+    a, b = (x - x.mean(0) for x in (a, b))
+    a, b = (x @ torch.linalg.inv(torch.linalg.cholesky(torch.cov(x.T))).T for x in (a, b))
     std, mean = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([1.0, 0.0, 2.0])
     expected = mean.square().sum() + (std - 1).square().sum()  # commuting covariances
     assert sample.frechet_distance(a, b * std + mean) == pytest.approx(expected.item(), rel=1e-9)
@@ -478,12 +512,13 @@ def test_precision_counts_fakes_among_the_real_and_recall_reals_among_the_fake()
     torch.manual_seed(0)
     left = torch.randn(500, 2)
     right = left + torch.tensor([100.0, 0.0])
-    assert sample.precision_recall(torch.cat([left, right]), left + 0.01) == pytest.approx((1, 0.5), abs=0.02)
-    assert sample.precision_recall(left, torch.cat([left, right]) + 0.01) == pytest.approx((0.5, 1), abs=0.02)
+    both = torch.cat([left, right])
+    assert sample.precision_recall(both, left + 0.01) == pytest.approx((1, 0.5), abs=0.02)
+    assert sample.precision_recall(left, both + 0.01) == pytest.approx((0.5, 1), abs=0.02)
 
 
 def test_evaluation_of_the_training_images_themselves_is_perfect():
-    reference = sample.load_reference("digits")
+    reference = sample.load_reference("digits", None, None)
     data = teacher.load_data("digits", "train")
     figures = sample.evaluate(data.images, data.labels, reference)
     assert figures["frechet_distance"] < 1e-6 and figures["accuracy"] == 1
@@ -492,7 +527,7 @@ def test_evaluation_of_the_training_images_themselves_is_perfect():
 
 
 def test_evaluation_sees_blur_and_lost_classes():
-    reference = sample.load_reference("digits")
+    reference = sample.load_reference("digits", None, None)
     data = teacher.load_data("digits", "train")
     good = sample.evaluate(data.images[::2], data.labels[::2], reference)
     kept = data.labels[::2] < 8
@@ -514,8 +549,8 @@ def test_report_tells_figures_floor_and_protocol(tiny_generator, capsys):
     sample.main([tiny_generator, "--evaluate", "--n", "200", "--seeds", "2"])
     out = capsys.readouterr().out
     result = json.loads(out.splitlines()[-1])
-    for word in ("200 samples", "1497 training images of digits", sample.SHA256["digits"][:12], "EMA",
-                 "1 function evaluations", "seeds 0 to 1"):
+    for word in ("200 samples", "1497 training images of digits", sample.SHA256["digits"][:12],
+                 "EMA", "1 function evaluations", "seeds 0 to 1"):
         assert word in result["protocol"]
     assert result["ratio_to_floor"] == pytest.approx(
         result["mean"]["frechet_distance"] / result["floor"]["frechet_distance"])
@@ -553,14 +588,24 @@ def test_onnx_file_keeps_its_contract(flags, tolerance, tiny_generator, tmp_path
         if flags == ["--uint8"]:
             expected = teacher.to_uint8(expected).permute(0, 2, 3, 1)
         assert image.shape == expected.shape
+        assert batch < 64 or expected.float().std() > 0.2 * (127.5 if flags == ["--uint8"] else 1)
         assert abs(image.astype(float) - expected.numpy().astype(float)).max() <= tolerance
+
+
+def test_onnx_image_depends_on_noise_and_label(tiny):
+    session = onnxruntime.InferenceSession(tiny / "dmd2" / "generator.onnx")
+    noise = teacher.unit_noise(1, (1, 8, 8), 0).numpy()
+    images = [session.run(None, {"noise": scale * noise, "label": np.array([label])})[0]
+              for scale, label in ((1, 0), (1, 1), (-1, 0))]
+    assert abs(images[0] - images[1]).max() > 0.05 and abs(images[0] - images[2]).max() > 0.05
 
 
 def test_onnx_metadata_hold_the_contract_and_no_path(tiny):
     path = tiny / "dmd2" / "generator.onnx"
     facts = json.loads({p.key: p.value for p in onnx.load(path).metadata_props}["dmd2"])
     assert facts["data"]["classes"] == list("0123456789") and facts["data"]["shape"] == [1, 8, 8]
-    assert facts["sigmas"] == [80.0] and facts["steps"] == 1 and facts["figures"]["frechet_distance"] > 0
+    assert facts["sigmas"] == [80.0] and facts["steps"] == 1
+    assert facts["figures"]["frechet_distance"] > 0
     digest = hashlib.sha256((tiny / "dmd2" / "generator.pt").read_bytes()).hexdigest()
     assert facts["checkpoint_sha256"] == digest
     content = path.read_bytes()
@@ -578,7 +623,8 @@ def test_onnx_file_alone_makes_the_checkpoint_s_images(tiny, tiny_generator, tmp
     assert a["labels"].tolist() == b["labels"].tolist() == [i % 10 for i in range(20)]
 
 
-def test_export_that_differs_from_pytorch_leaves_no_file(tiny_generator, tmp_path, monkeypatch, capsys):
+def test_export_that_differs_from_pytorch_leaves_no_file(tiny_generator, tmp_path, monkeypatch,
+                                                         capsys):
     original = export.export_onnx
 
     def wrong(exported, *args):
@@ -613,8 +659,8 @@ def fails(main, argv, capsys):
 
 
 @pytest.mark.parametrize("main, argv, says", [
-    (teacher.main, "--data cifra", "--data cifra: neither digits, mnist"),
-    (teacher.main, "--data mnist --data-dir /nowhere", "--data digits needs no download"),
+    (teacher.main, "--data cifra", "cifra: no such folder, and none of digits, mnist"),
+    (teacher.main, "--data mnist --data-dir /dev/null/x", "--data digits needs no download"),
     (teacher.main, "--batch 1500", "--batch 1500: digits has only 1497"),
     (teacher.main, "--batch 0", "--batch 0: must be at least 1"),
     (teacher.main, "--batch many", "invalid int value: 'many'"),
@@ -631,7 +677,12 @@ def fails(main, argv, capsys):
     (dmd2.main, "--teacher TEACHER --out /dev/null/run", "/dev/null/run"),
     (dmd2.main, "--resume LAST --batch 32", "--batch 32: the run to resume has 16"),
     (dmd2.main, "--resume GENERATOR", "holds no optimizers"),
-    (sample.main, "", "arguments are required: checkpoint"),
+    (teacher.main, "--width 30", "width 30: must be a multiple of 4"),
+    (teacher.main, "--resume LAST", "a generator of another script"),
+    (dmd2.main, "--resume TEACHER", "a teacher of another script"),
+    (dmd2.main, "--resume LAST", "--steps 4: "),
+    (dmd2.main, "--resume LAST --steps 8 --out x", "goes on in its own folder"),
+    (sample.main, "", "no checkpoint given"),
     (sample.main, "nowhere.pt", "nowhere.pt: no such checkpoint"),
     (sample.main, "nowhere.onnx", "nowhere.onnx: no such file"),
     (sample.main, "README", "not a checkpoint of this project"),
@@ -641,15 +692,21 @@ def fails(main, argv, capsys):
     (sample.main, "GENERATOR --steps 4", "--steps 4"),
     (sample.main, "GENERATOR --out /dev/null/x.png", "/dev/null"),
     (sample.main, "GENERATOR --evaluate --out x.png", "leave out"),
+    (sample.main, "GENERATOR --evaluate --n 50", "at least 100"),
+    (sample.main, "GENERATOR --out x.jpg", "must end in .png or .npz"),
+    (sample.main, "GENERATOR --beside TEACHER --n 3", "leave out --labels and --n"),
+    (sample.main, "GENERATOR --beside nowhere.pt", "nowhere.pt: no such checkpoint"),
     (export.main, "TEACHER", "distil it first"),
     (export.main, "GENERATOR --out /dev/null/x.onnx", "/dev/null"),
 ])
-def test_mistake_of_the_user_is_one_line_and_status_2(main, argv, says, tiny, tiny_teacher, tiny_generator,
-                                                      tmp_path, monkeypatch, capsys):
+def test_mistake_of_the_user_is_one_line_and_status_2(main, argv, says, tiny, tiny_teacher,
+                                                      tiny_generator, tmp_path, monkeypatch,
+                                                      capsys):
     monkeypatch.chdir(tmp_path)
     torch.save({"weights": torch.zeros(3)}, tmp_path / "foreign.pt")
-    paths = dict(TEACHER=tiny_teacher, GENERATOR=tiny_generator, LAST=str(tiny / "dmd2" / "last.pt"),
-                 README=str(ROOT / "README.md"), FOREIGN=str(tmp_path / "foreign.pt"))
+    paths = dict(TEACHER=tiny_teacher, GENERATOR=tiny_generator,
+                 LAST=str(tiny / "dmd2" / "last.pt"), README=str(ROOT / "README.md"),
+                 FOREIGN=str(tmp_path / "foreign.pt"))
     capsys.readouterr()
     line = fails(main, [paths.get(word, word) for word in argv.split()], capsys)
     assert says in line and "Traceback" not in line
@@ -664,8 +721,34 @@ def test_device_that_is_not_there_is_refused(capsys):
 def test_a_script_started_as_users_do_fails_in_one_line(tmp_path):
     done = subprocess.run([sys.executable, ROOT / "sample.py", "nothing.pt"], cwd=tmp_path,
                           capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.startswith("sample.py: nothing.pt: no such checkpoint")
+    assert done.returncode == 2
+    assert done.stderr.startswith("sample.py: nothing.pt: no such checkpoint")
     assert len(done.stderr.splitlines()) == 1 and not done.stdout
+
+
+@pytest.mark.parametrize("name", sample.SHA256)
+def test_feature_network_can_be_made_anew(name, tmp_path, monkeypatch):
+    data = teacher.load_data("digits", "train")
+    monkeypatch.setattr(sample, "load_data", lambda *args: data)
+    monkeypatch.setattr(sample, "train_features", lambda data, device: sample.FeatureNet(1, 10))
+    sample.main(["--train-features", name, "--out", str(tmp_path / "f.pt")])
+    committed = torch.load(sample.ASSETS / f"features_{name}.pt", weights_only=True)
+    assert committed.keys() == torch.load(tmp_path / "f.pt", weights_only=True).keys()
+
+
+def test_feature_network_of_other_data_is_trained_once_and_kept(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Path, "home", lambda: tmp_path)
+    data = teacher.load_data("digits", "test")
+    first = sample.load_features(data, "mine")[1]
+    assert "training a feature network for mine" in capsys.readouterr().err
+    assert sample.load_features(data, "mine")[1] == first and not capsys.readouterr().err
+
+
+def test_checkpoints_beside_each_other_make_one_picture(tiny_teacher, tiny_generator, tmp_path):
+    path = tmp_path / "beside.png"
+    sample.main([tiny_generator, "--beside", tiny_teacher, "--out", str(path)])
+    width, height = Image.open(path).size
+    assert width > 17 * 48 and height > 10 * 48
 
 
 def test_labels_make_a_row_per_class_and_a_folder_a_file_per_image(tiny_generator, tmp_path):
@@ -683,31 +766,44 @@ def test_training_leaves_its_log_and_pictures(tiny_teacher, tmp_path):
     names = {p.name for p in tmp_path.iterdir()}
     assert names == {"config.json", "log.jsonl", "loss.png", "generator.pt", "last.pt",
                      "samples_000002.png", "samples_000004.png"}
-    assert [line["step"] for line in log_of(tmp_path) if "frechet_distance" in line] == [2, 4]
+    evaluations = [line for line in log_of(tmp_path) if "frechet_distance" in line]
+    assert [line["step"] for line in evaluations] == [2, 4]
+    assert log_of(tmp_path)[0]["teacher_frechet_distance"] > 0
     best, last = (teacher.load(tmp_path / name) for name in ("generator.pt", "last.pt"))
-    distances = [line["frechet_distance"] for line in log_of(tmp_path) if "frechet_distance" in line]
+    distances = [line["frechet_distance"] for line in evaluations]
     assert best["figures"]["frechet_distance"] == pytest.approx(min(distances), abs=1e-5)
     assert last["step"] == 4 and last["best"] == best["figures"]
+    assert "1497 training images of digits" in best["figures"]["protocol"]
 
 
-def test_networks_compile(tmp_path):
-    """torch.compile and bfloat16 autocast, the defaults on CUDA, give a run like the plain one."""
-    losses = []
+@pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="no compiler")
+def test_compiled_bfloat16_network_is_the_plain_one_within_its_precision(tiny_teacher):
+    """torch.compile and autocast, the defaults on CUDA: same estimate, same gradients."""
+    results = []
     for flags in ([], ["--compile", "on", "--dtype", "bfloat16"]):
-        out = str(tmp_path / str(len(flags)))
-        teacher.main([*TINY, "--out", out, "--mults", "1", *flags])
-        losses.append(log_of(out)[0]["loss"])
-    assert losses[0] == pytest.approx(losses[1], rel=0.02)
+        denoiser = teacher.build(teacher.load(tiny_teacher)).requires_grad_(True)
+        cfg = teacher.parse(teacher.Config, flags)
+        teacher.prepare(cfg, torch.device("cpu"), denoiser)
+        x, label = teacher.unit_noise(8, (1, 8, 8), 0), torch.arange(8)
+        x0_hat = denoiser(x, torch.full((8,), 0.5), label)
+        x0_hat.square().mean().backward()
+        gradient = torch.cat([p.grad.flatten() for p in denoiser.parameters()])
+        assert x0_hat.dtype == torch.float32
+        results.append((x0_hat.detach(), gradient))
+    for plain, fast in zip(*results):
+        assert 0 < (plain - fast).norm() < 0.05 * plain.norm()
 
 
 # ---- the house ----------------------------------------------------------------------------------
 
 def test_imports_form_a_line():
-    allowed = dict(teacher=set(), sample={"teacher"}, dmd2={"teacher", "sample"}, export={"teacher", "sample"})
+    allowed = dict(teacher=set(), sample={"teacher"}, dmd2={"teacher", "sample"},
+                   export={"teacher", "sample"})
     for name, may in allowed.items():
         tree = ast.parse((ROOT / f"{name}.py").read_text())
-        imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
-        imported |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+        imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+        imported |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import)
+                     for alias in node.names}
         assert imported & set(allowed) <= may, name
 
 
@@ -718,6 +814,11 @@ def test_every_class_and_every_function_that_another_file_uses_is_documented():
             if getattr(thing, "__module__", "") == module.__name__ and (
                     inspect.isclass(thing) or re.search(rf"import[^)]*\b{name}\b", used)):
                 assert thing.__doc__, f"{module.__name__}.{name}"
+
+
+def test_pictures_of_the_readme_exist():
+    names = re.findall(r"\(?`?(assets/[\w.]+)`?\)?", README)
+    assert len(names) >= 4 and all((ROOT / name).exists() for name in names)
 
 
 def commands(readme):
@@ -742,10 +843,13 @@ def test_every_command_of_the_readme_runs(tmp_path, monkeypatch):
             continue
         words = [str(SHARED / "data") if word.endswith("shared/data") else word for word in words]
         script = Path(words[0]).stem
-        extra = dict(teacher=[*TINY, "--sample-every", "4"], dmd2=[*TINY_DMD, "--sample-every", "4"],
-                     sample=["--n", "100" if "--evaluate" in words else "20", "--seeds", "1"], export=[])
-        extra = ["--steps", "6"] if "--resume" in words else extra[script]
-        dict(teacher=teacher, dmd2=dmd2, sample=sample, export=export)[script].main([*words[1:], *extra])
+        n = "100" if "--evaluate" in words else "20"
+        extra = dict(teacher=[*TINY, "--sample-every", "4"],
+                     dmd2=[*TINY_DMD, "--sample-every", "4"], sample=["--n", n, "--seeds", "1"],
+                     export=[])[script]
+        extra = ["--steps", "6"] if "--resume" in words else [] if "--beside" in words else extra
+        main = dict(teacher=teacher, dmd2=dmd2, sample=sample, export=export)[script].main
+        main([*words[1:], *extra])
         ran += 1
     assert ran >= 15
     for snippet in re.findall(r"```python\n(.*?)```", README, re.S):
