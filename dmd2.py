@@ -64,7 +64,7 @@ class Config(TrainingOptions):
 
 @torch.no_grad()
 def dmd_gradient(teacher, fake_score, x0, sigma, label, noise):
-    """Direction that lowers KL(generator || teacher) when subtracted from x0 (DMD, Eqs. 7 and 8).
+    """Direction that lowers KL(generator || teacher) when subtracted from x0 (DMD's gradient).
 
         gradient = (fake_score(x) - teacher(x)) / mean|x0 - teacher(x)|,   x = x0 + sigma * noise
 
@@ -141,9 +141,9 @@ class Keeper:
         self.best = checkpoint["best"]
         return checkpoint["step"]
 
-    def begin(self, log):
+    def begin(self, log, start):
         """Tell the teacher's figures, which the generator's are to be compared with."""
-        if self.reference:
+        if self.reference and start == 0:
             log.write(0, **{f"teacher_{name}": self.teacher_figures[name] for name in TITLES})
             log.say(f"teacher: {summary(self.teacher_figures)}")
 
@@ -212,13 +212,13 @@ def train(cfg):
     prepare(cfg, device, teacher, generator, fake_score)  # not ema: evaluated in float32
     make_run_folder(cfg)
     log = Log(cfg, start)
-    keeper.begin(log)
+    keeper.begin(log, start)
 
     for step in range(start, cfg.steps):
         draw = Draw(GENERATOR, cfg.seed, step, cfg.batch, shape, device)
         label = draw.label(num_classes)
         update, rest = divmod(step, cfg.fake_steps)
-        update_generator = rest == 0  # the two time-scale rule (DMD2, section 4.2)
+        update_generator = rest == 0  # DMD2's two time-scale update rule
         with torch.set_grad_enabled(update_generator):
             x0 = few_step(generator, sigmas[0] * draw.normal(), sigmas, label)
 

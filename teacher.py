@@ -3,7 +3,7 @@
     python teacher.py                       # 1,797 real 8x8 digits, no download
     python teacher.py --data mnist          # or fashion, cifar10, a folder of images
 
-In reading order: options, data, random numbers, noise levels, network, denoiser and loss,
+In reading order: noise levels, options, data, random numbers, network, denoiser and loss,
 optimisation, sampling, checkpoints, logging, training. The method is EDM (Karras et al. 2022,
 "Elucidating the Design Space of Diffusion-Based Generative Models"). After this file a diffusion
 model is a function and no more:
@@ -101,8 +101,8 @@ def flag(name):
 class Options:
     """What every script has. Raises ValueError naming the option, the value and what would work."""
 
-    device: str = arg("auto", "auto: cuda, else mps, else cpu", ("auto", "cuda", "mps", "cpu"),
-                      free=True)
+    device: str = arg("auto", "where to compute; auto is cuda, or else mps, or else cpu",
+                      ("auto", "cuda", "mps", "cpu"), free=True)
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -131,9 +131,9 @@ class TrainingOptions(Options):
     clip: float = arg(10.0, "gradients longer than this are scaled down to it", at_least=1e-9)
     ema: float = arg(None, "decay per update of the averaged weights, which are what is kept "
                            "(default: by data)", at_least=0, below=1)
-    dtype: str = arg("auto", "type of the networks' arithmetic; auto: bfloat16 on cuda, or float32",
+    dtype: str = arg("auto", "of the networks' arithmetic; auto is bfloat16 on cuda, else float32",
                      ("auto", "float32", "bfloat16"))
-    compile: str = arg("auto", "torch.compile the networks; auto: on for cuda, else off",
+    compile: str = arg("auto", "torch.compile the networks; auto is on for cuda, else off",
                        ("auto", "on", "off"))
     log_every: int = arg(50, "steps between lines of log.jsonl", at_least=1, free=True)
     save_every: int = arg(500, "steps between checkpoints", at_least=1, free=True)
@@ -247,6 +247,8 @@ def run_script(main):
 # ---- data: uint8 images in memory ---------------------------------------------------------------
 
 class Data(NamedTuple):
+    """A data set in memory."""
+
     images: torch.Tensor  # [N, C, H, W] uint8
     labels: torch.Tensor  # [N] int64
     classes: tuple        # names of the classes
@@ -283,6 +285,7 @@ def load_data(name, split, data_dir=DATA_DIR, size=FOLDER_SIZE):
 
 
 def download(dataset, data_dir, train, name):
+    """A torchvision data set, downloaded if it is not there; OSError if it can't be."""
     try:
         return dataset(data_dir, train=train, download=True)  # if they are not there
     except (OSError, RuntimeError) as error:
@@ -293,6 +296,7 @@ def download(dataset, data_dir, train, name):
 
 @functools.lru_cache(maxsize=1)  # both splits come from one reading
 def load_folder(folder, size):
+    """All images of a folder of folders, in RGB, scaled and cropped to size; ValueError if none."""
     try:
         found = torchvision.datasets.ImageFolder(folder)
     except FileNotFoundError as error:
@@ -305,6 +309,7 @@ def load_folder(folder, size):
 
 
 def hold_out(data, split):
+    """The split of data that come without one."""
     order = torch.from_numpy(np.random.RandomState(0).permutation(len(data.images)))
     chosen = order[(torch.arange(len(order)) % 6 == 0) == (split == "test")]
     return Data(data.images[chosen], data.labels[chosen], data.classes)
@@ -372,7 +377,7 @@ def unit_noise(count, shape, seed, start=0):
 # ---- network: EDM's DDPM++ (Song et al. 2021), with the names of its published checkpoints ------
 
 class Block(nn.Module):
-    """Residual block with optional resampling and self-attention (EDM, appendix F)."""
+    """Residual block with optional resampling and self-attention, as in EDM's networks."""
 
     def __init__(self, c_in, c_out, c_emb, resample=None, attention=False):
         super().__init__()
@@ -685,7 +690,7 @@ def build(checkpoint, device="cpu"):
 
 
 def make_run_folder(cfg):
-    """Create cfg.out with its config.json; returns it as a Path. OSError if it can't be written."""
+    """Create cfg.out with config.json in it; returns it, a Path. OSError if it can't be written."""
     out = Path(cfg.out)
     out.mkdir(parents=True, exist_ok=True)
     (out / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=1) + "\n")
@@ -695,7 +700,7 @@ def make_run_folder(cfg):
 # ---- logging ------------------------------------------------------------------------------------
 
 class Log:
-    """log.jsonl, loss.png, the progress bar and wandb of a run; stops it if a number is not finite.
+    """log.jsonl, the progress bar and wandb of a run; stops it if a number is not finite.
 
     Values stay on their device until a line is due, so that the loop never waits for them.
     """
@@ -825,6 +830,8 @@ def train(cfg):
     prepare(cfg, device, model)  # not ema: samples and validation are always float32
     out = make_run_folder(cfg)
     log = Log(cfg, start)
+    millions = sum(p.numel() for p in model.parameters()) / 1e6
+    log.say(f"{cfg.data}: {len(data.images)} images; {millions:.2f} M parameters; on {device}")
 
     for step in range(start, cfg.steps):
         draw = Draw(TEACHER, cfg.seed, step, cfg.batch, shape, device)
@@ -841,7 +848,9 @@ def train(cfg):
         log.step(step + 1)
         if due(step, cfg.sample_every, cfg.steps):
             log.check()
-            log.write(step + 1, validation_loss=validation_loss(ema, held_out, cfg))
+            loss = validation_loss(ema, held_out, cfg)
+            log.write(step + 1, validation_loss=loss)
+            log.say(f"step {step + 1}: validation loss {loss:.4f}")
             preview(ema, shape, data.classes, out / f"samples_{step + 1:06d}.png")
         if due(step, cfg.save_every, cfg.steps):
             log.check()
