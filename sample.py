@@ -124,8 +124,8 @@ def load_sampler(path, steps=None, device=torch.device("cpu")):
             return teacher_sampler(denoiser, checkpoint["data"], device, steps or HEUN_STEPS)
         sampler = generator_sampler(denoiser, checkpoint["sigmas"], checkpoint["data"], device)
     if steps not in (None, sampler.evaluations):
-        raise ValueError(f"--steps {steps}: is for teachers; {path} is a generator of "
-                         f"{sampler.evaluations} step(s)")
+        raise ValueError(f"--steps {steps}: is for teachers; {path} is a generator of its "
+                         f"own number, {sampler.evaluations}")
     return sampler
 
 
@@ -141,7 +141,11 @@ def generator_sampler(generator, sigmas, data, device):
     @torch.no_grad()
     def images(noise, label):
         return few_step(generator, sigmas[0] * noise, sigmas, label)
-    return Sampler(images, f"generator, {len(sigmas)} step(s)", len(sigmas), data, device)
+    return Sampler(images, f"generator, {steps_of(sigmas)}", len(sigmas), data, device)
+
+
+def steps_of(sigmas):
+    return "1 step" if len(sigmas) == 1 else f"{len(sigmas)} steps"
 
 
 def onnx_sampler(path, device):
@@ -152,7 +156,7 @@ def onnx_sampler(path, device):
         feed = {"noise": noise.cpu().numpy(), "label": label.cpu().numpy()}
         image = torch.from_numpy(session.run(["image"], feed)[0])
         return to_float(image.permute(0, 3, 1, 2)) if image.dtype == torch.uint8 else image
-    return Sampler(images, f"ONNX generator, {facts['steps']} step(s)", facts["steps"],
+    return Sampler(images, f"ONNX generator, {steps_of(facts['sigmas'])}", facts["steps"],
                    facts["data"], device)
 
 

@@ -683,9 +683,18 @@ def load(path, resume=False):
 
 
 def build(checkpoint, device="cpu"):
-    """The denoiser of a checkpoint, in eval mode, without gradients."""
-    denoiser = Denoiser(UNet(**checkpoint["network"]), checkpoint["prediction"])
-    denoiser.load_state_dict(checkpoint["model"])
+    """The denoiser of a checkpoint, in eval mode, without gradients.
+
+    Raises ValueError if the weights don't fit the network or are not finite.
+    """
+    try:
+        denoiser = Denoiser(UNet(**checkpoint["network"]), checkpoint["prediction"])
+        denoiser.load_state_dict(checkpoint["model"])
+    except (RuntimeError, TypeError, LookupError, AttributeError) as error:
+        raise ValueError(f"damaged checkpoint of a {checkpoint['kind']}: its weights don't fit its "
+                         "network") from error
+    if not all(weight.isfinite().all() for weight in denoiser.parameters()):
+        raise ValueError(f"damaged checkpoint of a {checkpoint['kind']}: weights are not finite")
     return denoiser.to(device).eval().requires_grad_(False)
 
 

@@ -469,6 +469,15 @@ def test_loading_executes_nothing(tmp_path):
     assert not (tmp_path / "executed").exists()
 
 
+def test_weights_that_do_not_fit_or_are_not_finite_are_refused(tiny_generator):
+    checkpoint = teacher.load(tiny_generator)
+    with pytest.raises(ValueError, match="don't fit"):
+        teacher.build(dict(checkpoint, network=dict(checkpoint["network"], num_blocks=3)))
+    next(iter(checkpoint["model"].values())).fill_(math.nan)
+    with pytest.raises(ValueError, match="not finite"):
+        teacher.build(checkpoint)
+
+
 @pytest.mark.parametrize("script, flags, name", [(teacher, TINY, "teacher.pt"),
                                                  (dmd2, TINY_DMD, "last.pt")])
 def test_resumed_run_is_the_uninterrupted_one_bit_for_bit(script, flags, name, tiny_teacher,
