@@ -22,8 +22,8 @@ from sample import (EVALUATE_AT_LEAST, TITLES, few_step, generator_sampler, load
                     summary, teacher_sampler)
 from teacher import (GENERATOR, SIGMA_MAX, Draw, Log, TrainingOptions, arg, build, denoising_loss,
                      descend, due, filled, frozen, load, make_run_folder, parse, pick_device,
-                     plot_log, prepare, run_script, save, save_grid, sigma_at, to_uint8, unit_noise,
-                     update_ema, warmed_up)
+                     plot_log, prepare, restore, run_script, save, save_grid, sigma_at, to_uint8,
+                     unit_noise, update_ema, warmed_up)
 
 # What of dmd2.py depends on the data: it fills the options that were not given.
 RECIPES = {
@@ -117,6 +117,7 @@ class Keeper:
         self.device = next(teacher.parameters()).device
         self.teacher_sha256 = hashlib.sha256(Path(cfg.teacher).read_bytes()).hexdigest()
         self.figures = self.best = self.teacher_figures = self.reference = None
+        self.start = self.resume() if cfg.resume else 0
         data = parent["data"]
         if cfg.evaluate_every:
             self.reference = load_reference(data["name"], cfg.data_dir or data["data_dir"],
@@ -132,18 +133,17 @@ class Keeper:
     def resume(self):
         """Restore networks and optimizers from --resume; returns the step to go on at."""
         checkpoint = load(self.cfg.resume, resume=True)
-        if checkpoint["teacher_sha256"] != self.teacher_sha256:
+        if checkpoint.get("teacher_sha256") != self.teacher_sha256:
             raise ValueError(f"--teacher {self.cfg.teacher}: not the one that the run in "
                              f"{self.cfg.resume} began with")
-        for name, state in checkpoint["training"].items():
-            self.networks[name].load_state_dict(state)
-        self.ema.load_state_dict(checkpoint["model"])
-        self.best = checkpoint["best"]
+        restore(dict(self.networks, ema=self.ema),
+                dict(checkpoint["training"], ema=checkpoint["model"]), self.cfg.resume)
+        self.best = checkpoint.get("best")
         return checkpoint["step"]
 
-    def begin(self, log, start):
+    def begin(self, log):
         """Tell the teacher's figures, which the generator's are to be compared with."""
-        if self.reference and start == 0:
+        if self.reference and self.start == 0:
             log.write(0, **{f"teacher_{name}": self.teacher_figures[name] for name in TITLES})
             log.say(f"teacher: {summary(self.teacher_figures)}")
 
@@ -208,13 +208,12 @@ def train(cfg):
     keeper = Keeper(cfg, parent, teacher, ema, sigmas, dict(
         generator=generator, fake_score=fake_score, generator_optimizer=generator_optimizer,
         fake_optimizer=fake_optimizer))
-    start = keeper.resume() if cfg.resume else 0
     prepare(cfg, device, teacher, generator, fake_score)  # not ema: evaluated in float32
     make_run_folder(cfg)
-    log = Log(cfg, start)
-    keeper.begin(log, start)
+    log = Log(cfg, keeper.start)
+    keeper.begin(log)
 
-    for step in range(start, cfg.steps):
+    for step in range(keeper.start, cfg.steps):
         draw = Draw(GENERATOR, cfg.seed, step, cfg.batch, shape, device)
         label = draw.label(num_classes)
         update, rest = divmod(step, cfg.fake_steps)

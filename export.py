@@ -47,7 +47,14 @@ class Config(Options):
     out: str = arg(None, "the file to write (default: beside the checkpoint, .onnx)")
     uint8: bool = arg(False, "the image as uint8 [batch, H, W, C], not float32 [batch, C, H, W]")
     fp16: bool = arg(False, "the network's weights, arithmetic in float16; inputs and output stay")
-    benchmark: bool = arg(False, "time PyTorch, torch.compile, onnxruntime and the teacher")
+    benchmark: bool = arg(False, "then time PyTorch, torch.compile, onnxruntime and the teacher")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.checkpoint is None:
+            raise ValueError("no checkpoint given; runs/dmd2/generator.pt is dmd2.py's")
+        if self.out and Path(self.out).suffix != ".onnx":
+            raise ValueError(f"--out {self.out}: must end in .onnx")
 
 
 # ---- the module that is exported ----------------------------------------------------------------
@@ -115,7 +122,9 @@ def check_onnx(path, exported, shape, num_classes, device="cpu"):
             expected = exported(noise.to(device), label.to(device)).cpu().numpy()
         assert image.shape == expected.shape and image.dtype == expected.dtype
         difference = np.abs(image.astype(np.float64) - expected.astype(np.float64)).max()
-        worst = max(worst, max(0, difference - 1) / 127.5 if exported.uint8 else difference)
+        if exported.uint8:
+            difference = max(0, difference - 1) / 127.5
+        worst = np.maximum(worst, difference)  # which keeps a NaN
     return float(worst)
 
 

@@ -12,6 +12,7 @@ reading order: options, samplers, any checkpoint as one function, features, qual
 import dataclasses
 import hashlib
 import json
+import pickle
 import statistics
 import sys
 from pathlib import Path
@@ -182,10 +183,14 @@ def onnx_session(path, device, provider_options={}):
     loaded = session.get_providers()  # get_available_providers() would tell what was compiled in
     if provider not in loaded:
         raise ValueError(f"--device {device}: onnxruntime did not load {provider}, only {loaded}")
-    facts = session.get_modelmeta().custom_metadata_map
-    if "dmd2" not in facts:
+    try:
+        facts = json.loads(session.get_modelmeta().custom_metadata_map["dmd2"])
+        ours = {"data", "steps", "sigmas"} <= facts.keys()
+    except (KeyError, ValueError, AttributeError):
+        ours = False
+    if not ours or [i.name for i in session.get_inputs()] != ["noise", "label"]:
         raise ValueError(f"{path}: an ONNX file, but not one of export.py")
-    return session, json.loads(facts["dmd2"])
+    return session, facts
 
 
 def generate(sampler, label, seed, batch=BATCH):
@@ -265,14 +270,17 @@ def load_features(data, name, device="cpu"):
     if digest != SHA256.get(name, digest):
         raise ValueError(f"{path}: SHA-256 {digest[:12]} is not {SHA256[name][:12]}; restore it")
     net = FeatureNet(data.images.shape[1], len(data.classes))
-    net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    try:
+        net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    except (pickle.UnpicklingError, RuntimeError, EOFError, TypeError) as error:
+        raise ValueError(f"{path}: damaged; delete it, and it is made anew") from error
     return net.to(device).eval().requires_grad_(False), digest[:12]
 
 
 def write_features(data, path, device="cpu"):
     """Train a feature network and keep it at path."""
-    net = train_features(data, device=device)
     path.parent.mkdir(parents=True, exist_ok=True)
+    net = train_features(data, device=device)
     save(net.cpu().state_dict(), path)
     print(f"wrote {path}, SHA-256 {hashlib.sha256(path.read_bytes()).hexdigest()}", file=sys.stderr)
 

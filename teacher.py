@@ -23,6 +23,7 @@ import os
 import pickle
 import sys
 import time
+import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -110,6 +111,10 @@ class Options:
             low, high = field.metadata["at_least"], field.metadata["below"]
             if value is None:
                 continue
+            if value == "":
+                raise ValueError(f"{flag(field.name)}: is empty; leave it out or give a value")
+            if field.type is int and high is None:
+                high = 2**31
             if choices and value not in choices:
                 raise ValueError(f"{flag(field.name)} {value}: choose from {', '.join(choices)}")
             if low is not None and not value >= low:
@@ -242,6 +247,11 @@ def run_script(main):
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr)
         sys.exit(130)
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, MemoryError) and "memory" not in str(error):
+            raise
+        print(f"{name}: out of memory; try a smaller --batch, --width or --n", file=sys.stderr)
+        sys.exit(2)
 
 
 # ---- data: uint8 images in memory ---------------------------------------------------------------
@@ -303,7 +313,12 @@ def load_folder(folder, size):
         raise ValueError(f"--data {folder}: {error}") from error
     crop = torchvision.transforms.Compose([torchvision.transforms.Resize(size),
                                            torchvision.transforms.CenterCrop(size)])
-    images = [np.asarray(crop(image)) for image, _ in found]
+    images = []
+    for path, _ in found.samples:
+        try:
+            images.append(np.asarray(crop(found.loader(path))))
+        except OSError as error:
+            raise ValueError(f"{path}: not a readable image; remove it") from error
     images = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
     return Data(images, torch.tensor(found.targets), tuple(found.classes))
 
@@ -669,17 +684,43 @@ def load(path, resume=False):
     Raises ValueError if the file is missing, foreign or damaged, or can't be resumed from.
     """
     if not Path(path).is_file():
-        raise ValueError(f"{path}: no such checkpoint; teacher.py and dmd2.py write them")
+        raise ValueError(f"{path}: no such checkpoint file; teacher.py and dmd2.py write them")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, ValueError) as error:
+        with zipfile.ZipFile(path) as archive:  # torch does not look at the checksums
+            whole = archive.testzip() is None
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True) if whole else None
+        is_ours = whole and fits(checkpoint)
+    except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, EOFError, LookupError,
+            ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: not a checkpoint of this project, or damaged") from error
-    needed = {"kind", "config", "data", "network", "prediction", "model", "step"}
-    if not isinstance(checkpoint, dict) or not needed <= set(checkpoint):
-        raise ValueError(f"{path}: a PyTorch file, but not a checkpoint of this project")
+    if not is_ours:
+        raise ValueError(f"{path}: not a checkpoint of this project, or damaged")
     if resume and "training" not in checkpoint:
         raise ValueError(f"{path}: holds no optimizers to resume from; teacher.pt and last.pt do")
     return checkpoint
+
+
+def fits(checkpoint):
+    """Whether a dictionary has the fields that load() tells of, and these fit each other."""
+    data, network = checkpoint["data"], checkpoint["network"]
+    side, channels = network["img_resolution"], network["img_channels"]
+    sigmas = checkpoint["sigmas"] if checkpoint["kind"] == "generator" else [SIGMA_MAX]
+    return (checkpoint["kind"] in ("teacher", "generator") and checkpoint["step"] > 0
+            and tuple(data["shape"]) == (channels, side, side)
+            and len(data["classes"]) == network["label_dim"] and {"name", "size"} <= data.keys()
+            and len(sigmas) > 0 and all(SIGMA_MIN <= sigma <= SIGMA_MAX for sigma in sigmas)
+            and checkpoint["prediction"] in PREDICTIONS and len(checkpoint["model"]) > 0
+            and isinstance(checkpoint["config"], dict))
+
+
+def restore(parts, states, path):
+    """Load states into networks and optimizers of the same names; ValueError if they don't fit."""
+    try:
+        for name, part in parts.items():
+            part.load_state_dict(states[name])
+    except (RuntimeError, TypeError, LookupError, AttributeError, ValueError) as error:
+        raise ValueError(f"{path}: can't be resumed from; what it holds does not fit the networks "
+                         "and optimizers of this run") from error
 
 
 def build(checkpoint, device="cpu"):
@@ -717,9 +758,9 @@ class Log:
     def __init__(self, cfg, start):
         self.cfg, self.path = cfg, Path(cfg.out) / "log.jsonl"
         self.noted, self.pending, self.began = {}, [], 0.0
-        lines = self.path.read_text().splitlines() if start and self.path.exists() else []
-        kept = [line + "\n" for line in lines if json.loads(line)["step"] <= start]
-        self.path.write_text("".join(kept))
+        lines = read_log(self.path) if start and self.path.exists() else []
+        self.path.write_text("".join(json.dumps(line) + "\n" for line in lines
+                                     if line["step"] <= start))
         self.bar = tqdm(total=cfg.steps, initial=start, disable=None, dynamic_ncols=True)
         self.wandb = start_wandb(cfg) if cfg.wandb else None
 
@@ -788,9 +829,20 @@ def start_wandb(cfg):
                       mode=None if wandb.api.api_key else "offline")
 
 
+def read_log(path):
+    """The lines of a log.jsonl as dictionaries, up to the first that was not written whole."""
+    lines = []
+    for line in Path(path).read_text().splitlines():
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
 def plot_log(path):
     """Draw a log.jsonl as loss.png beside it: a panel per quantity, the teacher's dashed."""
-    lines = [json.loads(line) for line in Path(path).read_text().splitlines()]
+    lines = read_log(path)
     names = {name for line in lines for name in line} - {"step"}
     teachers = {name: line[name] for line in lines for name in line if name.startswith("teacher_")}
     names = sorted(names - teachers.keys(), key=lambda name: ("loss" not in name, name))
@@ -833,9 +885,8 @@ def train(cfg):
     if cfg.resume:
         checkpoint = load(cfg.resume, resume=True)
         start = checkpoint["step"]
-        ema.load_state_dict(checkpoint["model"])
-        model.load_state_dict(checkpoint["training"]["model"])
-        optimizer.load_state_dict(checkpoint["training"]["optimizer"])
+        restore(dict(ema=ema, model=model, optimizer=optimizer),
+                dict(checkpoint["training"], ema=checkpoint["model"]), cfg.resume)
     prepare(cfg, device, model)  # not ema: samples and validation are always float32
     out = make_run_folder(cfg)
     log = Log(cfg, start)

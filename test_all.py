@@ -478,6 +478,32 @@ def test_weights_that_do_not_fit_or_are_not_finite_are_refused(tiny_generator):
         teacher.build(checkpoint)
 
 
+@pytest.mark.parametrize("change", [
+    dict(kind="other"), dict(data=None), dict(sigmas=[]), dict(network={}), dict(model={}),
+    dict(prediction="v"), dict(config=None), dict(step=-1), dict(sigmas=[math.nan]),
+    dict(data=dict(name="digits", size=32, shape=(1, 16, 16), classes=tuple("0123456789")))])
+def test_checkpoint_whose_fields_do_not_fit_is_refused(change, tiny_generator, tmp_path):
+    torch.save(dict(teacher.load(tiny_generator), **change), tmp_path / "changed.pt")
+    with pytest.raises(ValueError, match="changed.pt: not a checkpoint of this project"):
+        teacher.load(tmp_path / "changed.pt")
+
+
+def test_a_flipped_byte_in_a_checkpoint_is_noticed(tiny_generator, tmp_path):
+    content = bytearray(Path(tiny_generator).read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    (tmp_path / "flipped.pt").write_bytes(content)
+    with pytest.raises(ValueError, match="damaged"):
+        teacher.load(tmp_path / "flipped.pt")
+
+
+def test_log_that_was_not_written_whole_does_not_stop_a_resume(tiny_teacher, tmp_path):
+    shutil.copytree(Path(tiny_teacher).parent, tmp_path / "run")
+    log = tmp_path / "run" / "log.jsonl"
+    log.write_text(log.read_text()[:-20])
+    teacher.main(["--resume", str(tmp_path / "run" / "teacher.pt"), "--steps", "6"])
+    assert [line["step"] for line in log_of(tmp_path / "run")] == [1, 2, 3, 5, 6]
+
+
 @pytest.mark.parametrize("script, flags, name", [(teacher, TINY, "teacher.pt"),
                                                  (dmd2, TINY_DMD, "last.pt")])
 def test_resumed_run_is_the_uninterrupted_one_bit_for_bit(script, flags, name, tiny_teacher,
@@ -649,6 +675,21 @@ def test_export_that_differs_from_pytorch_leaves_no_file(tiny_generator, tmp_pat
     assert not list(tmp_path.iterdir())
 
 
+def test_file_with_weights_that_are_not_finite_is_not_exported(tiny, tiny_generator, tmp_path,
+                                                               monkeypatch):
+    original = export.export_onnx
+
+    def broken(exported, *args):
+        with torch.no_grad():
+            exported.generator.net.map_layer0.bias.fill_(math.nan)
+        original(exported, *args)
+
+    monkeypatch.setattr(export, "export_onnx", broken)
+    with pytest.raises(SystemExit):
+        export.main([tiny_generator, "--out", str(tmp_path / "g.onnx")])
+    assert not list(tmp_path.iterdir())
+
+
 def test_provider_that_did_not_load_is_an_error(tiny, monkeypatch):
     if torch.cuda.is_available():
         pytest.skip("CUDA is here")
@@ -705,6 +746,8 @@ def fails(main, argv, capsys):
     (sample.main, "GENERATOR --out x.jpg", "must end in .png or .npz"),
     (sample.main, "GENERATOR --beside TEACHER --n 3", "leave out --labels and --n"),
     (sample.main, "GENERATOR --beside nowhere.pt", "nowhere.pt: no such checkpoint"),
+    (export.main, "", "no checkpoint given"),
+    (export.main, "GENERATOR --out GENERATOR", "must end in .onnx"),
     (export.main, "TEACHER", "distil it first"),
     (export.main, "GENERATOR --out /dev/null/x.onnx", "/dev/null"),
 ])
