@@ -99,7 +99,7 @@ def save_estimates(teacher, fake_score, generator, sigmas, data, path, columns=1
     x0 = few_step(generator, sigmas[0] * noise[:columns], sigmas, label)
     x = x0 + sigma.view(-1, 1, 1, 1) * noise[columns:]
     rows = torch.stack([x0, x, teacher(x, sigma, label), fake_score(x, sigma, label)])
-    names = ["generated x0", "x = x0 + sigma noise", "teacher(x)", "fake score(x)"]
+    names = ["generated x0", "x0 + sigma noise = x", "teacher(x)", "fake score(x)"]
     save_grid(to_uint8(rows), names, path, titles=[f"{s:.2g}" for s in sigma.tolist()])
 
 

@@ -44,9 +44,10 @@ class Config(Options):
 
     checkpoint: str = arg(None, "generator.pt of dmd2.py", positional=True)
     device: str = arg("cpu", "where the file is checked against PyTorch", ("cpu", "cuda"))
-    out: str = arg(None, "the file to write (default: beside the checkpoint, .onnx)")
+    out: str = arg(None, "the file to write (default: beside the checkpoint, .onnx; the name tells "
+                         "--uint8 and --fp16)")
     uint8: bool = arg(False, "the image as uint8 [batch, H, W, C], not float32 [batch, C, H, W]")
-    fp16: bool = arg(False, "the network's weights, arithmetic in float16; inputs and output stay")
+    fp16: bool = arg(False, "weights and arithmetic in float16; inputs and output keep their types")
     benchmark: bool = arg(False, "then time PyTorch, torch.compile, onnxruntime and the teacher")
 
     def __post_init__(self):
@@ -213,7 +214,9 @@ def main(argv=None):
     if checkpoint["kind"] != "generator":
         raise ValueError(f"{cfg.checkpoint}: holds a {checkpoint['kind']}; distil it first: python "
                          f"dmd2.py --teacher {cfg.checkpoint}")
-    data, path = checkpoint["data"], Path(cfg.out or Path(cfg.checkpoint).with_suffix(".onnx"))
+    kind = "_uint8" * cfg.uint8 + "_fp16" * cfg.fp16
+    default = Path(cfg.checkpoint).with_name(Path(cfg.checkpoint).stem + kind + ".onnx")
+    data, path = checkpoint["data"], Path(cfg.out or default)
     exported = Exported(build(checkpoint), checkpoint["sigmas"], cfg.uint8)
     to_export = copy.deepcopy(exported)
     if cfg.fp16:

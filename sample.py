@@ -381,7 +381,7 @@ def report(sampler, reference, n, seeds, batch=BATCH):
     spread = {name: statistics.stdev(values) if len(values) > 1 else None
               for name, values in columns.items()}
     protocol = (f"{n} samples, {reference.protocol}, {sampler.name}, EMA weights, "
-                f"{sampler.evaluations} function evaluations, seeds {min(seeds)} to {max(seeds)}")
+                f"{sampler.evaluations} function evaluation(s), seeds {', '.join(map(str, seeds))}")
     return dict(mean=mean, spread=spread, floor=reference.floor, protocol=protocol,
                 ratio_to_floor=mean["frechet_distance"] / reference.floor["frechet_distance"])
 

@@ -141,8 +141,9 @@ class TrainingOptions(Options):
     compile: str = arg("auto", "torch.compile the networks; auto is on for cuda, else off",
                        ("auto", "on", "off"))
     log_every: int = arg(50, "steps between lines of log.jsonl", at_least=1, free=True)
-    save_every: int = arg(500, "steps between checkpoints", at_least=1, free=True)
-    sample_every: int = arg(500, "steps between pictures; 0 for none", at_least=0, free=True)
+    save_every: int = arg(200, "steps between checkpoints", at_least=1, free=True)
+    sample_every: int = arg(500, "steps between pictures (and validation losses); 0 for none",
+                            at_least=0, free=True)
     wandb: bool = arg(False, "log to Weights & Biases too", free=True)
     resume: str = arg(None, "a run's checkpoint to go on from, with its options, in its folder",
                       free=True)
@@ -159,7 +160,7 @@ class Config(TrainingOptions):
 
     out: str = arg("runs/teacher", "folder of the run", free=True)
     data: str = arg("digits", f"{', '.join(KNOWN_DATA)}, or a folder that holds a folder of images "
-                              "per class")
+                              "for each class")
     size: int = arg(FOLDER_SIZE, "side of a folder's images, scaled and cropped", at_least=4)
     width: int = arg(None, "channels of the network's first level (default: by data)", at_least=4)
     mults: str = arg(None, "channels of each level as multiples of --width (default: by data)")
@@ -218,7 +219,8 @@ def resumed(config_class, given):
     checkpoint = load(path, resume=True)
     saved, fields = checkpoint["config"], dataclasses.fields(config_class)
     if saved.keys() != {field.name for field in fields}:
-        raise ValueError(f"--resume {path}: a {checkpoint['kind']} of another script or version")
+        raise ValueError(f"--resume {path}: holds a {checkpoint['kind']} of another script or "
+                         "version; teacher.pt is teacher.py's to resume, last.pt dmd2.py's")
     if "out" in given:
         raise ValueError(f"--out {given['out']}: a resumed run goes on in its own folder, "
                          f"{Path(path).parent}")
@@ -229,7 +231,8 @@ def resumed(config_class, given):
                              "leave the flag out, or start a new run")
     cfg = config_class(**{**saved, **given, "out": str(Path(path).parent)})
     if cfg.steps <= checkpoint["step"]:
-        raise ValueError(f"--steps {cfg.steps}: {path} has done {checkpoint['step']} already")
+        raise ValueError(f"--steps {cfg.steps}: {path} has done {checkpoint['step']} already; give "
+                         "more")
     return cfg
 
 
@@ -245,7 +248,7 @@ def run_script(main):
         print(f"{name}: diverged: {error}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
-        print(f"{name}: interrupted", file=sys.stderr)
+        print(f"{name}: interrupted; --resume goes on from the last checkpoint", file=sys.stderr)
         sys.exit(130)
     except (RuntimeError, MemoryError) as error:
         if not isinstance(error, MemoryError) and "memory" not in str(error):
@@ -642,9 +645,9 @@ def save_grid(rows, names, path, titles=()):
     rows    [R, K, C, H, W]  uint8, C 1 or 3
     names   R strings; titles, above the columns, if there are some
     """
-    zoom = max(1, 48 // rows.shape[-1])
+    zoom = max(1, round(56 / rows.shape[-1]))
     side, font = rows.shape[-1] * zoom, ImageFont.load_default(14)
-    step, top = side + 2, 22 if titles else 2
+    step, top = side + 4, 22 if titles else 4
     left = 8 + max([round(font.getlength(name)) for name in names], default=0)
     sheet = Image.new("RGB", (left + rows.shape[1] * step, top + len(rows) * step), "white")
     draw = ImageDraw.Draw(sheet)
@@ -740,9 +743,19 @@ def build(checkpoint, device="cpu"):
 
 
 def make_run_folder(cfg):
-    """Create cfg.out with config.json in it; returns it, a Path. OSError if it can't be written."""
+    """Create cfg.out with config.json in it; returns it, a Path. OSError if it can't be written.
+
+    A new run first removes what an older one left there, so that no file is of another run.
+    """
     out = Path(cfg.out)
     out.mkdir(parents=True, exist_ok=True)
+    if not cfg.resume:
+        stale = [path for pattern in ("teacher.pt", "generator.pt", "last.pt", "samples_*.png")
+                 for path in out.glob(pattern)]
+        if stale:
+            print(f"replacing the run that was in {out}", file=sys.stderr)
+        for path in stale:
+            path.unlink()
     (out / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=1) + "\n")
     return out
 
@@ -845,15 +858,17 @@ def plot_log(path):
     lines = read_log(path)
     names = {name for line in lines for name in line} - {"step"}
     teachers = {name: line[name] for line in lines for name in line if name.startswith("teacher_")}
-    names = sorted(names - teachers.keys(), key=lambda name: ("loss" not in name, name))
-    columns, rows = min(len(names), 4), math.ceil(len(names) / 4)
+    first = ["frechet_distance", "recall", "precision", "accuracy", "validation_loss", "loss"]
+    names = [name for name in first if name in names] + sorted(names - set(first) - teachers.keys())
+    columns, rows = min(len(names), 3), math.ceil(len(names) / 3)
     figure = Figure(figsize=(4 * columns, 2.6 * rows), layout="constrained")
     for i, name in enumerate(names):
         panel = figure.add_subplot(rows, columns, i + 1, title=name, xlabel="step")
         steps, values = zip(*[(line["step"], line[name]) for line in lines if name in line])
         panel.plot(steps, values, marker="." if len(steps) < 30 else None, linewidth=1)
         if f"teacher_{name}" in teachers:
-            panel.axhline(teachers[f"teacher_{name}"], linestyle="--", color="gray")
+            panel.axhline(teachers[f"teacher_{name}"], ls="--", color="gray", label="teacher")
+            panel.legend()
         if min(values) > 0 and max(values) > 3 * min(values):
             panel.set_yscale("log")
     figure.savefig(Path(path).with_name("loss.png"), dpi=90)
@@ -870,7 +885,7 @@ def train(cfg):
     data, held_out = (load_data(name, split, where, cfg.size) for split in ("train", "test"))
     if cfg.batch > len(data.images):
         raise ValueError(f"--batch {cfg.batch}: {cfg.data} has only {len(data.images)} images to "
-                         "train on")
+                         "train on; give that many or fewer")
     data, held_out, num_classes = data.to(device), held_out.to(device), len(data.classes)
     shape = tuple(data.images.shape[1:])
     mults = tuple(int(mult) for mult in cfg.mults.split(","))

@@ -354,6 +354,15 @@ def test_distilled_gaussian_has_its_teacher_s_moments():
     assert abs(a.item() - 0.3) < 0.02 and abs(abs(b.item()) - 0.5) < 0.02
 
 
+def test_new_run_leaves_nothing_of_the_one_it_replaces(tiny_teacher, tmp_path, capsys):
+    for name in ("last.pt", "generator.pt", "samples_000099.png"):
+        (tmp_path / name).write_text("old")
+    dmd2.main([*TINY_DMD, "--teacher", tiny_teacher, "--out", str(tmp_path)])
+    assert f"replacing the run that was in {tmp_path}" in capsys.readouterr().err
+    assert not (tmp_path / "samples_000099.png").exists()
+    assert teacher.load(tmp_path / "last.pt")["step"] == 4
+
+
 def test_networks_start_as_the_teacher_which_stays_bit_identical(tiny_teacher, tmp_path,
                                                                  monkeypatch):
     built, at_start = [], []
@@ -585,7 +594,7 @@ def test_report_tells_figures_floor_and_protocol(tiny_generator, capsys):
     out = capsys.readouterr().out
     result = json.loads(out.splitlines()[-1])
     for word in ("200 samples", "1497 training images of digits", sample.SHA256["digits"][:12],
-                 "EMA", "1 function evaluations", "seeds 0 to 1"):
+                 "EMA", "1 function evaluation(s)", "seeds 0, 1"):
         assert word in result["protocol"]
     assert result["ratio_to_floor"] == pytest.approx(
         result["mean"]["frechet_distance"] / result["floor"]["frechet_distance"])
@@ -728,8 +737,8 @@ def fails(main, argv, capsys):
     (dmd2.main, "--resume LAST --batch 32", "--batch 32: the run to resume has 16"),
     (dmd2.main, "--resume GENERATOR", "holds no optimizers"),
     (teacher.main, "--width 30", "width 30: must be a multiple of 4"),
-    (teacher.main, "--resume LAST", "a generator of another script"),
-    (dmd2.main, "--resume TEACHER", "a teacher of another script"),
+    (teacher.main, "--resume LAST", "holds a generator of another script"),
+    (dmd2.main, "--resume TEACHER", "holds a teacher of another script"),
     (dmd2.main, "--resume LAST", "--steps 4: "),
     (dmd2.main, "--resume LAST --steps 8 --out x", "goes on in its own folder"),
     (sample.main, "", "no checkpoint given"),
@@ -800,7 +809,7 @@ def test_checkpoints_beside_each_other_make_one_picture(tiny_teacher, tiny_gener
     path = tmp_path / "beside.png"
     sample.main([tiny_generator, "--beside", tiny_teacher, "--out", str(path)])
     width, height = Image.open(path).size
-    assert width > 17 * 48 and height > 10 * 48
+    assert width > 17 * 56 and height > 10 * 56
 
 
 def test_labels_make_a_row_per_class_and_a_folder_a_file_per_image(tiny_generator, tmp_path):
@@ -866,6 +875,10 @@ def test_every_class_and_every_function_that_another_file_uses_is_documented():
             if getattr(thing, "__module__", "") == module.__name__ and (
                     inspect.isclass(thing) or re.search(rf"import[^)]*\b{name}\b", used)):
                 assert thing.__doc__, f"{module.__name__}.{name}"
+
+
+def test_readme_names_the_feature_network_that_its_figures_are_of():
+    assert sample.SHA256["digits"][:12] in README
 
 
 def test_pictures_of_the_readme_exist():
