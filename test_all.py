@@ -906,7 +906,7 @@ def test_every_command_of_the_readme_runs(tmp_path, monkeypatch):
             continue
         if "mnist" in command and not (SHARED / "data" / "MNIST").exists():
             continue
-        words = [str(SHARED / "data") if word.endswith("shared/data") else word for word in words]
+        words += ["--data-dir", str(SHARED / "data")] if words[1:3] == ["--data", "mnist"] else []
         script = Path(words[0]).stem
         n = "100" if "--evaluate" in words else "20"
         extra = dict(teacher=[*TINY, "--sample-every", "4"],
