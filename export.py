@@ -112,7 +112,7 @@ def check_onnx(path, exported, shape, num_classes, device="cpu"):
     Of batch 1, 3 and 64, every label among them. A uint8 image counts from the second level on, for
     one comes of rounding.
     """
-    session, _ = onnx_session(path, device, dict(use_tf32=0) if device == "cuda" else {})
+    session, _ = onnx_session(path, device, dict(use_tf32=0) if device == "cuda" else None)
     exported, worst, first = exported.to(device), 0.0, 0
     for batch in (1, 3) + (64,) * math.ceil(num_classes / 64):
         label = torch.arange(first, first + batch) % num_classes

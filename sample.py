@@ -161,7 +161,7 @@ def onnx_sampler(path, device):
                    facts["data"], device)
 
 
-def onnx_session(path, device, provider_options={}):
+def onnx_session(path, device, provider_options=None):
     """An onnxruntime session of a file of export.py, on "cpu" or "cuda", and its metadata's facts.
 
     Raises ValueError if the file is missing or foreign, or onnxruntime did not load the provider.
@@ -177,7 +177,7 @@ def onnx_session(path, device, provider_options={}):
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     try:
-        session = onnxruntime.InferenceSession(path, options, [(provider, provider_options)])
+        session = onnxruntime.InferenceSession(path, options, [(provider, provider_options or {})])
     except Exception as error:  # onnxruntime's exceptions have no other base in common
         raise ValueError(f"{path}: onnxruntime can't read it: {error}") from error
     loaded = session.get_providers()  # get_available_providers() would tell what was compiled in
