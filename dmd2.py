@@ -14,16 +14,23 @@ happens between steps, training.
 import dataclasses
 import functools
 import hashlib
+import pickle
+import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
 
-from sample import (EVALUATE_AT_LEAST, TITLES, few_step, generator_sampler, load_reference, measure,
-                    summary, teacher_sampler)
-from teacher import (GENERATOR, SIGMA_MAX, Draw, Log, TrainingOptions, arg, build, denoising_loss,
-                     descend, due, filled, frozen, load, make_run_folder, parse, pick_device,
-                     plot_log, prepare, restore, run_script, save, save_grid, sigma_at, to_uint8,
-                     unit_noise, update_ema, warmed_up)
+from sample import (BATCH, EVALUATE_AT_LEAST, TITLES, Guided, few_step, generator_sampler,
+                    load_reference, measure, summary, teacher_sampler)
+from teacher import (GENERATOR, SIGMA_MIN, STUDENT_STEP, Draw, Log, TrainingOptions, arg, batch_at,
+                     build, check_batch, denoising_loss, descend, due, filled, flag, frozen,
+                     group_norm, load, load_data, make_run_folder, parse, pick_device, plot_log,
+                     prepare, restore, run_script, save, save_grid, seeded, sigma_at, to_float,
+                     to_uint8, unit_noise, update_ema, warmed_up)
 
 # What of dmd2.py depends on the data: it fills the options that were not given.
 RECIPES = {
@@ -35,7 +42,7 @@ RECIPES = {
 RECIPES["fashion"] = RECIPES["mnist"]
 
 # Other noise than `sample.py --evaluate` takes by default, for the best generator is chosen by it.
-EVALUATION_SEED = 1_000_000
+EVALUATION_SEED, PAIRS_SEED = 1_000_000, 2_000_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +56,31 @@ class Config(TrainingOptions):
     lr: float = arg(None, "learning rate of the generator (default: by data)", at_least=0, below=1)
     fake_lr: float = arg(None, "learning rate of the fake score (default: by data)", at_least=0,
                          below=1)
+    student_steps: int = arg(1, "steps of the generator", (1, 2, 4))
+    backward_simulation: bool = arg(True, "with several steps: train each on what the steps before "
+                                          "it make of noise, not on real images with noise")
+    dm_weight: float = arg(1.0, "of the distribution-matching loss; 0 leaves the GAN alone",
+                           at_least=0)
+    dm_range: str = arg("0.02,0.98", "its noise levels, as quantiles of the karras schedule")
+    fake_weight: float = arg(1.0, "of the fake score's loss", at_least=0)
+    fake_range: str = arg("0,1", "its noise levels, as quantiles of the karras schedule")
+    guidance: float = arg(1.0, "classifier-free guidance of the teacher; 1 is none", at_least=0)
+    gan_weight: float = arg(0.0, "of the GAN loss in the generator's, per pixel; 0 turns it off",
+                            at_least=0)
+    gan_features: str = arg("fake", "whose encoder the discriminator sees by: the fake score's, "
+                                    "which it then trains too, or the frozen teacher's",
+                            ("fake", "teacher"))
+    gan_noise: bool = arg(True, "show the discriminator images with noise (diffusion GAN)")
+    gan_range: str = arg("0,1", "its noise levels, as quantiles of the karras schedule")
+    discriminator_weight: float = arg(0.01, "of the discriminator's loss beside the fake score's",
+                                      at_least=0)
+    regression_weight: float = arg(0.0, "of DMD's regression loss on pairs of noise and teacher's "
+                                        "image; 0 turns it off", at_least=0)
+    regression_distance: str = arg("mse", "its measure of distance", ("mse", "lpips"))
+    pairs: int = arg(10000, "its number of pairs, which are made before training and kept in the "
+                            "run's folder", at_least=1)
+    init_from: str = arg(None, "generator.pt to begin with, generator and fake score, in place of "
+                               "the teacher: a second stage", free=True)
     evaluate_every: int = arg(200, "steps between evaluations, the best of which is kept; 0 for "
                                    "none, which needs no data", at_least=0)
     evaluate_n: int = arg(2000, "images per evaluation", at_least=EVALUATE_AT_LEAST)
@@ -58,6 +90,32 @@ class Config(TrainingOptions):
         if self.teacher is None:
             raise ValueError("--teacher is missing: give a checkpoint of teacher.py, such as "
                              "runs/teacher/teacher.pt")
+        if not (self.dm_weight or self.gan_weight or self.regression_weight):
+            raise ValueError("--dm-weight 0: nothing is left to train the generator by; give a "
+                             "--gan-weight or a --regression-weight")
+        if self.student_steps == 1 and not self.backward_simulation:
+            raise ValueError("--no-backward-simulation: is for generators of several steps; give "
+                             "--student-steps 2 or 4")
+        if self.regression_weight and self.student_steps > 1:
+            raise ValueError(f"--student-steps {self.student_steps}: the regression loss is for "
+                             "generators of one step; leave out --regression-weight")
+        if self.regression_weight and self.batch is not None and self.pairs < self.batch:
+            raise ValueError(f"--pairs {self.pairs}: must be at least --batch, {self.batch}")
+        for name in ("dm_range", "fake_range", "gan_range"):
+            try:
+                low, high = interval(getattr(self, name))
+                fits = 0 <= low <= high <= 1
+            except ValueError:
+                fits = False
+            if not fits:
+                raise ValueError(f"{flag(name)} {getattr(self, name)}: needs two rising numbers "
+                                 "from 0 to 1, such as 0.02,0.98")
+
+
+def interval(text):
+    """The two numbers of an option such as 0.02,0.98."""
+    low, high = map(float, text.split(","))
+    return low, high
 
 
 # ---- distribution matching ----------------------------------------------------------------------
@@ -87,20 +145,151 @@ def dmd_loss(teacher, fake_score, x0, sigma, label, noise):
     return 0.5 * (x0 - (x0 - gradient).detach()).square().mean()
 
 
+# ---- GAN: the generator also sees real images, through a discriminator --------------------------
+
+class Discriminator(nn.Module):
+    """Tells real images from generated ones by what a denoiser's encoder makes of them (DMD2).
+
+    denoiser  the fake score, whose encoder this loss then trains too, or the frozen teacher
+
+    The head halves the side of the features until it is 4 at most, and then takes in all of it.
+    """
+
+    def __init__(self, denoiser):
+        super().__init__()
+        self.denoiser, (channels, side) = denoiser, denoiser.net.bottleneck
+
+        def layer(size, **options):
+            return [nn.Conv2d(channels, channels, size, **options), group_norm(channels), nn.SiLU()]
+
+        layers = []
+        while side > 4:
+            layers += layer(4, stride=2, padding=1)
+            side //= 2
+        self.head = nn.Sequential(*layers, *layer(side), nn.Conv2d(channels, 1, 1), nn.Flatten(0))
+
+    def forward(self, x, sigma, label):
+        """x [B, C, H, W], sigma [B], label [B] int64 -> logits [B], positive for real"""
+        return self.head(self.denoiser.features(x, sigma, label))
+
+
+def diffused(x0, draw, quantiles):
+    """Images as a discriminator sees them, and their noise levels sigma [B] (DMD2's diffusion GAN).
+
+    quantiles  the range of the levels, of the karras schedule; None for images without noise
+    """
+    if quantiles is None:
+        return x0, x0.new_full(x0.shape[:1], SIGMA_MIN)
+    sigma = sigma_at(draw.uniform(*quantiles), "karras")
+    return x0 + sigma.view(-1, 1, 1, 1) * draw.normal(), sigma
+
+
+def generator_loss(fake):
+    """Non-saturating GAN loss of the generator, of the logits [B] of its images."""
+    return F.softplus(-fake).mean()
+
+
+def discriminator_loss(real, fake):
+    """GAN loss of the discriminator, of the logits [B] of real and of generated images."""
+    return F.softplus(-real).mean() + F.softplus(fake).mean()
+
+
+# ---- regression: DMD's loss, on pairs of noise and the teacher's image of it --------------------
+
+class Pairs(NamedTuple):
+    """Noise, and the images that a teacher's deterministic sampler makes of it."""
+
+    noise: torch.Tensor   # [N, C, H, W] standard normal
+    label: torch.Tensor   # [N] int64
+    images: torch.Tensor  # [N, C, H, W] float32
+
+    def batch(self, update, size, seed):
+        """Noise, labels and images of an update; ValueError if there are fewer than `size`."""
+        index = batch_at(update, len(self.label), size, seed)
+        return (part[index.to(part.device)] for part in self)
+
+
+def load_pairs(sampler, teacher_sha256, guidance, count, path):
+    """The pairs of a teacher, from the file at path if they are there, and else made and kept."""
+    data = sampler.data
+    origin = dict(teacher_sha256=teacher_sha256, guidance=guidance, count=count, of=sampler.name)
+    noise = unit_noise(count, data["shape"], PAIRS_SEED)
+    label = torch.arange(count) % len(data["classes"])
+    images = read_pairs(path, origin) if path.exists() else None
+    if images is None:
+        parts = zip(noise.split(BATCH), label.split(BATCH))
+        images = torch.cat([sampler.images(n[None].to(sampler.device), c.to(sampler.device)).cpu()
+                            for n, c in tqdm(list(parts), "pairs", disable=None)])
+        save(dict(origin=origin, images=images), path)
+    return Pairs(*(part.to(sampler.device) for part in (noise, label, images)))
+
+
+def read_pairs(path, origin):
+    """The images of a file of pairs; None, and a line that says so, if they are not of `origin`."""
+    try:
+        stored = torch.load(path, map_location="cpu", weights_only=True)
+        if stored["origin"] == origin:
+            return stored["images"]
+    except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, TypeError):
+        pass
+    print(f"{path}: of another teacher or setting, or damaged; made anew", file=sys.stderr)
+    return None
+
+
+def regression_loss(generator, sigma, noise, label, images, distance=F.mse_loss):
+    """Distance of one-step images from those a teacher's sampler made of the same noise (DMD).
+
+    noise, images [B, C, H, W], label [B] int64; sigma, a float, the generator's noise level
+    """
+    return distance(few_step(generator, sigma * noise, [sigma], label), images)
+
+
+def distance_function(name, device):
+    """mse or lpips of two batches of images [B, C, H, W] in [-1, 1]; ValueError if not to be had.
+
+    LPIPS (Zhang et al. 2018) is of VGG, at 224 x 224, as DMD has it.
+    """
+    if name == "mse":
+        return F.mse_loss
+    try:
+        import lpips
+        net = lpips.LPIPS(net="vgg", verbose=False).to(device).requires_grad_(False)
+    except ImportError as error:
+        raise ValueError("--regression-distance lpips: the lpips package is not installed; pip "
+                         "install lpips, or use mse") from error
+    except (OSError, RuntimeError) as error:
+        raise ValueError(f"--regression-distance lpips: its weights can't be had ({error}); "
+                         "use mse") from error
+
+    def distance(a, b):
+        a, b = (F.interpolate(x.expand(-1, 3, -1, -1), size=(224, 224), mode="bilinear")
+                for x in (a, b))
+        return net(a, b).mean()
+    return distance
+
+
 # ---- pictures -----------------------------------------------------------------------------------
 
 @torch.no_grad()
-def save_estimates(teacher, fake_score, generator, sigmas, data, path, columns=10):
-    """The generator's images, the same with noise, and what teacher and fake score make of that."""
+def save_estimates(teacher, fake_score, generator, sigmas, data, path, pairs=None, columns=10):
+    """The generator's images, the same with noise, and what teacher and fake score make of that.
+
+    With pairs also the generator's images of their noise, and the teacher's.
+    """
     device = next(generator.parameters()).device
-    noise = unit_noise(2 * columns, data["shape"], 0).to(device)
+    *noise, last = unit_noise(columns, (len(sigmas) + 1, *data["shape"]), 0).to(device).unbind(1)
     label = torch.arange(columns, device=device) % len(data["classes"])
     sigma = sigma_at(torch.linspace(0.15, 0.75, columns, device=device), "karras")
-    x0 = few_step(generator, sigmas[0] * noise[:columns], sigmas, label)
-    x = x0 + sigma.view(-1, 1, 1, 1) * noise[columns:]
-    rows = torch.stack([x0, x, teacher(x, sigma, label), fake_score(x, sigma, label)])
-    names = ["generated x0", "x0 + sigma noise = x", "teacher(x)", "fake score(x)"]
-    save_grid(to_uint8(rows), names, path, titles=[f"{s:.2g}" for s in sigma.tolist()])
+    x0 = few_step(generator, sigmas[0] * noise[0], sigmas, label, noise[1:])
+    x = x0 + sigma.view(-1, 1, 1, 1) * last
+    rows = {"generated x0": x0, "x0 + sigma noise = x": x, "teacher(x)": teacher(x, sigma, label),
+            "fake score(x)": fake_score(x, sigma, label)}
+    if pairs:
+        ref, label, y_ref = (part[:columns] for part in pairs)
+        rows["G(z_ref)"] = few_step(generator, sigmas[0] * ref, sigmas, label)
+        rows["y_ref, teacher's"] = y_ref
+    titles = [f"{s:.2g}" for s in sigma.tolist()]
+    save_grid(to_uint8(torch.stack(list(rows.values()))), list(rows), path, titles)
 
 
 # ---- what happens between the steps -------------------------------------------------------------
@@ -116,13 +305,14 @@ class Keeper:
         self.sigmas, self.networks, self.out = sigmas, networks, Path(cfg.out)
         self.device = next(teacher.parameters()).device
         self.teacher_sha256 = hashlib.sha256(Path(cfg.teacher).read_bytes()).hexdigest()
-        self.figures = self.best = self.teacher_figures = self.reference = None
+        self.figures = self.best = self.teacher_figures = self.reference = self.pairs = None
+        self.teacher_sampler = teacher_sampler(teacher, parent["data"], self.device)
         self.start = self.resume() if cfg.resume else 0
         data = parent["data"]
         if cfg.evaluate_every:
             self.reference = load_reference(data["name"], cfg.data_dir or data["data_dir"],
                                             data["size"], self.device)
-            self.teacher_figures = self.measure(teacher_sampler(teacher, data, self.device))
+            self.teacher_figures = self.measure(self.teacher_sampler)
 
     def measure(self, sampler):
         """evaluate() at this run's number of samples, and what they were compared with."""
@@ -141,6 +331,12 @@ class Keeper:
         self.best = checkpoint.get("best")
         return checkpoint["step"]
 
+    def load_pairs(self):
+        """The pairs of DMD's regression loss, kept in the run's folder."""
+        self.pairs = load_pairs(self.teacher_sampler, self.teacher_sha256, self.cfg.guidance,
+                                self.cfg.pairs, self.out / "pairs.pt")
+        return self.pairs
+
     def begin(self, log):
         """Tell the teacher's figures, which the generator's are to be compared with."""
         if self.reference and self.start == 0:
@@ -158,17 +354,22 @@ class Keeper:
             log.say(f"step {step + 1}: {summary(self.figures)}")
             if not self.best or self.figures["frechet_distance"] < self.best["frechet_distance"]:
                 self.best = self.figures
-                save(self.checkpoint(step + 1), self.out / "generator.pt")
+                self.save_generator(step + 1)
         if due(step, cfg.sample_every, cfg.steps):
             save_estimates(self.teacher, self.networks["fake_score"], self.ema, self.sigmas, data,
-                           self.out / f"samples_{step + 1:06d}.png")
+                           self.out / f"samples_{step + 1:06d}.png", self.pairs)
         if due(step, cfg.save_every, cfg.steps):
             log.check()
             plot_log(log.path)
             if not cfg.evaluate_every:
-                save(self.checkpoint(step + 1), self.out / "generator.pt")
+                self.save_generator(step + 1)
             training = {name: network.state_dict() for name, network in self.networks.items()}
             save(dict(self.checkpoint(step + 1), training=training), self.out / "last.pt")
+
+    def save_generator(self, step):
+        """Write generator.pt; the fake score goes along, for a second stage to begin with."""
+        fake_score = self.networks["fake_score"].state_dict()
+        save(dict(self.checkpoint(step), fake_score=fake_score), self.out / "generator.pt")
 
     def checkpoint(self, step):
         """The EMA generator, its figures if this step was evaluated, and where it comes from."""
@@ -189,53 +390,142 @@ class Keeper:
 
 # ---- training -----------------------------------------------------------------------------------
 
-def train(cfg):
-    """Distil; returns the path of the generator's checkpoint."""
-    device, parent = pick_device(cfg.device), load(cfg.teacher)
+def read_teacher(cfg):
+    """The checkpoint of --teacher and the config that its data fill; ValueError if it is unfit."""
+    parent = load(cfg.teacher)
     if parent["kind"] != "teacher":
         raise ValueError(f"--teacher {cfg.teacher}: holds a {parent['kind']}; give a checkpoint of "
                          "teacher.py")
+    if cfg.guidance != 1 and not parent["config"].get("label_dropout"):
+        raise ValueError(f"--guidance {cfg.guidance}: {cfg.teacher} was trained without "
+                         "--label-dropout and knows no images without label; leave it out")
     cfg = filled(cfg, RECIPES, parent["data"]["name"])
-    cfg = dataclasses.replace(cfg, teacher=str(Path(cfg.teacher).resolve()))
-    num_classes, shape = len(parent["data"]["classes"]), parent["data"]["shape"]
-    sigmas = [SIGMA_MAX]
-    teacher = build(parent, device)
-    generator, fake_score = (build(parent, device).requires_grad_(True) for _ in range(2))
+    return parent, dataclasses.replace(cfg, teacher=str(Path(cfg.teacher).resolve()))
+
+
+def initial(cfg, parent, device):
+    """Generator and fake score to begin with: two copies of the teacher, or --init-from's."""
+    source, names = parent, ("model", "model")
+    if cfg.init_from and not cfg.resume:
+        source, names = load(cfg.init_from), ("model", "fake_score")
+        if "fake_score" not in source or source["network"] != parent["network"]:
+            raise ValueError(f"--init-from {cfg.init_from}: give a generator.pt that was distilled "
+                             "from the same kind of network as the teacher's")
+    return (build(dict(source, model=source[name]), device).requires_grad_(True) for name in names)
+
+
+def real_batches(cfg, data, device):
+    """A function of the step: real images [B, C, H, W] in [-1, 1] and their labels, None if unused.
+    """
+    if not cfg.gan_weight and cfg.backward_simulation:
+        return lambda step: (None, None)
+    real = load_data(data["name"], "train", cfg.data_dir or data["data_dir"], data["size"])
+    check_batch(cfg.batch, real, data["name"])
+    real = real.to(device)
+
+    def batch(step):
+        index = batch_at(step, len(real.images), cfg.batch, cfg.seed).to(device)
+        return to_float(real.images[index]), real.labels[index]
+    return batch
+
+
+def student_sigmas(steps):
+    """Noise levels of a generator's steps: evenly spread quantiles of the karras schedule."""
+    return sigma_at(torch.linspace(1, 1 / steps, steps, dtype=torch.float64), "karras").tolist()
+
+
+def student_step(count, seed, step):
+    """Which of a generator's `count` steps is trained: one for the whole batch, in any process."""
+    return torch.randint(count, (), generator=seeded(STUDENT_STEP, seed, step)).item()
+
+
+def step_input(generator, sigmas, k, label, draw, real=None):
+    """Noisy images [B, C, H, W] to train step k of a generator on, counted from 0, and their sigma.
+
+    The first step is trained on noise. Any other on what it will see when images are sampled: the
+    result of the steps before it with fresh noise (DMD2's backward simulation; no gradient reaches
+    these), or else on real images with noise.
+    """
+    x = sigmas[0] * draw.normal()
+    if k > 0:
+        noises = [draw.normal() for _ in range(k)]
+        with torch.no_grad():
+            x0 = few_step(generator, x, sigmas[:k], label, noises[1:]) if real is None else real
+        x = x0 + sigmas[k] * noises[0]
+    return x, x.new_full(x.shape[:1], sigmas[k])
+
+
+def train(cfg):
+    """Distil; returns the path of the generator's checkpoint."""
+    device, (parent, cfg) = pick_device(cfg.device), read_teacher(cfg)
+    data, sigmas = parent["data"], student_sigmas(cfg.student_steps)
+    num_classes, shape = len(data["classes"]), data["shape"]
+    real_batch = real_batches(cfg, data, device)
+    distance = distance_function(cfg.regression_distance, device) if cfg.regression_weight else None
+    dm_range, fake_range = interval(cfg.dm_range), interval(cfg.fake_range)
+    gan_range = interval(cfg.gan_range) if cfg.gan_noise else None
+
+    teacher, (generator, fake_score) = build(parent, device), initial(cfg, parent, device)
     ema = frozen(generator)
+    torch.manual_seed(cfg.seed)
+    discriminator = Discriminator(teacher if cfg.gan_features == "teacher" else fake_score)
+    discriminator.to(device)
     adamw = functools.partial(torch.optim.AdamW, weight_decay=0.01, fused=device.type != "mps")
     generator_optimizer = adamw(generator.parameters())
-    fake_optimizer = adamw(fake_score.parameters())
-    keeper = Keeper(cfg, parent, teacher, ema, sigmas, dict(
-        generator=generator, fake_score=fake_score, generator_optimizer=generator_optimizer,
-        fake_optimizer=fake_optimizer))
+    fake_optimizer = adamw([*fake_score.parameters(), *discriminator.head.parameters()])
     prepare(cfg, device, teacher, generator, fake_score)  # not ema: evaluated in float32
+    teacher = teacher if cfg.guidance == 1 else Guided(teacher, cfg.guidance)
+    keeper = Keeper(cfg, parent, teacher, ema, sigmas, dict(
+        generator=generator, fake_score=fake_score, head=discriminator.head,
+        generator_optimizer=generator_optimizer, fake_optimizer=fake_optimizer))
     make_run_folder(cfg)
+    pairs = keeper.load_pairs() if cfg.regression_weight else None
     log = Log(cfg, keeper.start)
     keeper.begin(log)
 
     for step in range(keeper.start, cfg.steps):
         draw = Draw(GENERATOR, cfg.seed, step, cfg.batch, shape, device)
-        label = draw.label(num_classes)
+        real, real_label = real_batch(step)
+        label = draw.label(num_classes) if cfg.backward_simulation else real_label
+        x, sigma = step_input(generator, sigmas, student_step(len(sigmas), cfg.seed, step), label,
+                              draw, None if cfg.backward_simulation else real)
         update, rest = divmod(step, cfg.fake_steps)
         update_generator = rest == 0  # DMD2's two time-scale update rule
         with torch.set_grad_enabled(update_generator):
-            x0 = few_step(generator, sigmas[0] * draw.normal(), sigmas, label)
+            x0 = generator(x, sigma, label)
 
-        # Generator: move its samples along the distribution-matching gradient.
+        # Generator: move its samples along the distribution-matching gradient, and to where the
+        # discriminator takes them for real ones.
         if update_generator:
-            sigma = sigma_at(draw.uniform(0.02, 0.98), "karras")
-            loss, norm = descend(
-                dmd_loss(teacher, fake_score, x0, sigma, label, draw.normal()),
-                generator_optimizer, cfg.clip, warmed_up(cfg.lr, update, cfg.warmup))
+            losses = {}
+            if cfg.dm_weight:
+                sigma = sigma_at(draw.uniform(*dm_range), "karras")
+                losses["dmd_loss"] = cfg.dm_weight * dmd_loss(
+                    teacher, fake_score, x0, sigma, label, draw.normal())
+            if cfg.gan_weight:
+                losses["gan_loss"] = cfg.gan_weight / x0[0].numel() * generator_loss(
+                    discriminator(*diffused(x0, draw, gan_range), label))
+            if cfg.regression_weight:
+                losses["regression_loss"] = cfg.regression_weight * regression_loss(
+                    generator, sigmas[0], *pairs.batch(update, cfg.batch, cfg.seed), distance)
+            loss, norm = descend(sum(losses.values()), generator_optimizer, cfg.clip,
+                                 warmed_up(cfg.lr, update, cfg.warmup))
             update_ema(ema, generator, cfg.ema, update)
-            log.note(dmd_loss=loss, generator_gradient_norm=norm)
+            log.note(**losses, generator_gradient_norm=norm)
 
         # Fake score: the teacher's own loss, on the generator's samples, at every step.
-        sigma = sigma_at(draw.uniform(), "karras")
-        loss, norm = descend(
-            denoising_loss(fake_score, x0.detach(), sigma, label, draw.normal()),
-            fake_optimizer, cfg.clip, warmed_up(cfg.fake_lr, step, cfg.warmup))
-        log.note(fake_loss=loss, fake_gradient_norm=norm)
+        # Discriminator: real images from generated ones.
+        x0 = x0.detach()
+        sigma = sigma_at(draw.uniform(*fake_range), "karras")
+        losses = dict(fake_loss=cfg.fake_weight * denoising_loss(
+            fake_score, x0, sigma, label, draw.normal()))
+        if cfg.gan_weight:
+            losses["discriminator_loss"] = cfg.discriminator_weight * discriminator_loss(
+                discriminator(*diffused(real, draw, gan_range), real_label),
+                discriminator(*diffused(x0, draw, gan_range), label))
+        loss, norm = descend(sum(losses.values()), fake_optimizer, cfg.clip,
+                             warmed_up(cfg.fake_lr, step, cfg.warmup))
+        log.note(**losses, fake_gradient_norm=norm)
 
         log.step(step + 1)
         keeper.after(step, log)

@@ -3,7 +3,7 @@
     python export.py runs/dmd2/generator.pt                # writes runs/dmd2/generator.onnx
     python export.py runs/dmd2/generator.pt --benchmark    # and times it
 
-    inputs    noise  [batch, C, H, W]  float32, standard normal
+    inputs    noise  [batch, C, H, W]  float32, standard normal; [K, batch, C, H, W] of K steps
               label  [batch]           int64, in [0, classes)
     output    image  [batch, C, H, W]  float32 in [-1, 1]; with --uint8 [batch, H, W, C] uint8
 
@@ -68,9 +68,16 @@ class Exported(nn.Module):
         self.generator, self.sigmas, self.uint8 = generator, sigmas, uint8
 
     def forward(self, noise, label):
-        """noise [batch, C, H, W] standard normal, label [batch] int64 -> image, as the file says"""
-        image = few_step(self.generator, self.sigmas[0] * noise, self.sigmas, label).clamp(-1, 1)
+        """noise as of example(), label [batch] int64 -> image, as the file says"""
+        noise = noise if len(self.sigmas) > 1 else noise[None]
+        image = few_step(self.generator, self.sigmas[0] * noise[0], self.sigmas, label, noise[1:])
+        image = image.clamp(-1, 1)
         return to_uint8(image).permute(0, 2, 3, 1) if self.uint8 else image
+
+    def example(self, batch, shape):
+        """Noise to try it with: [batch, *shape]; for K > 1 steps [K, batch, *shape]."""
+        noise = unit_noise(batch, (len(self.sigmas), *shape), seed=0).transpose(0, 1).contiguous()
+        return noise if len(self.sigmas) > 1 else noise[0]
 
 
 class Half(nn.Module):
@@ -89,12 +96,13 @@ class Half(nn.Module):
 def export_onnx(exported, shape, facts, path):
     """Write a module (noise, label) -> image as one ONNX file with dynamic batch and metadata."""
     batch = torch.export.Dim("batch")
+    noise = exported.example(2, shape)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
-            exported, (torch.randn(2, *shape), torch.zeros(2, dtype=torch.long)), dynamo=True,
+            exported, (noise, torch.zeros(2, dtype=torch.long)), dynamo=True,
             input_names=["noise", "label"], output_names=["image"], opset_version=OPSET,
-            dynamic_shapes=dict(noise={0: batch}, label={0: batch}), verbose=False)
+            dynamic_shapes=dict(noise={noise.ndim - 4: batch}, label={0: batch}), verbose=False)
     model = program.model_proto
     graph = model.graph  # the exporter notes source files in it, with their absolute paths
     for part in (model, graph, *graph.node, *graph.value_info, *graph.input, *graph.output,
@@ -117,7 +125,7 @@ def check_onnx(path, exported, shape, num_classes, device="cpu"):
     for batch in (1, 3) + (64,) * math.ceil(num_classes / 64):
         label = torch.arange(first, first + batch) % num_classes
         first += batch
-        noise = unit_noise(batch, shape, seed=0)
+        noise = exported.example(batch, shape)
         image, = session.run(["image"], {"noise": noise.numpy(), "label": label.numpy()})
         with torch.no_grad(), torch.backends.cudnn.flags(allow_tf32=False):
             expected = exported(noise.to(device), label.to(device)).cpu().numpy()
@@ -133,9 +141,10 @@ def facts_of(checkpoint, path, cfg):
     """The contract and the origin of an exported file, as its metadata tells them."""
     data = {name: checkpoint["data"][name] for name in ("name", "size", "shape", "classes")}
     data["name"] = Path(data["name"]).name  # of a folder, not where it lies on this machine
+    steps = len(checkpoint["sigmas"])
     return dict(
-        data=data, steps=len(checkpoint["sigmas"]), sigmas=checkpoint["sigmas"],
-        noise="float32 [batch, C, H, W], standard normal",
+        data=data, steps=steps, sigmas=checkpoint["sigmas"],
+        noise=f"float32 [{f'{steps}, ' * (steps > 1)}batch, C, H, W], standard normal",
         label=f"int64 [batch], 0 to {len(data['classes']) - 1}",
         image="uint8 [batch, H, W, C]" if cfg.uint8 else "float32 [batch, C, H, W] in [-1, 1]",
         arithmetic="float16" if cfg.fp16 else "float32",
@@ -180,10 +189,11 @@ def benchmark(path, exported, data, device):
     teacher = teacher_sampler(exported.generator, data, device)
     for batch in BATCHES:
         label = torch.arange(batch) % len(data["classes"])
-        noise = unit_noise(batch, data["shape"], seed=0)
+        noise = exported.example(batch, data["shape"])
         feed = {"noise": noise.numpy(), "label": label.numpy()}
         inputs = noise.to(device), label.to(device)
-        for name, call in ((teacher.name, lambda: teacher.images(*inputs)),
+        one = unit_noise(batch, (1, *data["shape"]), seed=0).transpose(0, 1).to(device), inputs[1]
+        for name, call in ((teacher.name, lambda: teacher.images(*one)),
                            ("PyTorch eager", lambda: exported(*inputs)),
                            ("torch.compile", lambda: compiled(*inputs)),
                            ("onnxruntime", lambda: session.run(["image"], feed))):

@@ -102,13 +102,31 @@ def few_step(generator, x, sigmas, label, noises=()):
     return x0
 
 
+class Guided(nn.Module):
+    """Classifier-free guidance of a denoiser that knows "no label" (Ho and Salimans 2022).
+
+        x0_hat = none + guidance (with label - none)
+    """
+
+    def __init__(self, denoiser, guidance):
+        super().__init__()
+        self.denoiser, self.guidance = denoiser, guidance
+
+    def forward(self, x, sigma, label):
+        none = torch.full_like(label, self.denoiser.net.label_dim)
+        both = self.denoiser(torch.cat([x, x]), torch.cat([sigma, sigma]), torch.cat([label, none]))
+        with_label, without = both.chunk(2)
+        return without + self.guidance * (with_label - without)
+
+
 # ---- any checkpoint as one function -------------------------------------------------------------
 
 class Sampler(NamedTuple):
     """What a checkpoint of any kind becomes: a function of unit noise and label, and its facts."""
 
-    images: Callable  # (noise [B, C, H, W], label [B] int64) -> [B, C, H, W] in about [-1, 1]
-    name: str         # "Heun, 18 steps"
+    images: Callable  # (noise [K, B, C, H, W], label [B] int64) -> [B, C, H, W] in about [-1, 1]
+    name: str         # "teacher, 18 Heun steps"
+    noises: int       # K: a generator takes fresh noise for each of its steps, a teacher one in all
     evaluations: int  # of the network per image
     data: dict        # name, data_dir, size, shape, classes
     device: torch.device
@@ -133,16 +151,17 @@ def load_sampler(path, steps=None, device=torch.device("cpu")):
 def teacher_sampler(denoiser, data, device, steps=HEUN_STEPS):
     """EDM's deterministic sampler of a teacher."""
     def images(noise, label):
-        return heun(denoiser, noise, label, steps)
-    return Sampler(images, f"teacher, {steps} Heun steps", 2 * steps - 1, data, device)
+        return heun(denoiser, noise[0], label, steps)
+    return Sampler(images, f"teacher, {steps} Heun steps", 1, 2 * steps - 1, data, device)
 
 
 def generator_sampler(generator, sigmas, data, device):
     """The few-step sampler of a generator."""
     @torch.no_grad()
     def images(noise, label):
-        return few_step(generator, sigmas[0] * noise, sigmas, label)
-    return Sampler(images, f"generator, {steps_of(sigmas)}", len(sigmas), data, device)
+        return few_step(generator, sigmas[0] * noise[0], sigmas, label, noise[1:])
+    steps = len(sigmas)
+    return Sampler(images, f"generator, {steps_of(sigmas)}", steps, steps, data, device)
 
 
 def steps_of(sigmas):
@@ -152,12 +171,14 @@ def steps_of(sigmas):
 def onnx_sampler(path, device):
     """The sampler of a file of export.py, run by onnxruntime."""
     session, facts = onnx_session(path, device.type)
+    steps = facts["steps"]
 
     def images(noise, label):
+        noise = noise if steps > 1 else noise[0]
         feed = {"noise": noise.cpu().numpy(), "label": label.cpu().numpy()}
         image = torch.from_numpy(session.run(["image"], feed)[0])
         return to_float(image.permute(0, 3, 1, 2)) if image.dtype == torch.uint8 else image
-    return Sampler(images, f"ONNX generator, {steps_of(facts['sigmas'])}", facts["steps"],
+    return Sampler(images, f"ONNX generator, {steps_of(facts['sigmas'])}", steps, steps,
                    facts["data"], device)
 
 
@@ -200,8 +221,9 @@ def generate(sampler, label, seed, batch=BATCH):
     kernels then add in another order.
     """
     images, batch = [], batch + -batch % 16
+    shape = (sampler.noises, *sampler.data["shape"])
     for i, part in enumerate(F.pad(label, (0, -len(label) % 16)).split(batch)):
-        noise = unit_noise(len(part), sampler.data["shape"], seed, start=i * batch)
+        noise = unit_noise(len(part), shape, seed, start=i * batch).transpose(0, 1)
         image = sampler.images(noise.to(sampler.device), part.to(sampler.device))
         images.append(to_uint8(image).cpu())
     return torch.cat(images)[:len(label)]

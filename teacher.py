@@ -116,7 +116,8 @@ class Options:
             if field.type is int and high is None:
                 high = 2**31
             if choices and value not in choices:
-                raise ValueError(f"{flag(field.name)} {value}: choose from {', '.join(choices)}")
+                raise ValueError(f"{flag(field.name)} {value}: choose from "
+                                 f"{', '.join(map(str, choices))}")
             if low is not None and not value >= low:
                 raise ValueError(f"{flag(field.name)} {value}: must be at least {low}")
             if high is not None and not value < high:
@@ -346,7 +347,7 @@ def to_uint8(images):
 # ---- random numbers: no state to save, for every draw is made of its place in the run -----------
 
 # The independent streams of random numbers: whatever draws has its own.
-TEACHER, GENERATOR, ORDER, NOISE, FEATURES, SUBSET = range(6)
+TEACHER, GENERATOR, ORDER, NOISE, FEATURES, SUBSET, STUDENT_STEP = range(7)
 
 
 def seeded(stream, *key, device="cpu"):
@@ -375,13 +376,20 @@ class Draw:
         return torch.randint(num_classes, (self.batch,), **self.options)
 
 
+def check_batch(batch, data, name):
+    """Raises ValueError if a batch is more than a data set has."""
+    if batch > len(data.images):
+        raise ValueError(f"--batch {batch}: {name} has only {len(data.images)} images to train on; "
+                         "give that many or fewer")
+
+
 def batch_at(step, count, batch, seed):
     """Indices [batch] of a step's images: each image at most once in count // batch steps."""
     epoch, position = divmod(step, count // batch)
     return permutation(count, seed, epoch)[position * batch:(position + 1) * batch]
 
 
-@functools.lru_cache(maxsize=1)
+@functools.lru_cache(maxsize=2)  # of real images, and of DMD's pairs
 def permutation(count, seed, epoch):
     return torch.randperm(count, generator=seeded(ORDER, seed, epoch))
 
@@ -476,6 +484,7 @@ class UNet(nn.Module):
                     channels, mult * model_channels, c_emb, attention=res in attn_resolutions)
                 channels = mult * model_channels
                 skips.append(channels)
+        self.bottleneck = channels, res  # channels and side of the encoder's output
 
         for level, mult in reversed(list(enumerate(channel_mult))):
             res = img_resolution >> level
@@ -494,8 +503,11 @@ class UNet(nn.Module):
         self.dec[f"{res}x{res}_aux_conv"] = scaled(last, 1e-5)
         self.apply(initialise)
 
-    def forward(self, x, c_noise, label):
-        """x [B, C, H, W], c_noise [B], label [B] int64, label_dim for "no label" -> [B, C, H, W]"""
+    def forward(self, x, c_noise, label, encode=False):
+        """x [B, C, H, W], c_noise [B], label [B] int64, label_dim for "no label" -> [B, C, H, W]
+
+        With encode, the output of the encoder's last block instead: [B, c, h, w], the bottleneck.
+        """
         phase = c_noise[:, None] * self.freqs
         emb = torch.cat([phase.sin(), phase.cos()], dim=1)
         if self.map_label is not None:
@@ -509,6 +521,8 @@ class UNet(nn.Module):
         for layer in self.enc.values():
             x = layer(x, emb) if isinstance(layer, Block) else layer(x)
             skips.append(x)
+        if encode:
+            return x
         *blocks, norm, conv = self.dec.values()
         for block in blocks:
             if x.shape[1] != block.conv0.in_channels:
@@ -535,11 +549,18 @@ class Denoiser(nn.Module):
 
     def forward(self, x, sigma, label):
         """x [B, C, H, W], sigma [B], label [B] int64 -> x0_hat [B, C, H, W] float32"""
-        x, sigma = x.float(), sigma.float().view(-1, 1, 1, 1)
-        c_skip, c_out, c_in = precondition(self.prediction, sigma)
+        x, sigma_ = x.float(), sigma.float().view(-1, 1, 1, 1)
+        c_skip, c_out, _ = precondition(self.prediction, sigma_)
+        return c_skip * x + c_out * self.run_net(x, sigma_, label)
+
+    def features(self, x, sigma, label):
+        """The same inputs -> [B, c, h, w] float32, the output of the network's encoder"""
+        return self.run_net(x.float(), sigma.float().view(-1, 1, 1, 1), label, encode=True)
+
+    def run_net(self, x, sigma, label, encode=False):
+        _, _, c_in = precondition(self.prediction, sigma)
         with torch.autocast(x.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            f = self.net(c_in * x, sigma.flatten().log() / 4, label)
-        return c_skip * x + c_out * f.float()
+            return self.net(c_in * x, sigma.flatten().log() / 4, label, encode).float()
 
 
 def denoising_loss(denoiser, x0, sigma, label, noise):
@@ -563,12 +584,14 @@ def denoising_loss(denoiser, x0, sigma, label, noise):
 def descend(loss, optimizer, clip, lr):
     """One optimizer step down `loss`, at learning rate `lr`, with gradients of norm at most `clip`.
 
+    Gradients reach the optimizer's own parameters only: networks that the loss goes through on its
+    way there (a fake score that judges the generator) stay as they are and accumulate nothing.
     returns loss and the gradient's norm, detached. Neither is looked at here, which would make the
     CPU wait for the GPU: Log raises FloatingPointError if one is not finite.
     """
     optimizer.zero_grad(set_to_none=True)
-    loss.backward()
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    loss.backward(inputs=parameters)
     norm = nn.utils.clip_grad_norm_(parameters, clip)
     for group in optimizer.param_groups:
         group["lr"] = lr
@@ -779,7 +802,7 @@ class Log:
 
     def note(self, **values):
         """Take in values (scalars, tensors too) of the step under way."""
-        self.noted.update(values)
+        self.noted.update({name: torch.as_tensor(value).detach() for name, value in values.items()})
 
     def step(self, step):
         """Close a step, counted from 1."""
@@ -883,9 +906,7 @@ def train(cfg):
     name = cfg.data if cfg.data in KNOWN_DATA else str(Path(cfg.data).resolve())
     cfg = dataclasses.replace(cfg, data=name, data_dir=where)
     data, held_out = (load_data(name, split, where, cfg.size) for split in ("train", "test"))
-    if cfg.batch > len(data.images):
-        raise ValueError(f"--batch {cfg.batch}: {cfg.data} has only {len(data.images)} images to "
-                         "train on; give that many or fewer")
+    check_batch(cfg.batch, data, name)
     data, held_out, num_classes = data.to(device), held_out.to(device), len(data.classes)
     shape = tuple(data.images.shape[1:])
     mults = tuple(int(mult) for mult in cfg.mults.split(","))

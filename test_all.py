@@ -15,6 +15,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -45,18 +46,24 @@ def vectors(name):
 
 
 class Gaussian(nn.Module):
-    """The exact denoiser of data N(mean, std^2) per pixel, with a network's interface."""
+    """The exact denoiser of data N(mean, std^2) per pixel, with a network's interface.
+
+    With K means and stds, of images of which each is of one of K such kinds, equally often.
+    """
 
     prediction = "edm"
 
     def __init__(self, mean, std):
         super().__init__()
-        self.mean = nn.Parameter(torch.tensor(float(mean)))
-        self.log_std = nn.Parameter(torch.tensor(math.log(std)))
+        self.mean = nn.Parameter(torch.as_tensor(mean).float().reshape(1, -1, 1, 1, 1))
+        self.log_std = nn.Parameter(torch.as_tensor(std).float().log().reshape(1, -1, 1, 1, 1))
 
     def forward(self, x, sigma, label):
-        noise_var, var = sigma.view(-1, 1, 1, 1) ** 2, torch.exp(2 * self.log_std)
-        return (self.mean * noise_var + x * var) / (noise_var + var)
+        x, noise_var, var = x[:, None], sigma.view(-1, 1, 1, 1, 1) ** 2, torch.exp(2 * self.log_std)
+        both = noise_var + var
+        log_likelihood = -0.5 * ((x - self.mean) ** 2 / both + both.log()).sum((2, 3, 4))
+        kind = log_likelihood.softmax(1)[:, :, None, None, None]
+        return (kind * (self.mean * noise_var + x * var) / both).sum(1)
 
 
 class Stub(nn.Module):
@@ -329,29 +336,260 @@ def test_descending_the_dmd_gradient_moves_samples_towards_the_teacher_s():
     assert (gradient < 0).all()  # subtracted: up, to the teacher's mean
 
 
-def test_distilled_gaussian_has_its_teacher_s_moments():
-    """A generator a + b z and a fake score of two parameters, by the functions of the real loop."""
-    real, fake = Gaussian(0.3, 0.5).requires_grad_(False), Gaussian(-0.5, 1.0)
-    a, b = (nn.Parameter(torch.tensor(v)) for v in (-0.5, 1.0))
+class Affine(nn.Module):
+    """A generator a + b x / |x| with an a and a b for each of its steps."""
+
+    def __init__(self, sigmas):
+        super().__init__()
+        self.sigmas = torch.tensor(sigmas).tolist()  # as float32 has them
+        self.a, self.b = (nn.Parameter(torch.full((len(sigmas),), v)) for v in (-0.5, 1.0))
+
+    def forward(self, x, sigma, label):
+        k = self.sigmas.index(sigma[0].item())
+        return self.a[k] + self.b[k] * x / (sigma[0] ** 2 + 0.25).sqrt()
+
+
+class Moments(nn.Module):
+    """A discriminator by the mean and the square of an image's pixels and its noise level."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(3, 32), nn.SiLU(), nn.Linear(32, 32), nn.SiLU(),
+                                    nn.Linear(32, 1), nn.Flatten(0))
+
+    def forward(self, x, sigma, label):
+        mean, square = x.mean((1, 2, 3)), x.square().mean((1, 2, 3))
+        return self.layers(torch.stack([mean, square.sqrt(), sigma], dim=1))
+
+
+@pytest.mark.parametrize("kind, steps, generator_lr, fake_lr", [
+    ("dm", 1, 8e-3, 3e-2), ("dm", 2, 8e-3, 3e-2), ("dm", 4, 8e-3, 3e-2),
+    ("gan", 1, 4e-3, 1e-2), ("gan", 2, 4e-3, 1e-2), ("gan", 4, 4e-3, 1e-2),
+    ("regression", 1, 8e-3, 3e-2)])
+def test_distilled_gaussian_has_its_teacher_s_moments(kind, steps, generator_lr, fake_lr):
+    """Generator, fake score and discriminator of a few parameters, by the real loop's functions."""
+    torch.manual_seed(0)
+    real = Gaussian(0.3, 0.5).requires_grad_(False)
+    fake = Gaussian(torch.linspace(-0.6, -0.4, steps), torch.linspace(0.9, 1.1, steps))
+    sigmas = dmd2.student_sigmas(steps)
+    generator, discriminator = Affine(sigmas), Moments()
+    ema = teacher.frozen(generator)
+    betas = (0.5, 0.99) if kind == "gan" else (0.9, 0.999)  # or else the two go round in circles
+    generator_optimizer = torch.optim.Adam(generator.parameters(), betas=betas)
+    fake_optimizer = torch.optim.Adam([*fake.parameters(), *discriminator.parameters()])
+    updates = 1000 * steps
+    for step in range(updates):
+        draw = teacher.Draw(teacher.GENERATOR, 0, step, 64, (1, 8, 8), "cpu")
+        decay = 1 - step / updates
+        k = dmd2.student_step(steps, 0, step)
+        x, sigma = dmd2.step_input(generator, sigmas, k, None, draw)
+        x0 = generator(x, sigma, None)
+        if step % 2 == 0:
+            noise = draw.normal()
+            if kind == "dm":
+                sigma = teacher.sigma_at(draw.uniform(0.02, 0.98), "karras")
+                loss = dmd2.dmd_loss(real, fake, x0, sigma, None, noise)
+            elif kind == "gan":
+                logits = discriminator(*dmd2.diffused(x0, draw, (0, 0.5)), None)
+                loss = dmd2.generator_loss(logits)
+            else:
+                image = 0.3 + 0.5 * (80 * noise - 0.3) / math.hypot(80, 0.5)  # the exact flow's
+                loss = dmd2.regression_loss(generator, sigmas[0], noise, None, image)
+            teacher.descend(loss, generator_optimizer, 10, generator_lr * decay)
+            teacher.update_ema(ema, generator, 0.99, step // 2)
+        x0, sigma = x0.detach(), teacher.sigma_at(draw.uniform(), "karras")
+        loss = teacher.denoising_loss(fake, x0, sigma, None, draw.normal())
+        logits = [discriminator(*dmd2.diffused(images, draw, (0, 0.5)), None)
+                  for images in (0.3 + 0.5 * draw.normal(), x0)]
+        loss = loss + dmd2.discriminator_loss(*logits)
+        teacher.descend(loss, fake_optimizer, 10, fake_lr * decay)
+    noise = torch.randn(steps, 5000, 1, 8, 8)
+    x0 = sample.few_step(ema, sigmas[0] * noise[0], sigmas, None, noise[1:])
+    assert abs(x0.mean() - 0.3) < 0.05 and abs(x0.std() - 0.5) < 0.05
+
+
+def test_gan_losses_are_the_official_ones():
+    v = vectors("dmd2_losses")
+    real, fake = v["gan/logits_real"].flatten(), v["gan/logits_fake"].flatten()
+    torch.testing.assert_close(dmd2.generator_loss(fake), v["gan/generator_loss"])
+    torch.testing.assert_close(dmd2.discriminator_loss(real, fake), v["gan/discriminator_loss"])
+
+
+@pytest.mark.parametrize("side, mults", [(8, (1, 2)), (28, (1, 2, 2)), (32, (1, 2, 2)),
+                                         (64, (1, 2, 2)), (4, (1, 1, 1))])
+def test_discriminator_fits_the_network_and_tells_images_apart(side, mults):
+    torch.manual_seed(0)
+    denoiser = teacher.Denoiser(teacher.UNet(side, 3, 5, 8, mults, 1, ()))
+    x, label = torch.randn(6, 3, side, side), torch.arange(6) % 5
+    logits = dmd2.Discriminator(denoiser)(x, torch.ones(6), label)
+    assert logits.shape == (6,) and len(logits.unique()) == 6
+
+
+def test_gan_gradient_reaches_the_generator_and_nothing_on_its_way(tiny_teacher):
+    checkpoint = teacher.load(tiny_teacher)
+    generator, fake_score = (teacher.build(checkpoint).requires_grad_(True) for _ in range(2))
+    discriminator, label = dmd2.Discriminator(fake_score), torch.arange(8)
+    before = copy.deepcopy(discriminator.state_dict()), copy.deepcopy(generator.state_dict())
+    x0 = generator(80 * torch.randn(8, 1, 8, 8), torch.full((8,), 80.0), label)
+    loss = dmd2.generator_loss(discriminator(x0, torch.ones(8), label))
+    _, norm = teacher.descend(loss, torch.optim.SGD(generator.parameters()), 10, 1e-2)
+    assert norm > 0 and not equal(generator.state_dict(), before[1])
+    assert equal(discriminator.state_dict(), before[0])
+    assert all(p.grad is None for p in discriminator.parameters())
+
+
+def test_discriminator_sees_images_with_noise_of_its_range_or_without():
+    draw = teacher.Draw(teacher.GENERATOR, 0, 0, 500, (1, 8, 8), "cpu")
+    x, sigma = dmd2.diffused(torch.zeros(500, 1, 8, 8), draw, (0.25, 0.5))
+    low, high = teacher.sigma_at(torch.tensor([0.25, 0.5]), "karras")
+    assert sigma.min() >= low and sigma.max() <= high and sigma.std() > 0
+    assert (x / sigma.view(-1, 1, 1, 1)).std().item() == pytest.approx(1, abs=0.02)
+    x, sigma = dmd2.diffused(torch.ones(500, 1, 8, 8), draw, None)
+    assert (x == 1).all() and (sigma == teacher.SIGMA_MIN).all()
+
+
+def test_only_the_generator_s_trained_step_has_a_gradient():
+    with_grad = []
 
     def generator(x, sigma, label):
-        return a + b * x / sigma.view(-1, 1, 1, 1)
+        with_grad.append((sigma[0].item(), torch.is_grad_enabled(), x.requires_grad))
+        return x * weight
 
-    generator_optimizer = torch.optim.Adam([a, b])
-    fake_optimizer = torch.optim.Adam(fake.parameters())
-    rng = torch.Generator().manual_seed(0)
-    for step in range(1500):
-        z, n0, n1 = torch.randn(3, 64, 1, 4, 4, generator=rng)
-        u0, u1 = torch.rand(2, 64, generator=rng)
-        x0 = sample.few_step(generator, 80 * z, [80], None)
-        if step % 2 == 0:
-            sigma = teacher.sigma_at(0.02 + 0.96 * u0, "karras")
-            loss = dmd2.dmd_loss(real, fake, x0, sigma, None, n0)
-            teacher.descend(loss, generator_optimizer, 10, 4e-3)
-        sigma = teacher.sigma_at(u1, "karras")
-        loss = teacher.denoising_loss(fake, x0.detach(), sigma, None, n1)
-        teacher.descend(loss, fake_optimizer, 10, 2e-2)
-    assert abs(a.item() - 0.3) < 0.02 and abs(abs(b.item()) - 0.5) < 0.02
+    weight = nn.Parameter(torch.tensor(0.5))
+    draw = teacher.Draw(teacher.GENERATOR, 0, 0, 2, (1, 4, 4), "cpu")
+    sigmas = dmd2.student_sigmas(4)
+    x, sigma = dmd2.step_input(generator, sigmas, 2, None, draw)
+    generator(x, sigma, None).sum().backward()
+    assert [level for level, *_ in with_grad] == pytest.approx(sigmas[:3])
+    assert [grad for _, grad, _ in with_grad] == [False, False, True]
+    assert not any(x_grad for *_, x_grad in with_grad) and weight.grad is not None
+
+
+def test_sigmas_of_several_steps_fall_evenly_in_quantiles():
+    assert dmd2.student_sigmas(1) == pytest.approx([80])
+    expected = teacher.sigma_at(torch.tensor([1, 0.75, 0.5, 0.25]), "karras").tolist()
+    assert dmd2.student_sigmas(4) == pytest.approx(expected, rel=1e-5)
+
+
+def test_trained_step_is_drawn_evenly_and_alike_each_time():
+    steps = [dmd2.student_step(4, 0, step) for step in range(400)]
+    assert steps == [dmd2.student_step(4, 0, step) for step in range(400)]
+    assert all(70 < steps.count(k) < 130 for k in range(4))
+
+
+def test_guidance_moves_the_estimate_away_from_that_without_label(tiny_teacher):
+    denoiser = teacher.build(teacher.load(tiny_teacher))
+    x, sigma, label = torch.randn(4, 1, 8, 8), torch.full((4,), 0.5), torch.arange(4)
+    guided = [sample.Guided(denoiser, guidance)(x, sigma, label) for guidance in (0, 1, 2)]
+    torch.testing.assert_close(guided[0], denoiser(x, sigma, torch.full((4,), 10)))
+    torch.testing.assert_close(guided[1], denoiser(x, sigma, label))
+    torch.testing.assert_close(guided[2], 2 * guided[1] - guided[0])
+    assert (guided[1] - guided[0]).abs().max() > 1e-3
+
+
+def test_pairs_are_the_teacher_s_images_and_kept_until_it_changes(tiny_teacher, tmp_path, capsys):
+    checkpoint, path = teacher.load(tiny_teacher), tmp_path / "pairs.pt"
+    denoiser = teacher.build(checkpoint)
+    sampler = sample.teacher_sampler(denoiser, checkpoint["data"], torch.device("cpu"))
+    pairs = dmd2.load_pairs(sampler, "a", 1.0, 12, path)
+    expected = teacher.heun(denoiser, pairs.noise, pairs.label)
+    torch.testing.assert_close(pairs.images, expected, rtol=0, atol=1e-5)
+    noise, label, images = pairs.batch(3, 5, seed=0)
+    assert images.shape == noise.shape == (5, 1, 8, 8) and label.shape == (5,)
+
+    unused = sampler._replace(images=None)  # fails if it is called
+    again = dmd2.load_pairs(unused, "a", 1.0, 12, path)
+    assert all(map(torch.equal, pairs, again)) and not capsys.readouterr().err
+    for changed in (("b", 1.0, 12), ("a", 1.5, 12), ("a", 1.0, 13)):
+        with pytest.raises(TypeError):
+            dmd2.load_pairs(unused, *changed, path)
+        assert "made anew" in capsys.readouterr().err
+    path.write_bytes(b"damaged")
+    assert torch.equal(dmd2.load_pairs(sampler, "a", 1.0, 12, path).images, pairs.images)
+
+
+def test_regression_run_shows_its_pairs_and_uses_them_again(tiny_teacher, tmp_path, monkeypatch):
+    flags = [*TINY_DMD, "--teacher", tiny_teacher, "--out", str(tmp_path), "--sample-every", "4",
+             "--regression-weight", "0.25", "--pairs", "20"]
+    dmd2.main(flags)
+    assert all(line["regression_loss"] > 0 for line in log_of(tmp_path) if "dmd_loss" in line)
+    assert Image.open(tmp_path / "samples_000004.png").height > 6 * 56
+    made = (tmp_path / "pairs.pt").stat().st_mtime_ns
+    dmd2.main(flags)
+    assert (tmp_path / "pairs.pt").stat().st_mtime_ns == made
+
+
+def test_lpips_that_can_not_be_had_is_refused_in_one_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lpips", None)
+    with pytest.raises(ValueError, match="pip install lpips"):
+        dmd2.distance_function("lpips", "cpu")
+
+    def no_weights(**options):
+        raise OSError("no network")
+
+    monkeypatch.setitem(sys.modules, "lpips", types.SimpleNamespace(LPIPS=no_weights))
+    with pytest.raises(ValueError, match="weights can't be had .no network."):
+        dmd2.distance_function("lpips", "cpu")
+
+
+def test_lpips_sees_colour_images_of_224(monkeypatch):
+    class Seen(nn.Module):
+        def __init__(self, net, verbose):
+            super().__init__()
+
+        def forward(self, a, b):
+            assert a.shape == b.shape == (2, 3, 224, 224)
+            return (a - b).square().mean((1, 2, 3), keepdim=True)
+
+    monkeypatch.setitem(sys.modules, "lpips", types.SimpleNamespace(LPIPS=Seen))
+    distance = dmd2.distance_function("lpips", "cpu")
+    assert distance(torch.ones(2, 1, 8, 8), torch.zeros(2, 1, 8, 8)).item() == pytest.approx(1)
+
+
+def test_second_stage_begins_with_generator_and_fake_score_of_the_first(tiny, tiny_teacher,
+                                                                        tiny_generator, tmp_path):
+    first = teacher.load(tiny_generator)
+    dmd2.main([*TINY_DMD, "--teacher", tiny_teacher, "--out", str(tmp_path), "--steps", "1",
+               "--init-from", tiny_generator, "--lr", "0", "--fake-lr", "0", "--ema", "0"])
+    last = teacher.load(tmp_path / "last.pt")
+    assert equal(last["training"]["generator"], first["model"])
+    assert equal(last["training"]["fake_score"], first["fake_score"])
+    assert not equal(first["fake_score"], first["model"])
+    assert last["training"]["fake_optimizer"]["state"][0]["step"] == 1
+
+
+def test_gan_alone_and_several_steps_train(tiny_teacher, tmp_path):
+    dmd2.main([*TINY_DMD, "--teacher", tiny_teacher, "--out", str(tmp_path), "--dm-weight", "0",
+               "--gan-weight", "1", "--gan-features", "teacher", "--no-gan-noise",
+               "--student-steps", "2", "--no-backward-simulation"])
+    lines = [line for line in log_of(tmp_path) if "fake_loss" in line]
+    assert not any("dmd_loss" in line for line in lines)
+    assert all(line["discriminator_loss"] > 0 for line in lines)
+    assert lines[0]["gan_loss"] > 0 and lines[0]["generator_gradient_norm"] > 0
+    assert len(teacher.load(tmp_path / "generator.pt")["sigmas"]) == 2
+
+
+@pytest.mark.parametrize("steps", [2, 4])
+def test_generator_of_several_steps_is_one_onnx_file(steps, tiny_teacher, tmp_path):
+    dmd2.main([*TINY_DMD, "--teacher", tiny_teacher, "--out", str(tmp_path), "--student-steps",
+               str(steps), "--evaluate-every", "0", "--sample-every", "4"])
+    path = tmp_path / "generator.pt"
+    export.main([str(path)])
+    generator, sigmas = teacher.build(teacher.load(path)), teacher.load(path)["sigmas"]
+    session = onnxruntime.InferenceSession(tmp_path / "generator.onnx")
+    for batch in (1, 5):
+        noise, label = torch.randn(steps, batch, 1, 8, 8), torch.arange(batch)
+        image, = session.run(None, {"noise": noise.numpy(), "label": label.numpy()})
+        expected = sample.few_step(generator, 80 * noise[0], sigmas, label, noise[1:]).clamp(-1, 1)
+        np.testing.assert_allclose(image, expected, rtol=0, atol=1e-5)
+        noise[-1] += 1  # the last noise counts too
+        assert abs(session.run(None, {"noise": noise.numpy(), "label": label.numpy()})[0]
+                   - image).max() > 1e-3
+    for source in ("generator.pt", "generator.onnx"):
+        sample.main([str(tmp_path / source), "--n", "20", "--out", f"{tmp_path}/{source}.npz"])
+    a, b = (np.load(f"{tmp_path}/generator.{kind}.npz")["images"].astype(int)
+            for kind in ("pt", "onnx"))
+    assert abs(a - b).max() <= 1
 
 
 def test_new_run_leaves_nothing_of_the_one_it_replaces(tiny_teacher, tmp_path, capsys):
@@ -513,11 +751,14 @@ def test_log_that_was_not_written_whole_does_not_stop_a_resume(tiny_teacher, tmp
     assert [line["step"] for line in log_of(tmp_path / "run")] == [1, 2, 3, 5, 6]
 
 
-@pytest.mark.parametrize("script, flags, name", [(teacher, TINY, "teacher.pt"),
-                                                 (dmd2, TINY_DMD, "last.pt")])
+@pytest.mark.parametrize("script, flags, name", [
+    (teacher, TINY, "teacher.pt"), (dmd2, TINY_DMD, "last.pt"),
+    (dmd2, [*TINY_DMD, "--gan-weight", "1", "--student-steps", "4"], "last.pt"),
+    (dmd2, [*TINY_DMD, "--regression-weight", "1", "--pairs", "40"], "last.pt")])
 def test_resumed_run_is_the_uninterrupted_one_bit_for_bit(script, flags, name, tiny_teacher,
                                                           tmp_path):
-    flags = flags + (["--teacher", tiny_teacher] if script is dmd2 else [])
+    if script is dmd2:
+        flags = [*flags, "--teacher", tiny_teacher, "--evaluate-every", "1"]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     script.main([*flags, "--steps", "7", "--out", str(whole)])
     script.main([*flags, "--steps", "3", "--out", str(parts)])
@@ -732,6 +973,16 @@ def fails(main, argv, capsys):
     (teacher.main, "--resume nowhere.pt", "nowhere.pt: no such checkpoint"),
     (dmd2.main, "", "--teacher is missing"),
     (dmd2.main, "--teacher nowhere.pt", "nowhere.pt: no such checkpoint"),
+    (dmd2.main, "--teacher TEACHER --student-steps 3", "choose from 1, 2, 4"),
+    (dmd2.main, "--teacher TEACHER --dm-weight 0 --gan-weight 0", "nothing is left to train"),
+    (dmd2.main, "--teacher TEACHER --dm-range 0.5", "--dm-range 0.5: needs two rising numbers"),
+    (dmd2.main, "--teacher TEACHER --gan-range 0.9,0.1", "two rising numbers from 0 to 1"),
+    (dmd2.main, "--teacher TEACHER --no-backward-simulation", "give --student-steps 2 or 4"),
+    (dmd2.main, "--teacher TEACHER --student-steps 2 --regression-weight 1", "of one step"),
+    (dmd2.main, "--teacher TEACHER --init-from TEACHER", "distilled from the same kind"),
+    (dmd2.main, "--teacher TEACHER --regression-weight 1 --pairs 9", "--pairs 9: "),
+    (dmd2.main, "--teacher TEACHER --batch 1500 --gan-weight 1", "digits has only 1497"),
+    (dmd2.main, "--teacher NO_NULL --guidance 1.5", "knows no images without label"),
     (dmd2.main, "--teacher GENERATOR", "holds a generator"),
     (dmd2.main, "--teacher TEACHER --out /dev/null/run", "/dev/null/run"),
     (dmd2.main, "--resume LAST --batch 32", "--batch 32: the run to resume has 16"),
@@ -767,7 +1018,11 @@ def test_mistake_of_the_user_is_one_line_and_status_2(main, argv, says, tiny, ti
     torch.save({"weights": torch.zeros(3)}, tmp_path / "foreign.pt")
     paths = dict(TEACHER=tiny_teacher, GENERATOR=tiny_generator,
                  LAST=str(tiny / "dmd2" / "last.pt"), README=str(ROOT / "README.md"),
-                 FOREIGN=str(tmp_path / "foreign.pt"))
+                 FOREIGN=str(tmp_path / "foreign.pt"), NO_NULL=str(tiny / "no_null.pt"))
+    if "NO_NULL" in argv:
+        checkpoint = teacher.load(tiny_teacher)
+        checkpoint["config"]["label_dropout"] = 0.0
+        torch.save(checkpoint, tiny / "no_null.pt")
     capsys.readouterr()
     line = fails(main, [paths.get(word, word) for word in argv.split()], capsys)
     assert says in line and "Traceback" not in line
