@@ -7,15 +7,15 @@ step. The other is the fake score: as the teacher is a denoiser of the real imag
 denoiser of the generator's. Where the two denoisers disagree about one of its images, the
 generator is moved towards the teacher's estimate (Yin et al., "One-step Diffusion with Distribution
 Matching Distillation", 2023: DMD). DMD2 ("Improved Distribution Matching Distillation for Fast
-Image Synthesis", 2024) adds a discriminator, which alone sees real images, the two time-scale rule,
-and generators of several steps. In reading order: options, the distribution-matching loss, the GAN,
+Image Synthesis", 2024) adds a discriminator, which knows real images, the two time-scale rule, and
+generators of several steps. In reading order: options, the distribution-matching loss, the GAN,
 the generator's steps, DMD's regression loss, pictures, what happens between steps, training.
 """
 
 import dataclasses
 import functools
 import hashlib
-import pickle
+import math
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -26,23 +26,25 @@ from torch import nn
 from tqdm import tqdm
 
 from sample import (BATCH, EVALUATE_AT_LEAST, TITLES, Guided, few_step, generator_sampler,
-                    load_reference, measure, summary, teacher_sampler)
-from teacher import (GENERATOR, SIGMA_MIN, STUDENT_STEP, Draw, Log, TrainingOptions, arg, batch_at,
+                    load_reference, measure, steps_of, summary, teacher_sampler)
+from teacher import (GENERATOR, SIGMA_MIN, TRAINED_STEP, Draw, Log, TrainingOptions, arg, batch_at,
                      build, check_batch, denoising_loss, descend, due, filled, flag, frozen,
                      group_norm, load, load_data, make_run_folder, parse, pick_device, plot_log,
-                     prepare, restore, run_script, save, save_grid, seeded, sigma_at, to_float,
-                     to_uint8, unit_noise, update_ema, warmed_up)
+                     prepare, rate_at, read, restore, run_script, save, save_grid, seeded, sigma_at,
+                     to_float, to_uint8, unit_noise, update_ema)
 
 # What of dmd2.py depends on the data: it fills the options that were not given.
 RECIPES = {
-    "digits": dict(batch=128, steps=1200, lr=4e-4, fake_lr=1e-3, fake_steps=2, ema=0.99),
+    "digits": dict(batch=128, steps=1200, lr=4e-4, decay_after=50, fake_lr=1e-3, fake_steps=2,
+                   ema=0.99),
     "mnist": dict(batch=256, steps=20000, lr=2e-4, fake_lr=4e-4, fake_steps=2, ema=0.999),
     "cifar10": dict(batch=256, steps=100000, lr=5e-5, fake_lr=1e-4, fake_steps=5, ema=0.999),
     "folder": dict(batch=64, steps=20000, lr=5e-5, fake_lr=1e-4, fake_steps=5, ema=0.999),
 }
 RECIPES["fashion"] = RECIPES["mnist"]
 
-# Other noise than `sample.py --evaluate` takes by default, for the best generator is chosen by it.
+# Other noise than `sample.py --evaluate` takes by default, for the best generator is chosen by the
+# one, and pairs are trained on the other.
 EVALUATION_SEED, PAIRS_SEED = 1_000_000, 2_000_000
 
 
@@ -55,33 +57,39 @@ class Config(TrainingOptions):
     fake_steps: int = arg(None, "updates of the fake score per update of the generator: the two "
                                 "time-scale rule (default: by data)", at_least=1)
     lr: float = arg(None, "learning rate of the generator (default: by data)", at_least=0, below=1)
+    decay_after: float = arg(None, "updates of the generator after which its learning rate falls, "
+                                   "with the root of their number (default: by data)", at_least=1)
     fake_lr: float = arg(None, "learning rate of the fake score (default: by data)", at_least=0,
                          below=1)
-    student_steps: int = arg(1, "steps of the generator", (1, 2, 4))
+    student_steps: int = arg(1, "steps in which the generator makes an image", (1, 2, 4))
     backward_simulation: bool = arg(True, "with several steps: train each on what the steps before "
                                           "it make of noise, not on real images with noise")
-    dm_weight: float = arg(1.0, "weight of the distribution-matching loss; 0 leaves the GAN alone",
+    dm_weight: float = arg(1.0, "weight of the distribution-matching loss; 0 for the GAN only",
                            at_least=0)
-    dm_range: str = arg("0.02,0.98", "its noise levels, as quantiles of the karras schedule")
+    dm_range: str = arg("0.02,0.98", "noise levels of the distribution-matching loss, as quantiles "
+                                     "of the karras schedule")
     fake_weight: float = arg(1.0, "weight of the fake score's loss", at_least=0)
-    fake_range: str = arg("0,1", "its noise levels, as quantiles of the karras schedule")
+    fake_range: str = arg("0,1", "noise levels of the fake score's loss, likewise")
     guidance: float = arg(1.0, "classifier-free guidance of the teacher; 1 is none", at_least=0)
-    gan_weight: float = arg(0.003, "weight of the generator's GAN loss; 0 turns the GAN off",
+    gan_weight: float = arg(0.001, "weight of the generator's GAN loss; 0 turns the GAN off",
                             at_least=0)
     gan_features: str = arg("fake", "whose encoder the discriminator sees by: the fake score's, "
                                     "which it then trains too, or the frozen teacher's",
                             ("fake", "teacher"))
     gan_noise: bool = arg(True, "show the discriminator images with noise (diffusion GAN)")
-    gan_range: str = arg("0,1", "its noise levels, as quantiles of the karras schedule")
+    gan_range: str = arg("0,1", "noise levels of the discriminator's images, likewise")
     discriminator_weight: float = arg(0.01, "weight of the discriminator's loss beside the fake "
-                                            "score's", at_least=0)
+                                            "score's, with which it shares an encoder",
+                                      at_least=0)
     regression_weight: float = arg(0.0, "weight of DMD's regression loss, on pairs of noise and "
                                         "the teacher's image; 0 turns it off", at_least=0)
-    regression_distance: str = arg("mse", "its measure of distance", ("mse", "lpips"))
-    pairs: int = arg(10000, "its number of pairs, which are made before training and kept in the "
+    regression_distance: str = arg("mse", "distance of the regression loss; lpips needs its "
+                                          "package, which downloads VGG's weights",
+                                   ("mse", "lpips"))
+    pairs: int = arg(10000, "pairs for the regression loss, made before training and kept in the "
                             "run's folder", at_least=1)
-    init_from: str = arg(None, "generator.pt to begin with, generator and fake score, in place of "
-                               "the teacher: a second stage", free=True)
+    init_from: str = arg(None, "generator.pt whose generator and fake score to start from, in "
+                               "place of the teacher: a second stage")
     evaluate_every: int = arg(200, "steps between evaluations, the best of which is kept; 0 for "
                                    "none", at_least=0)
     evaluate_n: int = arg(2000, "images per evaluation", at_least=EVALUATE_AT_LEAST)
@@ -94,6 +102,12 @@ class Config(TrainingOptions):
         if not (self.dm_weight or self.gan_weight or self.regression_weight):
             raise ValueError("--dm-weight 0: nothing is left to train the generator by; give a "
                              "--gan-weight or a --regression-weight")
+        if self.dm_weight and not self.fake_weight:
+            raise ValueError("--fake-weight 0: the distribution-matching loss needs a fake score "
+                             "that learns; give --dm-weight 0 too")
+        if self.gan_weight and not self.discriminator_weight:
+            raise ValueError("--discriminator-weight 0: the GAN needs a discriminator that learns; "
+                             "give --gan-weight 0 too")
         if self.student_steps == 1 and not self.backward_simulation:
             raise ValueError("--no-backward-simulation: is for generators of several steps; give "
                              "--student-steps 2 or 4")
@@ -109,8 +123,8 @@ class Config(TrainingOptions):
             except ValueError:
                 fits = False
             if not fits:
-                raise ValueError(f"{flag(name)} {getattr(self, name)}: needs two rising numbers "
-                                 "from 0 to 1, such as 0.02,0.98")
+                raise ValueError(f"{flag(name)} {getattr(self, name)}: needs two numbers from 0 to "
+                                 "1, the smaller one first, such as 0.02,0.98")
 
 
 def interval(text):
@@ -175,9 +189,11 @@ class Discriminator(nn.Module):
 
 
 def diffused(x0, draw, quantiles):
-    """Images as a discriminator sees them, and their noise levels sigma [B] (DMD2's diffusion GAN).
+    """Images as a discriminator sees them: with noise, drawn anew (DMD2's diffusion GAN).
 
+    x0         [B, C, H, W]
     quantiles  the range of the levels, of the karras schedule; None for images without noise
+    returns x [B, C, H, W] and its noise level sigma [B]
     """
     if quantiles is None:
         return x0, x0.new_full(x0.shape[:1], SIGMA_MIN)
@@ -185,40 +201,48 @@ def diffused(x0, draw, quantiles):
     return x0 + sigma.view(-1, 1, 1, 1) * draw.normal(), sigma
 
 
-def generator_loss(fake):
+def generator_loss(fake_logits):
     """Non-saturating GAN loss of the generator, of the logits [B] of its images.
 
-    A mean over images, weighted as it is beside dmd_loss, a mean over pixels too: both gradients
-    end in weights that all pixels share. The published weights, from 1e-3 to 5e-3, hardly differ
-    between images of 3,072 and of 65,536 values (FastGen, DMD2), and the digits, of 64, ask for
-    the same.
+    As in the official code a mean over images, where dmd_loss is a mean over values. So weighted,
+    the published weights lie near each other, from 1e-3 (FastGen, 3,072 values an image) to 5e-3
+    (DMD2, 65,536), and not far from the best for the digits' 64 values; a weight per value would
+    have to change a hundredfold and more.
     """
-    return F.softplus(-fake).mean()
+    return F.softplus(-fake_logits).mean()
 
 
-def discriminator_loss(real, fake):
-    """GAN loss of the discriminator, of the logits [B] of real and of generated images."""
-    return F.softplus(-real).mean() + F.softplus(fake).mean()
+def discriminator_loss(real_logits, fake_logits):
+    """GAN loss of the discriminator, of its logits [B]; 2 ln 2 if it can't tell real from fake."""
+    return F.softplus(-real_logits).mean() + F.softplus(fake_logits).mean()
 
 
 # ---- the steps of a generator --------------------------------------------------------------------
 
-def student_sigmas(steps):
-    """Noise levels of a generator's steps: evenly spread quantiles of the karras schedule."""
+def generator_sigmas(steps):
+    """Noise levels at evenly spread quantiles of the karras schedule: 80, 17.5, 2.52, 0.170 of 4.
+
+    As DMD2 spreads its timesteps, 999, 749, 499, 249.
+    """
     return sigma_at(torch.linspace(1, 1 / steps, steps, dtype=torch.float64), "karras").tolist()
 
 
-def student_step(count, seed, step):
-    """Which of a generator's `count` steps is trained: one for the whole batch, in any process."""
-    return torch.randint(count, (), generator=seeded(STUDENT_STEP, seed, step)).item()
+def trained_step(count, seed, step):
+    """Which of a generator's `count` steps a training step is about, from 0.
+
+    One for the whole batch and on every GPU (DMD2's backward simulation, with and without).
+    """
+    return torch.randint(count, (), generator=seeded(TRAINED_STEP, seed, step)).item()
 
 
 def step_input(generator, sigmas, k, label, draw, real=None):
-    """Noisy images [B, C, H, W] to train step k of a generator on, counted from 0, and their sigma.
+    """What to train step k of a generator on, counted from 0.
 
     The first step is trained on noise. Any other on what it will see when images are sampled: the
-    result of the steps before it with fresh noise (DMD2's backward simulation; no gradient reaches
-    these), or else on real images with noise.
+    result of the steps before it, with fresh noise (DMD2's backward simulation; no gradient reaches
+    those steps). Given real images [B, C, H, W] in [-1, 1], on these with noise.
+
+    returns x [B, C, H, W] and its noise level [B], sigmas[k]
     """
     first, *noises = (draw.normal() for _ in range(k + 1))
     x = sigmas[0] * first
@@ -241,34 +265,34 @@ class Pairs(NamedTuple):
     def batch(self, update, size, seed):
         """Noise, labels and images [size, ...] of an update."""
         index = batch_at(update, len(self.label), size, seed)
-        return (part[index.to(part.device)] for part in self)
+        return tuple(part[index.to(part.device)] for part in self)
 
 
-def load_pairs(sampler, teacher_sha256, guidance, count, path):
-    """The pairs of a teacher, from the file at path if they are there, and else made and kept."""
-    data = sampler.data
-    origin = dict(teacher_sha256=teacher_sha256, guidance=guidance, count=count, of=sampler.name)
+def load_pairs(sampler, teacher_sha256, count, path):
+    """The pairs of a teacher's sampler: from the file at path if they are its, else made and kept.
+
+    Raises OSError if the file can't be written.
+    """
+    data, device = sampler.data, sampler.device
+    origin = dict(teacher_sha256=teacher_sha256, sampler=sampler.name, count=count)
     noise = unit_noise(count, data["shape"], PAIRS_SEED)
     label = torch.arange(count) % len(data["classes"])
-    images = read_pairs(path, origin, noise.shape) if path.exists() else None
-    if images is None:
-        parts = zip(noise.split(BATCH), label.split(BATCH))
-        images = torch.cat([sampler.images(n[None].to(sampler.device), c.to(sampler.device)).cpu()
-                            for n, c in tqdm(list(parts), "pairs", disable=None)])
-        save(dict(origin=origin, images=images), path)
-    return Pairs(*(part.to(sampler.device) for part in (noise, label, images)))
 
+    def fits(stored):
+        return stored["origin"] == origin and stored["images"].shape == noise.shape
 
-def read_pairs(path, origin, shape):
-    """The images of a file of pairs; None, and a line that says so, if they are not of `origin`."""
-    try:
-        stored = torch.load(path, map_location="cpu", weights_only=True)
-        if stored["origin"] == origin and stored["images"].shape == shape:
-            return stored["images"]
-    except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, TypeError, AttributeError):
-        pass
-    print(f"{path}: of another teacher or setting, or damaged; made anew", file=sys.stderr)
-    return None
+    stored = read(path, fits) if path.exists() else None
+    if stored is None:
+        if path.exists():
+            print(f"{path}: of another teacher or setting, or damaged; making the pairs anew",
+                  file=sys.stderr)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        parts = list(zip(noise[None].split(BATCH, dim=1), label.split(BATCH)))
+        images = [sampler.images(z.to(device), c.to(device)).cpu()
+                  for z, c in tqdm(parts, "pairs", disable=None)]
+        stored = dict(origin=origin, images=torch.cat(images))
+        save(stored, path)
+    return Pairs(*(part.to(device) for part in (noise, label, stored["images"])))
 
 
 def regression_loss(generator, sigma, noise, label, images, distance=F.mse_loss):
@@ -341,7 +365,7 @@ class Keeper:
         self.sigmas, self.networks, self.out = sigmas, networks, Path(cfg.out)
         self.device = next(teacher.parameters()).device
         self.teacher_sha256 = hashlib.sha256(Path(cfg.teacher).read_bytes()).hexdigest()
-        self.figures = self.best = self.teacher_figures = self.reference = self.pairs = None
+        self.figures = self.best = self.teacher_figures = self.reference = None
         self.teacher_sampler = teacher_sampler(teacher, parent["data"], self.device)
         self.start = self.resume() if cfg.resume else 0
         data = parent["data"]
@@ -349,6 +373,10 @@ class Keeper:
             self.reference = load_reference(data["name"], cfg.data_dir or data["data_dir"],
                                             data["size"], self.device)
             self.teacher_figures = self.measure(self.teacher_sampler)
+        self.pairs = None
+        if cfg.regression_weight:
+            self.pairs = load_pairs(self.teacher_sampler, self.teacher_sha256, cfg.pairs,
+                                    self.out / "pairs.pt")
 
     def measure(self, sampler):
         """evaluate() at this run's number of samples, and what they were compared with."""
@@ -366,12 +394,6 @@ class Keeper:
                 dict(checkpoint["training"], ema=checkpoint["model"]), self.cfg.resume)
         self.best = checkpoint.get("best")
         return checkpoint["step"]
-
-    def load_pairs(self):
-        """The pairs of DMD's regression loss, kept in the run's folder."""
-        self.pairs = load_pairs(self.teacher_sampler, self.teacher_sha256, self.cfg.guidance,
-                                self.cfg.pairs, self.out / "pairs.pt")
-        return self.pairs
 
     def begin(self, log):
         """Tell the teacher's figures, which the generator's are to be compared with."""
@@ -440,18 +462,38 @@ def read_teacher(cfg):
 
 
 def initial(cfg, parent, device):
-    """Generator and fake score to begin with: two copies of the teacher, or --init-from's."""
+    """Generator and fake score to begin with: two copies of the teacher, or --init-from's.
+
+    Of these the generator is the EMA. Raises ValueError if they are not of this teacher's kind.
+    """
     source, names = parent, ("model", "model")
     if cfg.init_from and not cfg.resume:
         source, names = load(cfg.init_from), ("model", "fake_score")
-        if "fake_score" not in source or source["network"] != parent["network"]:
-            raise ValueError(f"--init-from {cfg.init_from}: give a generator.pt that was distilled "
-                             "from the same kind of network as the teacher's")
-    return (build(dict(source, model=source[name]), device).requires_grad_(True) for name in names)
+        if "fake_score" not in source:
+            raise ValueError(f"--init-from {cfg.init_from}: holds no fake score; give a "
+                             "generator.pt of dmd2.py")
+        for part in ("network", "prediction", "data"):
+            a, b = (dict(checkpoint, data=dict(checkpoint["data"], data_dir=None))[part]
+                    for checkpoint in (source, parent))
+            if a != b:
+                raise ValueError(f"--init-from {cfg.init_from}: has another {part} than --teacher "
+                                 f"{cfg.teacher}; give a generator distilled from its kind")
+        if len(source["sigmas"]) != cfg.student_steps:
+            raise ValueError(f"--init-from {cfg.init_from}: is a generator of "
+                             f"{steps_of(source['sigmas'])}; give --student-steps "
+                             f"{len(source['sigmas'])}")
+        if Path(cfg.init_from).resolve().parent == Path(cfg.out).resolve():
+            raise ValueError(f"--out {cfg.out}: a new run there would remove --init-from "
+                             f"{cfg.init_from}; name another folder")
+    return tuple(build(dict(source, model=source[name]), device).requires_grad_(True)
+                 for name in names)
 
 
 def real_batches(cfg, data, device):
-    """A function of the step: real images [B, C, H, W] in [-1, 1] and their labels, None if unused.
+    """A function of the step: real images [B, C, H, W] in [-1, 1] and their labels [B].
+
+    It returns None for both where no option needs them. Raises ValueError if there are fewer than
+    a batch, OSError if they are missing.
     """
     if not cfg.gan_weight and cfg.backward_simulation:
         return lambda step: (None, None)
@@ -465,15 +507,23 @@ def real_batches(cfg, data, device):
     return batch
 
 
+def weighted(losses, weights):
+    """The sum of losses, each times the weight of its name."""
+    return sum(weights[name] * loss for name, loss in losses.items())
+
+
 def train(cfg):
     """Distil; returns the path of the generator's checkpoint."""
     device, (parent, cfg) = pick_device(cfg.device), read_teacher(cfg)
-    data, sigmas = parent["data"], student_sigmas(cfg.student_steps)
+    data, sigmas = parent["data"], generator_sigmas(cfg.student_steps)
     num_classes, shape = len(data["classes"]), data["shape"]
     real_batch = real_batches(cfg, data, device)
     distance = distance_function(cfg.regression_distance, device) if cfg.regression_weight else None
     dm_range, fake_range = interval(cfg.dm_range), interval(cfg.fake_range)
     gan_range = interval(cfg.gan_range) if cfg.gan_noise else None
+    weights = dict(dmd_loss=cfg.dm_weight, gan_loss=cfg.gan_weight, fake_loss=cfg.fake_weight,
+                   discriminator_loss=cfg.discriminator_weight,
+                   regression_loss=cfg.regression_weight)
 
     teacher, (generator, fake_score) = build(parent, device), initial(cfg, parent, device)
     ema = frozen(generator)
@@ -483,43 +533,41 @@ def train(cfg):
     adamw = functools.partial(torch.optim.AdamW, weight_decay=0.01, fused=device.type != "mps")
     generator_optimizer = adamw(generator.parameters())
     fake_optimizer = adamw([*fake_score.parameters(), *discriminator.head.parameters()])
-    prepare(cfg, device, teacher, generator, fake_score)  # not ema: evaluated in float32
-    teacher = teacher if cfg.guidance == 1 else Guided(teacher, cfg.guidance)
-    keeper = Keeper(cfg, parent, teacher, ema, sigmas, dict(
+    guided = teacher if cfg.guidance == 1 else Guided(teacher, cfg.guidance)
+    keeper = Keeper(cfg, parent, guided, ema, sigmas, dict(
         generator=generator, fake_score=fake_score, head=discriminator.head,
         generator_optimizer=generator_optimizer, fake_optimizer=fake_optimizer))
+    # After the keeper measured the teacher and made its pairs in float32; not ema, for the same.
+    prepare(cfg, device, teacher, generator, fake_score)
     make_run_folder(cfg)
-    pairs = keeper.load_pairs() if cfg.regression_weight else None
     log = Log(cfg, keeper.start)
     keeper.begin(log)
 
     for step in range(keeper.start, cfg.steps):
         draw = Draw(GENERATOR, cfg.seed, step, cfg.batch, shape, device)
         real, real_label = real_batch(step)
-        label = draw.label(num_classes) if cfg.backward_simulation else real_label
-        x, sigma = step_input(generator, sigmas, student_step(len(sigmas), cfg.seed, step), label,
-                              draw, None if cfg.backward_simulation else real)
-        update, rest = divmod(step, cfg.fake_steps)
-        update_generator = rest == 0  # DMD2's two time-scale update rule
+        k, label = trained_step(len(sigmas), cfg.seed, step), draw.label(num_classes)
+        start, label = (None, label) if cfg.backward_simulation else (real, real_label)
+        x, sigma = step_input(generator, sigmas, k, label, draw, start)
+        update_generator = step % cfg.fake_steps == 0  # DMD2's two time-scale update rule
         with torch.set_grad_enabled(update_generator):
             x0 = generator(x, sigma, label)
 
         # Generator: move its samples along the distribution-matching gradient, and to where the
         # discriminator takes them for real ones.
         if update_generator:
-            losses = {}
+            update, losses = step // cfg.fake_steps, {}
             if cfg.dm_weight:
                 sigma = sigma_at(draw.uniform(*dm_range), "karras")
-                losses["dmd_loss"] = cfg.dm_weight * dmd_loss(
-                    teacher, fake_score, x0, sigma, label, draw.normal())
+                losses["dmd_loss"] = dmd_loss(guided, fake_score, x0, sigma, label, draw.normal())
             if cfg.gan_weight:
                 logits = discriminator(*diffused(x0, draw, gan_range), label)
-                losses["gan_loss"] = cfg.gan_weight * generator_loss(logits)
+                losses["gan_loss"] = generator_loss(logits)
             if cfg.regression_weight:
-                losses["regression_loss"] = cfg.regression_weight * regression_loss(
-                    generator, sigmas[0], *pairs.batch(update, cfg.batch, cfg.seed), distance)
-            _, norm = descend(sum(losses.values()), generator_optimizer, cfg.clip,
-                              warmed_up(cfg.lr, update, cfg.warmup))
+                pairs = keeper.pairs.batch(update, cfg.batch, cfg.seed)
+                losses["regression_loss"] = regression_loss(generator, sigmas[0], *pairs, distance)
+            _, norm = descend(weighted(losses, weights), generator_optimizer, cfg.clip,
+                              rate_at(update, cfg.lr, cfg.warmup, cfg.decay_after or math.inf))
             update_ema(ema, generator, cfg.ema, update)
             log.note(**losses, generator_gradient_norm=norm)
 
@@ -527,14 +575,13 @@ def train(cfg):
         # Discriminator: real images from generated ones.
         x0 = x0.detach()
         sigma = sigma_at(draw.uniform(*fake_range), "karras")
-        losses = dict(fake_loss=cfg.fake_weight * denoising_loss(
-            fake_score, x0, sigma, label, draw.normal()))
+        losses = dict(fake_loss=denoising_loss(fake_score, x0, sigma, label, draw.normal()))
         if cfg.gan_weight:
-            losses["discriminator_loss"] = cfg.discriminator_weight * discriminator_loss(
+            losses["discriminator_loss"] = discriminator_loss(
                 discriminator(*diffused(real, draw, gan_range), real_label),
                 discriminator(*diffused(x0, draw, gan_range), label))
-        _, norm = descend(sum(losses.values()), fake_optimizer, cfg.clip,
-                          warmed_up(cfg.fake_lr, step, cfg.warmup))
+        _, norm = descend(weighted(losses, weights), fake_optimizer, cfg.clip,
+                          rate_at(step, cfg.fake_lr, cfg.warmup))
         log.note(**losses, fake_gradient_norm=norm)
 
         log.step(step + 1)

@@ -31,8 +31,8 @@ import torch
 from torch import nn
 
 from sample import few_step, onnx_session, teacher_sampler
-from teacher import (Options, arg, build, load, parse, pick_device, run_script, to_uint8,
-                     unit_noise)
+from teacher import (Options, arg, build, load, parse, pick_device, run_script, step_noise,
+                     to_uint8)
 
 OPSET = 18  # the fewest nodes at run time, and read by every onnxruntime since 1.14
 BATCHES = (1, 16, 256)  # of the benchmark
@@ -76,7 +76,7 @@ class Exported(nn.Module):
 
     def example(self, batch, shape):
         """Noise to try it with: [batch, *shape]; for K > 1 steps [K, batch, *shape]."""
-        noise = unit_noise(batch, (len(self.sigmas), *shape), seed=0).transpose(0, 1).contiguous()
+        noise = step_noise(len(self.sigmas), batch, shape, seed=0)
         return noise if len(self.sigmas) > 1 else noise[0]
 
 
@@ -192,8 +192,8 @@ def benchmark(path, exported, data, device):
         noise = exported.example(batch, data["shape"])
         feed = {"noise": noise.numpy(), "label": label.numpy()}
         inputs = noise.to(device), label.to(device)
-        one = unit_noise(batch, (1, *data["shape"]), seed=0).transpose(0, 1).to(device), inputs[1]
-        for name, call in ((teacher.name, lambda: teacher.images(*one)),
+        start = step_noise(1, batch, data["shape"], seed=0).to(device)
+        for name, call in ((teacher.name, lambda: teacher.images(start, inputs[1])),
                            ("PyTorch eager", lambda: exported(*inputs)),
                            ("torch.compile", lambda: compiled(*inputs)),
                            ("onnxruntime", lambda: session.run(["image"], feed))):

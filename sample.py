@@ -26,8 +26,8 @@ from PIL import Image
 from torch import nn
 
 from teacher import (DATA_DIR, FEATURES, HEUN_STEPS, SUBSET, Options, arg, build, heun, load,
-                     load_data, parse, pick_device, run_script, save, save_grid, seeded, to_float,
-                     to_uint8, unit_noise)
+                     load_data, parse, pick_device, run_script, save, save_grid, seeded, step_noise,
+                     to_float, to_uint8)
 
 ASSETS = Path(__file__).resolve().parent / "assets"
 DIMENSIONS = 64  # of the feature space in which quality is measured
@@ -149,10 +149,14 @@ def load_sampler(path, steps=None, device=torch.device("cpu")):
 
 
 def teacher_sampler(denoiser, data, device, steps=HEUN_STEPS):
-    """EDM's deterministic sampler of a teacher."""
+    """EDM's deterministic sampler of a teacher, which may be Guided."""
+    name, evaluations = f"teacher, {steps} Heun steps", 2 * steps - 1
+    if isinstance(denoiser, Guided):
+        name, evaluations = f"{name}, guidance {denoiser.guidance:g}", 2 * evaluations
+
     def images(noise, label):
         return heun(denoiser, noise[0], label, steps)
-    return Sampler(images, f"teacher, {steps} Heun steps", 1, 2 * steps - 1, data, device)
+    return Sampler(images, name, 1, evaluations, data, device)
 
 
 def generator_sampler(generator, sigmas, data, device):
@@ -221,9 +225,8 @@ def generate(sampler, label, seed, batch=BATCH):
     kernels then add in another order.
     """
     images, batch = [], batch + -batch % 16
-    shape = (sampler.noises, *sampler.data["shape"])
     for i, part in enumerate(F.pad(label, (0, -len(label) % 16)).split(batch)):
-        noise = unit_noise(len(part), shape, seed, start=i * batch).transpose(0, 1)
+        noise = step_noise(sampler.noises, len(part), sampler.data["shape"], seed, i * batch)
         image = sampler.images(noise.to(sampler.device), part.to(sampler.device))
         images.append(to_uint8(image).cpu())
     return torch.cat(images)[:len(label)]

@@ -249,7 +249,8 @@ def run_script(main):
         print(f"{name}: diverged: {error}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
-        print(f"{name}: interrupted; --resume goes on from the last checkpoint", file=sys.stderr)
+        print(f"{name}: interrupted; --resume goes on from the last checkpoint, if one was "
+              "written", file=sys.stderr)
         sys.exit(130)
     except (RuntimeError, MemoryError) as error:
         if not isinstance(error, MemoryError) and "memory" not in str(error):
@@ -347,7 +348,7 @@ def to_uint8(images):
 # ---- random numbers: no state to save, for every draw is made of its place in the run -----------
 
 # The independent streams of random numbers: whatever draws has its own.
-TEACHER, GENERATOR, ORDER, NOISE, FEATURES, SUBSET, STUDENT_STEP = range(7)
+TEACHER, GENERATOR, ORDER, NOISE, FEATURES, SUBSET, TRAINED_STEP = range(7)
 
 
 def seeded(stream, *key, device="cpu"):
@@ -396,8 +397,14 @@ def permutation(count, seed, epoch):
 
 def unit_noise(count, shape, seed, start=0):
     """Standard normal noise [count, *shape]; number i depends on seed and start + i only."""
-    return torch.stack([torch.randn(shape, generator=seeded(NOISE, seed, i))
-                        for i in range(start, start + count)])
+    return step_noise(1, count, shape, seed, start)[0]
+
+
+def step_noise(steps, count, shape, seed, start=0):
+    """Noise [steps, count, *shape] for samplers that take fresh one at each of their steps."""
+    rngs = [seeded(NOISE, seed, i) for i in range(start, start + count)]
+    return torch.stack([torch.stack([torch.randn(shape, generator=rng) for rng in rngs])
+                        for _ in range(steps)])
 
 
 # ---- network: EDM's DDPM++ (Song et al. 2021), with the names of its published checkpoints ------
@@ -557,10 +564,10 @@ class Denoiser(nn.Module):
         """The same inputs -> [B, c, h, w] float32, the output of the network's encoder"""
         return self.run_net(x.float(), sigma.float().view(-1, 1, 1, 1), label, encode=True)
 
-    def run_net(self, x, sigma, label, encode=False):
+    def run_net(self, x, sigma, label, **options):
         _, _, c_in = precondition(self.prediction, sigma)
         with torch.autocast(x.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            return self.net(c_in * x, sigma.flatten().log() / 4, label, encode).float()
+            return self.net(c_in * x, sigma.flatten().log() / 4, label, **options).float()
 
 
 def denoising_loss(denoiser, x0, sigma, label, noise):
@@ -599,9 +606,12 @@ def descend(loss, optimizer, clip, lr):
     return loss.detach(), norm
 
 
-def warmed_up(lr, update, warmup):
-    """Learning rate of an update, counted from 0: rises linearly over `warmup` of them."""
-    return lr * min(1.0, (update + 1) / max(warmup, 1))
+def rate_at(update, lr, warmup, decay_after=math.inf):
+    """Learning rate of an update, from 0: rises linearly, falls with the root of time (EDM2).
+
+    warmup, decay_after  updates until it is lr, and from which on it falls
+    """
+    return lr * min(1.0, (update + 1) / max(warmup, 1), (decay_after / (update + 1)) ** 0.5)
 
 
 @torch.no_grad()
@@ -633,6 +643,7 @@ def prepare(cfg, device, *denoisers):
     """Set the type of the networks' arithmetic and compile them, as --dtype and --compile say."""
     on_cuda, triton = device.type == "cuda", importlib.util.find_spec("triton") is not None
     torch.set_float32_matmul_precision("high")  # TF32, where a GPU has it
+    torch._dynamo.config.recompile_limit = 64  # with gradients and without, encoder alone, ...
     for denoiser in denoisers:
         bfloat16 = on_cuda if cfg.dtype == "auto" else cfg.dtype == "bfloat16"
         denoiser.dtype = torch.bfloat16 if bfloat16 else torch.float32
@@ -705,25 +716,31 @@ def load(path, resume=False):
 
     returns its dictionary: kind ("teacher" or "generator"), config, step, data (name, data_dir,
     size, shape, classes), network (arguments of UNet), prediction, model (the EMA weights); of a
-    generator sigmas, figures, best, teacher_figures, teacher_sha256; training (weights and
-    optimizers) where --resume can go on from it
+    generator sigmas, figures, best, teacher_figures, teacher_sha256, and in generator.pt
+    fake_score; training (weights and optimizers) where --resume can go on from it
     Raises ValueError if the file is missing, foreign or damaged, or can't be resumed from.
     """
     if not Path(path).is_file():
         raise ValueError(f"{path}: no such checkpoint file; teacher.py and dmd2.py write them")
-    try:
-        with zipfile.ZipFile(path) as archive:  # torch does not look at the checksums
-            whole = archive.testzip() is None
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True) if whole else None
-        is_ours = whole and fits(checkpoint)
-    except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, EOFError, LookupError,
-            ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: not a checkpoint of this project, or damaged") from error
-    if not is_ours:
+    checkpoint = read(path, fits)
+    if checkpoint is None:
         raise ValueError(f"{path}: not a checkpoint of this project, or damaged")
     if resume and "training" not in checkpoint:
         raise ValueError(f"{path}: holds no optimizers to resume from; teacher.pt and last.pt do")
     return checkpoint
+
+
+def read(path, fits):
+    """What save() wrote, executing nothing from it; None if it is damaged or does not fit."""
+    try:
+        with zipfile.ZipFile(path) as archive:  # torch does not look at the checksums
+            if archive.testzip() is None:
+                content = torch.load(path, map_location="cpu", weights_only=True)
+                return content if fits(content) else None
+    except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, EOFError, LookupError,
+            ValueError, TypeError, AttributeError):
+        pass
+    return None
 
 
 def fits(checkpoint):
@@ -768,7 +785,8 @@ def build(checkpoint, device="cpu"):
 def make_run_folder(cfg):
     """Create cfg.out with config.json in it; returns it, a Path. OSError if it can't be written.
 
-    A new run first removes what an older one left there, so that no file is of another run.
+    A new run first removes what an older one left there, so that no file is of another run;
+    pairs.pt stays, for it knows its teacher.
     """
     out = Path(cfg.out)
     out.mkdir(parents=True, exist_ok=True)
@@ -937,7 +955,7 @@ def train(cfg):
         sigma = sigma_at(draw.uniform(), cfg.schedule)
 
         loss, norm = descend(denoising_loss(model, x0, sigma, label, draw.normal()), optimizer,
-                             cfg.clip, warmed_up(cfg.lr, step, cfg.warmup))
+                             cfg.clip, rate_at(step, cfg.lr, cfg.warmup))
         update_ema(ema, model, cfg.ema, step)
 
         log.note(loss=loss, gradient_norm=norm)

@@ -371,7 +371,7 @@ def test_distilled_gaussian_has_its_teacher_s_moments(kind, steps, generator_lr,
     torch.manual_seed(0)
     real = Gaussian(0.3, 0.5).requires_grad_(False)
     fake = Gaussian(torch.linspace(-0.6, -0.4, steps), torch.linspace(0.9, 1.1, steps))
-    sigmas = dmd2.student_sigmas(steps)
+    sigmas = dmd2.generator_sigmas(steps)
     generator, discriminator = Affine(sigmas), Moments()
     ema = teacher.frozen(generator)
     betas = (0.5, 0.99) if kind == "gan" else (0.9, 0.999)  # or else the two go round in circles
@@ -381,7 +381,7 @@ def test_distilled_gaussian_has_its_teacher_s_moments(kind, steps, generator_lr,
     for step in range(updates):
         draw = teacher.Draw(teacher.GENERATOR, 0, step, 64, (1, 8, 8), "cpu")
         decay = 1 - step / updates
-        k = dmd2.student_step(steps, 0, step)
+        k = dmd2.trained_step(steps, 0, step)
         x, sigma = dmd2.step_input(generator, sigmas, k, None, draw)
         x0 = generator(x, sigma, None)
         if step % 2 == 0:
@@ -457,7 +457,7 @@ def test_only_the_generator_s_trained_step_has_a_gradient():
 
     weight = nn.Parameter(torch.tensor(0.5))
     draw = teacher.Draw(teacher.GENERATOR, 0, 0, 2, (1, 4, 4), "cpu")
-    sigmas = dmd2.student_sigmas(4)
+    sigmas = dmd2.generator_sigmas(4)
     x, sigma = dmd2.step_input(generator, sigmas, 2, None, draw)
     generator(x, sigma, None).sum().backward()
     assert [level for level, *_ in with_grad] == pytest.approx(sigmas[:3])
@@ -465,15 +465,38 @@ def test_only_the_generator_s_trained_step_has_a_gradient():
     assert not any(x_grad for *_, x_grad in with_grad) and weight.grad is not None
 
 
+class Counting:
+    """A Draw whose first noise is all 1, the second all 2, and so on."""
+
+    def __init__(self):
+        self.count = 0
+
+    def normal(self):
+        self.count += 1
+        return torch.full((2, 1, 4, 4), float(self.count))
+
+
+def test_input_of_a_step_is_what_sampling_gives_it():
+    def generator(x, sigma, label):
+        return x / 10
+
+    sigmas = [80.0, 4.0, 2.0]
+    for k, expected in enumerate((80, 8 + 4 * 2, (8 + 4 * 2) / 10 + 2 * 3)):
+        x, sigma = dmd2.step_input(generator, sigmas, k, None, Counting())
+        assert (sigma == sigmas[k]).all()
+        torch.testing.assert_close(x, torch.full((2, 1, 4, 4), float(expected)))
+    real = torch.full((2, 1, 4, 4), 0.5)
+    x, _ = dmd2.step_input(generator, sigmas, 2, None, Counting(), real)
+    torch.testing.assert_close(x, real + 2 * 3)
+
+
 def test_sigmas_of_several_steps_fall_evenly_in_quantiles():
-    assert dmd2.student_sigmas(1) == pytest.approx([80])
-    expected = teacher.sigma_at(torch.tensor([1, 0.75, 0.5, 0.25]), "karras").tolist()
-    assert dmd2.student_sigmas(4) == pytest.approx(expected, rel=1e-5)
+    assert dmd2.generator_sigmas(1) == pytest.approx([80])
+    assert dmd2.generator_sigmas(4) == pytest.approx([80, 17.528, 2.5152, 0.16975], rel=1e-4)
 
 
-def test_trained_step_is_drawn_evenly_and_alike_each_time():
-    steps = [dmd2.student_step(4, 0, step) for step in range(400)]
-    assert steps == [dmd2.student_step(4, 0, step) for step in range(400)]
+def test_trained_step_is_drawn_evenly():
+    steps = [dmd2.trained_step(4, 0, step) for step in range(400)]
     assert all(70 < steps.count(k) < 130 for k in range(4))
 
 
@@ -491,24 +514,30 @@ def test_pairs_are_the_teacher_s_images_and_kept_until_it_changes(tiny_teacher, 
     checkpoint, path = teacher.load(tiny_teacher), tmp_path / "pairs.pt"
     denoiser = teacher.build(checkpoint)
     sampler = sample.teacher_sampler(denoiser, checkpoint["data"], torch.device("cpu"))
-    pairs = dmd2.load_pairs(sampler, "a", 1.0, 12, path)
+    pairs = dmd2.load_pairs(sampler, "a", 12, path)
     expected = teacher.heun(denoiser, pairs.noise, pairs.label)
     torch.testing.assert_close(pairs.images, expected, rtol=0, atol=1e-5)
     noise, label, images = pairs.batch(3, 5, seed=0)
     assert images.shape == noise.shape == (5, 1, 8, 8) and label.shape == (5,)
 
     unused = sampler._replace(images=None)  # fails if it is called
-    again = dmd2.load_pairs(unused, "a", 1.0, 12, path)
+    again = dmd2.load_pairs(unused, "a", 12, path)
     assert all(map(torch.equal, pairs, again)) and not capsys.readouterr().err
-    for changed in (("b", 1.0, 12), ("a", 1.5, 12), ("a", 1.0, 13)):
+    guided = sample.teacher_sampler(sample.Guided(denoiser, 1.5), checkpoint["data"], None)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    (tmp_path / "flipped.pt").write_bytes(content)
+    assert teacher.read(tmp_path / "flipped.pt", bool) is None
+    for changed in ((unused, "b", 12), (unused._replace(name=guided.name), "a", 12),
+                    (unused, "a", 13)):
         with pytest.raises(TypeError):
-            dmd2.load_pairs(unused, *changed, path)
-        assert "made anew" in capsys.readouterr().err
+            dmd2.load_pairs(*changed, path)
+        assert "making the pairs anew" in capsys.readouterr().err
     path.write_bytes(b"damaged")
-    assert torch.equal(dmd2.load_pairs(sampler, "a", 1.0, 12, path).images, pairs.images)
+    assert torch.equal(dmd2.load_pairs(sampler, "a", 12, path).images, pairs.images)
 
 
-def test_regression_run_shows_its_pairs_and_uses_them_again(tiny_teacher, tmp_path, monkeypatch):
+def test_regression_run_shows_its_pairs_and_uses_them_again(tiny_teacher, tmp_path):
     flags = [*TINY_DMD, "--teacher", tiny_teacher, "--out", str(tmp_path), "--sample-every", "4",
              "--regression-weight", "0.25", "--pairs", "20"]
     dmd2.main(flags)
@@ -546,7 +575,7 @@ def test_lpips_sees_colour_images_of_224(monkeypatch):
     assert distance(torch.ones(2, 1, 8, 8), torch.zeros(2, 1, 8, 8)).item() == pytest.approx(1)
 
 
-def test_second_stage_begins_with_generator_and_fake_score_of_the_first(tiny, tiny_teacher,
+def test_second_stage_begins_with_generator_and_fake_score_of_the_first(tiny_teacher,
                                                                         tiny_generator, tmp_path):
     first = teacher.load(tiny_generator)
     dmd2.main([*TINY_DMD, "--teacher", tiny_teacher, "--out", str(tmp_path), "--steps", "1",
@@ -556,6 +585,88 @@ def test_second_stage_begins_with_generator_and_fake_score_of_the_first(tiny, ti
     assert equal(last["training"]["fake_score"], first["fake_score"])
     assert not equal(first["fake_score"], first["model"])
     assert last["training"]["fake_optimizer"]["state"][0]["step"] == 1
+
+
+def test_discriminator_sees_real_images_as_real_with_their_own_labels(tiny_teacher, tmp_path,
+                                                                      monkeypatch):
+    seen, drawn = [], []
+
+    def diffused(x0, draw, quantiles):
+        drawn.append(x0)
+        return x0, x0.new_full(x0.shape[:1], 0.5)
+
+    def forward(self, x, sigma, label):
+        seen.append((x, label))
+        return x.mean((1, 2, 3))
+
+    def loss(real_logits, fake_logits):
+        assert torch.equal(real_logits, seen[-2][0].mean((1, 2, 3)))
+        assert torch.equal(fake_logits, seen[-1][0].mean((1, 2, 3)))
+        return (fake_logits - real_logits).mean()
+
+    monkeypatch.setattr(dmd2, "diffused", diffused)
+    monkeypatch.setattr(dmd2.Discriminator, "forward", forward)
+    monkeypatch.setattr(dmd2, "discriminator_loss", loss)
+    dmd2.main([*TINY_DMD, "--teacher", tiny_teacher, "--out", str(tmp_path), "--steps", "2",
+               "--evaluate-every", "0"])
+    data = teacher.load_data("digits", "train")
+    of_generator, real, fake, *_ = seen  # step 0: the generator's loss, then the discriminator's
+    index = teacher.batch_at(0, len(data.images), 16, seed=0)
+    assert torch.equal(real[0], teacher.to_float(data.images[index]))
+    assert torch.equal(real[1], data.labels[index])
+    assert torch.equal(fake[0], of_generator[0]) and torch.equal(fake[1], of_generator[1])
+    assert not torch.equal(fake[1], real[1]) and not fake[0].requires_grad
+    assert of_generator[0].requires_grad and len(seen) == 3 + 2
+
+
+@pytest.mark.parametrize("features, trains_encoder", [("fake", True), ("teacher", False)])
+def test_discriminator_trains_the_encoder_that_it_shares(features, trains_encoder, tiny_teacher,
+                                                         tmp_path):
+    states = []
+    for weight in ("0.01", "10"):
+        dmd2.main([*TINY_DMD, "--teacher", tiny_teacher, "--out", str(tmp_path), "--steps", "1",
+                   "--evaluate-every", "0", "--gan-features", features, "--discriminator-weight",
+                   weight, "--fake-lr", "0.01", "--clip", "1e9"])
+        states.append(teacher.load(tmp_path / "last.pt")["training"]["fake_score"])
+    assert equal(*states) == (not trains_encoder)
+
+
+@pytest.mark.parametrize("flags, name, quantiles", [
+    ("--dm-range 0.5,0.6", "dmd_loss", (0.5, 0.6)), ("", "dmd_loss", (0.02, 0.98)),
+    ("--fake-range 0.1,0.2", "denoising_loss", (0.1, 0.2)), ("", "denoising_loss", (0, 1))])
+def test_losses_draw_their_noise_levels_from_their_range(flags, name, quantiles, tiny_teacher,
+                                                         tmp_path, monkeypatch):
+    def seen(*args):
+        sigmas.append(args[-3])
+        return original(*args)
+
+    sigmas, original = [], getattr(dmd2, name)
+    monkeypatch.setattr(dmd2, name, seen)
+    dmd2.main([*TINY_DMD, "--teacher", tiny_teacher, "--out", str(tmp_path), *flags.split(),
+               "--evaluate-every", "0", "--batch", "256", "--steps", "1"])
+    low, high = teacher.sigma_at(torch.tensor(quantiles), "karras")
+    assert low <= sigmas[0].min() < 2 * low + 0.01 and high / 1.5 < sigmas[0].max() <= high
+
+
+def test_without_gan_no_image_is_read(tiny_teacher, tmp_path, monkeypatch):
+    monkeypatch.setattr(dmd2, "load_data", None)
+    dmd2.main([*TINY_DMD, "--teacher", tiny_teacher, "--out", str(tmp_path), "--gan-weight", "0",
+               "--evaluate-every", "0"])
+    assert not any("gan_loss" in line for line in log_of(tmp_path))
+
+
+def test_guidance_of_the_teacher_reaches_the_loss(tiny_teacher, tmp_path):
+    losses = []
+    for guidance in ("1", "3"):
+        dmd2.main([*TINY_DMD, "--teacher", tiny_teacher, "--out", str(tmp_path), "--gan-weight",
+                   "0", "--evaluate-every", "0", "--guidance", guidance])
+        losses.append(log_of(tmp_path)[0]["dmd_loss"])
+    assert losses[0] == 0 and losses[1] > 0  # fake score and teacher are the same at first
+
+
+def test_weighted_sum_of_losses():
+    losses = dict(a=torch.tensor(2.0), b=torch.tensor(3.0))
+    assert dmd2.weighted(losses, dict(a=0.5, b=10, c=1)) == 31
 
 
 def test_gan_alone_and_several_steps_train(tiny_teacher, tmp_path):
@@ -611,7 +722,7 @@ def test_networks_start_as_the_teacher_which_stays_bit_identical(tiny_teacher, t
         return built[-1]
 
     monkeypatch.setattr(dmd2, "build", build)
-    dmd2.main([*TINY_DMD, "--teacher", tiny_teacher, "--out", str(tmp_path)])
+    dmd2.main([*TINY_DMD, "--teacher", tiny_teacher, "--out", str(tmp_path), "--gan-weight", "0"])
     frozen, generator, fake_score = (net.state_dict() for net in built)
     before = teacher.load(tiny_teacher)["model"]
     assert len(built) == 3 and all(equal(state, before) for state in at_start)
@@ -661,9 +772,10 @@ def test_ema_is_the_weighted_mean():
     torch.testing.assert_close(ema.weight, 0.1 * expected + 0.9 * model.weight)
 
 
-def test_learning_rate_rises_to_its_value_and_stays():
-    rates = [teacher.warmed_up(1.0, update, 4) for update in range(6)]
-    assert rates == [0.25, 0.5, 0.75, 1, 1, 1] and teacher.warmed_up(1.0, 0, 0) == 1
+def test_learning_rate_rises_to_its_value_and_falls_with_the_root_of_time():
+    rates = [teacher.rate_at(update, 1.0, 4) for update in range(6)]
+    assert rates == [0.25, 0.5, 0.75, 1, 1, 1] and teacher.rate_at(0, 1.0, 0) == 1
+    assert [teacher.rate_at(update, 1.0, 4, 10) for update in (9, 39, 999)] == [1, 0.5, 0.1]
 
 
 def test_divergence_stops_the_run_with_step_and_quantity(tmp_path, tiny_teacher, monkeypatch):
@@ -975,11 +1087,16 @@ def fails(main, argv, capsys):
     (dmd2.main, "--teacher nowhere.pt", "nowhere.pt: no such checkpoint"),
     (dmd2.main, "--teacher TEACHER --student-steps 3", "choose from 1, 2, 4"),
     (dmd2.main, "--teacher TEACHER --dm-weight 0 --gan-weight 0", "nothing is left to train"),
-    (dmd2.main, "--teacher TEACHER --dm-range 0.5", "--dm-range 0.5: needs two rising numbers"),
-    (dmd2.main, "--teacher TEACHER --gan-range 0.9,0.1", "two rising numbers from 0 to 1"),
+    (dmd2.main, "--teacher TEACHER --dm-range 0.5", "--dm-range 0.5: needs two numbers from 0"),
+    (dmd2.main, "--teacher TEACHER --gan-range 0.9,0.1", "the smaller one first"),
     (dmd2.main, "--teacher TEACHER --no-backward-simulation", "give --student-steps 2 or 4"),
     (dmd2.main, "--teacher TEACHER --student-steps 2 --regression-weight 1", "of one step"),
-    (dmd2.main, "--teacher TEACHER --init-from TEACHER", "distilled from the same kind"),
+    (dmd2.main, "--teacher TEACHER --init-from TEACHER", "holds no fake score"),
+    (dmd2.main, "--teacher OTHER --init-from GENERATOR", "has another data than --teacher"),
+    (dmd2.main, "--teacher TEACHER --init-from GENERATOR --student-steps 4", "--student-steps 1"),
+    (dmd2.main, "--teacher TEACHER --init-from GENERATOR --out FOLDER", "name another folder"),
+    (dmd2.main, "--teacher TEACHER --fake-weight 0", "needs a fake score that learns"),
+    (dmd2.main, "--teacher TEACHER --discriminator-weight 0", "needs a discriminator that learns"),
     (dmd2.main, "--teacher TEACHER --regression-weight 1 --pairs 9", "--pairs 9: "),
     (dmd2.main, "--teacher TEACHER --batch 1500 --gan-weight 1", "digits has only 1497"),
     (dmd2.main, "--teacher NO_NULL --guidance 1.5", "knows no images without label"),
@@ -1018,11 +1135,13 @@ def test_mistake_of_the_user_is_one_line_and_status_2(main, argv, says, tiny, ti
     torch.save({"weights": torch.zeros(3)}, tmp_path / "foreign.pt")
     paths = dict(TEACHER=tiny_teacher, GENERATOR=tiny_generator,
                  LAST=str(tiny / "dmd2" / "last.pt"), README=str(ROOT / "README.md"),
-                 FOREIGN=str(tmp_path / "foreign.pt"), NO_NULL=str(tiny / "no_null.pt"))
-    if "NO_NULL" in argv:
-        checkpoint = teacher.load(tiny_teacher)
-        checkpoint["config"]["label_dropout"] = 0.0
-        torch.save(checkpoint, tiny / "no_null.pt")
+                 FOREIGN=str(tmp_path / "foreign.pt"), FOLDER=str(tiny / "dmd2"),
+                 NO_NULL=str(tiny / "no_null.pt"), OTHER=str(tiny / "other.pt"))
+    checkpoint = teacher.load(tiny_teacher)
+    checkpoint["config"]["label_dropout"] = 0.0
+    torch.save(checkpoint, tiny / "no_null.pt")
+    checkpoint["data"]["classes"] = tuple("abcdefghij")
+    torch.save(checkpoint, tiny / "other.pt")
     capsys.readouterr()
     line = fails(main, [paths.get(word, word) for word in argv.split()], capsys)
     assert says in line and "Traceback" not in line
@@ -1165,8 +1284,8 @@ def test_every_command_of_the_readme_runs(tmp_path, monkeypatch):
         script = Path(words[0]).stem
         n = "100" if "--evaluate" in words else "20"
         extra = dict(teacher=[*TINY, "--sample-every", "4"],
-                     dmd2=[*TINY_DMD, "--sample-every", "4"], sample=["--n", n, "--seeds", "1"],
-                     export=[])[script]
+                     dmd2=[*TINY_DMD, "--sample-every", "4", "--pairs", "20"],
+                     sample=["--n", n, "--seeds", "1"], export=[])[script]
         extra = ["--steps", "6"] if "--resume" in words else [] if "--beside" in words else extra
         main = dict(teacher=teacher, dmd2=dmd2, sample=sample, export=export)[script].main
         main([*words[1:], *extra])
