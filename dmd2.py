@@ -35,7 +35,7 @@ from teacher import (GENERATOR, SIGMA_MIN, TRAINED_STEP, Draw, Log, TrainingOpti
 
 # What of dmd2.py depends on the data: it fills the options that were not given.
 RECIPES = {
-    "digits": dict(batch=128, steps=1200, lr=4e-4, decay_after=50, fake_lr=1e-3, fake_steps=2,
+    "digits": dict(batch=128, steps=1200, lr=6e-4, half_life=250, fake_lr=1e-3, fake_steps=2,
                    ema=0.99),
     "mnist": dict(batch=256, steps=20000, lr=2e-4, fake_lr=4e-4, fake_steps=2, ema=0.999),
     "cifar10": dict(batch=256, steps=100000, lr=5e-5, fake_lr=1e-4, fake_steps=5, ema=0.999),
@@ -57,8 +57,8 @@ class Config(TrainingOptions):
     fake_steps: int = arg(None, "updates of the fake score per update of the generator: the two "
                                 "time-scale rule (default: by data)", at_least=1)
     lr: float = arg(None, "learning rate of the generator (default: by data)", at_least=0, below=1)
-    decay_after: float = arg(None, "updates of the generator after which its learning rate falls, "
-                                   "with the root of their number (default: by data)", at_least=1)
+    half_life: float = arg(None, "updates of the generator in which its learning rate halves "
+                                 "(default: by data)", at_least=1)
     fake_lr: float = arg(None, "learning rate of the fake score (default: by data)", at_least=0,
                          below=1)
     student_steps: int = arg(1, "steps in which the generator makes an image", (1, 2, 4))
@@ -271,7 +271,7 @@ class Pairs(NamedTuple):
 def load_pairs(sampler, teacher_sha256, count, path):
     """The pairs of a teacher's sampler: from the file at path if they are its, else made and kept.
 
-    Raises OSError if the file can't be written.
+    Raises OSError if the file can't be written, FloatingPointError if an image is not finite.
     """
     data, device = sampler.data, sampler.device
     origin = dict(teacher_sha256=teacher_sha256, sampler=sampler.name, count=count)
@@ -279,7 +279,9 @@ def load_pairs(sampler, teacher_sha256, count, path):
     label = torch.arange(count) % len(data["classes"])
 
     def fits(stored):
-        return stored["origin"] == origin and stored["images"].shape == noise.shape
+        images = stored["images"]
+        return (stored["origin"] == origin and images.shape == noise.shape
+                and images.dtype == noise.dtype and images.isfinite().all())
 
     stored = read(path, fits) if path.exists() else None
     if stored is None:
@@ -291,6 +293,8 @@ def load_pairs(sampler, teacher_sha256, count, path):
         images = [sampler.images(z.to(device), c.to(device)).cpu()
                   for z, c in tqdm(parts, "pairs", disable=None)]
         stored = dict(origin=origin, images=torch.cat(images))
+        if not fits(stored):
+            raise FloatingPointError("the teacher's images for the regression loss are not finite")
         save(stored, path)
     return Pairs(*(part.to(device) for part in (noise, label, stored["images"])))
 
@@ -392,7 +396,7 @@ class Keeper:
                              f"{self.cfg.resume} began with")
         restore(dict(self.networks, ema=self.ema),
                 dict(checkpoint["training"], ema=checkpoint["model"]), self.cfg.resume)
-        self.best = checkpoint.get("best")
+        self.best = checkpoint.get("best") if (self.out / "generator.pt").exists() else None
         return checkpoint["step"]
 
     def begin(self, log):
@@ -457,6 +461,10 @@ def read_teacher(cfg):
     if cfg.guidance != 1 and not parent["config"].get("label_dropout"):
         raise ValueError(f"--guidance {cfg.guidance}: {cfg.teacher} was trained without "
                          "--label-dropout and knows no images without label; leave it out")
+    for path in filter(None, (cfg.teacher, cfg.init_from)):
+        if Path(path).resolve().parent == Path(cfg.out).resolve() and not cfg.resume:
+            raise ValueError(f"--out {cfg.out}: a new run there would remove {path}; name another "
+                             "folder")
     cfg = filled(cfg, RECIPES, parent["data"]["name"])
     return parent, dataclasses.replace(cfg, teacher=str(Path(cfg.teacher).resolve()))
 
@@ -482,9 +490,6 @@ def initial(cfg, parent, device):
             raise ValueError(f"--init-from {cfg.init_from}: is a generator of "
                              f"{steps_of(source['sigmas'])}; give --student-steps "
                              f"{len(source['sigmas'])}")
-        if Path(cfg.init_from).resolve().parent == Path(cfg.out).resolve():
-            raise ValueError(f"--out {cfg.out}: a new run there would remove --init-from "
-                             f"{cfg.init_from}; name another folder")
     return tuple(build(dict(source, model=source[name]), device).requires_grad_(True)
                  for name in names)
 
@@ -567,7 +572,7 @@ def train(cfg):
                 pairs = keeper.pairs.batch(update, cfg.batch, cfg.seed)
                 losses["regression_loss"] = regression_loss(generator, sigmas[0], *pairs, distance)
             _, norm = descend(weighted(losses, weights), generator_optimizer, cfg.clip,
-                              rate_at(update, cfg.lr, cfg.warmup, cfg.decay_after or math.inf))
+                              rate_at(update, cfg.lr, cfg.warmup, cfg.half_life or math.inf))
             update_ema(ema, generator, cfg.ema, update)
             log.note(**losses, generator_gradient_norm=norm)
 

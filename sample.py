@@ -327,7 +327,8 @@ def load_reference(name, data_dir, size, device="cpu"):
     data, held_out = (load_data(name, split, data_dir, size) for split in ("train", "test"))
     if len(held_out.images) <= NEIGHBOURS:
         raise ValueError(f"{name}: {len(held_out.images)} held-out images are too few to evaluate "
-                         f"against; at least {NEIGHBOURS + 1} are needed")
+                         f"against; at least {NEIGHBOURS + 1} are needed, or for dmd2.py "
+                         "--evaluate-every 0")
     net, digest = load_features(data, name, device)
     order = torch.randperm(len(data.images), generator=seeded(SUBSET))  # a prefix is a fair sample
     features, _ = extract(net, data.images[order])

@@ -113,8 +113,8 @@ class Options:
                 continue
             if value == "":
                 raise ValueError(f"{flag(field.name)}: is empty; leave it out or give a value")
-            if field.type is int and high is None:
-                high = 2**31
+            if high is None:
+                high = {int: 2**31, float: math.inf}.get(field.type)
             if choices and value not in choices:
                 raise ValueError(f"{flag(field.name)} {value}: choose from "
                                  f"{', '.join(map(str, choices))}")
@@ -606,12 +606,12 @@ def descend(loss, optimizer, clip, lr):
     return loss.detach(), norm
 
 
-def rate_at(update, lr, warmup, decay_after=math.inf):
-    """Learning rate of an update, from 0: rises linearly, falls with the root of time (EDM2).
+def rate_at(update, lr, warmup, half_life=math.inf):
+    """Learning rate of an update, counted from 0: rises linearly and halves every so often.
 
-    warmup, decay_after  updates until it is lr, and from which on it falls
+    warmup, half_life  in updates
     """
-    return lr * min(1.0, (update + 1) / max(warmup, 1), (decay_after / (update + 1)) ** 0.5)
+    return lr * min(1.0, (update + 1) / max(warmup, 1)) * 0.5 ** (update / half_life)
 
 
 @torch.no_grad()

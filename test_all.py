@@ -772,10 +772,10 @@ def test_ema_is_the_weighted_mean():
     torch.testing.assert_close(ema.weight, 0.1 * expected + 0.9 * model.weight)
 
 
-def test_learning_rate_rises_to_its_value_and_falls_with_the_root_of_time():
+def test_learning_rate_rises_to_its_value_and_halves_every_half_life():
     rates = [teacher.rate_at(update, 1.0, 4) for update in range(6)]
     assert rates == [0.25, 0.5, 0.75, 1, 1, 1] and teacher.rate_at(0, 1.0, 0) == 1
-    assert [teacher.rate_at(update, 1.0, 4, 10) for update in (9, 39, 999)] == [1, 0.5, 0.1]
+    assert [teacher.rate_at(update, 1.0, 4, 10) for update in (10, 20, 30)] == [0.5, 0.25, 0.125]
 
 
 def test_divergence_stops_the_run_with_step_and_quantity(tmp_path, tiny_teacher, monkeypatch):
@@ -1095,6 +1095,8 @@ def fails(main, argv, capsys):
     (dmd2.main, "--teacher OTHER --init-from GENERATOR", "has another data than --teacher"),
     (dmd2.main, "--teacher TEACHER --init-from GENERATOR --student-steps 4", "--student-steps 1"),
     (dmd2.main, "--teacher TEACHER --init-from GENERATOR --out FOLDER", "name another folder"),
+    (dmd2.main, "--teacher TEACHER --out TEACHER_S", "name another folder"),
+    (dmd2.main, "--teacher TEACHER --dm-weight inf", "--dm-weight inf: must be below inf"),
     (dmd2.main, "--teacher TEACHER --fake-weight 0", "needs a fake score that learns"),
     (dmd2.main, "--teacher TEACHER --discriminator-weight 0", "needs a discriminator that learns"),
     (dmd2.main, "--teacher TEACHER --regression-weight 1 --pairs 9", "--pairs 9: "),
@@ -1136,6 +1138,7 @@ def test_mistake_of_the_user_is_one_line_and_status_2(main, argv, says, tiny, ti
     paths = dict(TEACHER=tiny_teacher, GENERATOR=tiny_generator,
                  LAST=str(tiny / "dmd2" / "last.pt"), README=str(ROOT / "README.md"),
                  FOREIGN=str(tmp_path / "foreign.pt"), FOLDER=str(tiny / "dmd2"),
+                 TEACHER_S=str(tiny / "teacher"),
                  NO_NULL=str(tiny / "no_null.pt"), OTHER=str(tiny / "other.pt"))
     checkpoint = teacher.load(tiny_teacher)
     checkpoint["config"]["label_dropout"] = 0.0
