@@ -35,7 +35,7 @@ from teacher import (GENERATOR, SIGMA_MIN, TRAINED_STEP, Draw, Log, TrainingOpti
 
 # What of dmd2.py depends on the data: it fills the options that were not given.
 RECIPES = {
-    "digits": dict(batch=128, steps=1200, lr=6e-4, half_life=250, fake_lr=1e-3, fake_steps=2,
+    "digits": dict(batch=128, steps=1300, lr=4e-4, decay_after=500, fake_lr=1e-3, fake_steps=2,
                    ema=0.99),
     "mnist": dict(batch=256, steps=20000, lr=2e-4, fake_lr=4e-4, fake_steps=2, ema=0.999),
     "cifar10": dict(batch=256, steps=100000, lr=5e-5, fake_lr=1e-4, fake_steps=5, ema=0.999),
@@ -57,8 +57,9 @@ class Config(TrainingOptions):
     fake_steps: int = arg(None, "updates of the fake score per update of the generator: the two "
                                 "time-scale rule (default: by data)", at_least=1)
     lr: float = arg(None, "learning rate of the generator (default: by data)", at_least=0, below=1)
-    half_life: float = arg(None, "updates of the generator in which its learning rate halves "
-                                 "(default: by data)", at_least=1)
+    decay_after: float = arg(None, "updates of the generator after which its learning rate falls, "
+                                   "by half in every tenth of as many (default: by data)",
+                             at_least=1)
     fake_lr: float = arg(None, "learning rate of the fake score (default: by data)", at_least=0,
                          below=1)
     student_steps: int = arg(1, "steps in which the generator makes an image", (1, 2, 4))
@@ -572,7 +573,7 @@ def train(cfg):
                 pairs = keeper.pairs.batch(update, cfg.batch, cfg.seed)
                 losses["regression_loss"] = regression_loss(generator, sigmas[0], *pairs, distance)
             _, norm = descend(weighted(losses, weights), generator_optimizer, cfg.clip,
-                              rate_at(update, cfg.lr, cfg.warmup, cfg.half_life or math.inf))
+                              rate_at(update, cfg.lr, cfg.warmup, cfg.decay_after or math.inf))
             update_ema(ema, generator, cfg.ema, update)
             log.note(**losses, generator_gradient_norm=norm)
 

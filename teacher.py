@@ -606,12 +606,14 @@ def descend(loss, optimizer, clip, lr):
     return loss.detach(), norm
 
 
-def rate_at(update, lr, warmup, half_life=math.inf):
-    """Learning rate of an update, counted from 0: rises linearly and halves every so often.
+def rate_at(update, lr, warmup, decay_after=math.inf):
+    """Learning rate of an update, counted from 0: it rises linearly, stays, and falls at the end.
 
-    warmup, half_life  in updates
+    warmup       updates until it is lr
+    decay_after  updates until it falls; then it halves in every tenth of as many
     """
-    return lr * min(1.0, (update + 1) / max(warmup, 1)) * 0.5 ** (update / half_life)
+    rise, fall = (update + 1) / max(warmup, 1), 10 * (1 - update / decay_after)
+    return lr * min(1.0, rise, 2.0**fall)
 
 
 @torch.no_grad()
