@@ -35,7 +35,7 @@ from teacher import (GENERATOR, SIGMA_MIN, TRAINED_STEP, Draw, Log, TrainingOpti
 
 # What of dmd2.py depends on the data: it fills the options that were not given.
 RECIPES = {
-    "digits": dict(batch=128, steps=1300, lr=4e-4, decay_after=500, fake_lr=1e-3, fake_steps=2,
+    "digits": dict(batch=128, steps=1400, lr=4e-4, decay_after=400, fake_lr=1e-3, fake_steps=2,
                    ema=0.99),
     "mnist": dict(batch=256, steps=20000, lr=2e-4, fake_lr=4e-4, fake_steps=2, ema=0.999),
     "cifar10": dict(batch=256, steps=100000, lr=5e-5, fake_lr=1e-4, fake_steps=5, ema=0.999),
@@ -46,6 +46,7 @@ RECIPES["fashion"] = RECIPES["mnist"]
 # Other noise than `sample.py --evaluate` takes by default, for the best generator is chosen by the
 # one, and pairs are trained on the other.
 EVALUATION_SEED, PAIRS_SEED = 1_000_000, 2_000_000
+RECALL_SHARE = 0.97  # of the teacher's recall: below it a generator is not the best of a run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,8 +59,8 @@ class Config(TrainingOptions):
                                 "time-scale rule (default: by data)", at_least=1)
     lr: float = arg(None, "learning rate of the generator (default: by data)", at_least=0, below=1)
     decay_after: float = arg(None, "updates of the generator after which its learning rate falls, "
-                                   "by half in every tenth of as many (default: by data)",
-                             at_least=1)
+                                   "by half in every fifth of as many (default: by data)",
+                             at_least=1, free=True)
     fake_lr: float = arg(None, "learning rate of the fake score (default: by data)", at_least=0,
                          below=1)
     student_steps: int = arg(1, "steps in which the generator makes an image", (1, 2, 4))
@@ -83,7 +84,8 @@ class Config(TrainingOptions):
                                             "score's, with which it shares an encoder",
                                       at_least=0)
     regression_weight: float = arg(0.0, "weight of DMD's regression loss, on pairs of noise and "
-                                        "the teacher's image; 0 turns it off", at_least=0)
+                                        "the teacher's image (of one step only); 0 turns it off",
+                                   at_least=0)
     regression_distance: str = arg("mse", "distance of the regression loss; lpips needs its "
                                           "package, which downloads VGG's weights",
                                    ("mse", "lpips"))
@@ -415,7 +417,7 @@ class Keeper:
             self.figures = dict(self.measure(sampler), step=step + 1)
             log.write(step + 1, **{name: self.figures[name] for name in TITLES})
             log.say(f"step {step + 1}: {summary(self.figures)}")
-            if not self.best or self.figures["frechet_distance"] < self.best["frechet_distance"]:
+            if not self.best or self.rank(self.figures) > self.rank(self.best):
                 self.best = self.figures
                 self.save_generator(step + 1)
         if due(step, cfg.sample_every, cfg.steps):
@@ -428,6 +430,14 @@ class Keeper:
                 self.save_generator(step + 1)
             training = {name: network.state_dict() for name, network in self.networks.items()}
             save(dict(self.checkpoint(step + 1), training=training), self.out / "last.pt")
+
+    def rank(self, figures):
+        """Sorts generators: those of about the teacher's recall by Fréchet distance, before others.
+
+        By the distance alone a generator would be preferred that makes fewer kinds of images well.
+        """
+        recall = min(figures["recall"], RECALL_SHARE * self.teacher_figures["recall"])
+        return recall, -figures["frechet_distance"]
 
     def save_generator(self, step):
         """Write generator.pt; the fake score goes along, for a second stage to begin with."""

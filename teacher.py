@@ -197,8 +197,9 @@ def parse(config_class, argv=None, description=""):
         help = field.metadata["help"].replace("%", "%%")
         if field.metadata["choices"]:
             help += f": {', '.join(map(str, field.metadata['choices']))}"
-        if field.default is not None and field.type is not bool:
-            help += f" (default: {field.default})"
+        if field.default is not None:
+            default = ("off", "on")[field.default] if field.type is bool else field.default
+            help += f" (default: {default})"
         if field.metadata["positional"]:
             parser.add_argument(field.name, help=help, nargs="?")
         elif field.type is bool:
@@ -610,9 +611,9 @@ def rate_at(update, lr, warmup, decay_after=math.inf):
     """Learning rate of an update, counted from 0: it rises linearly, stays, and falls at the end.
 
     warmup       updates until it is lr
-    decay_after  updates until it falls; then it halves in every tenth of as many
+    decay_after  updates until it falls; then it halves in every fifth of as many
     """
-    rise, fall = (update + 1) / max(warmup, 1), 10 * (1 - update / decay_after)
+    rise, fall = (update + 1) / max(warmup, 1), 5 * (1 - update / decay_after)
     return lr * min(1.0, rise, 2.0**fall)
 
 
@@ -645,11 +646,11 @@ def prepare(cfg, device, *denoisers):
     """Set the type of the networks' arithmetic and compile them, as --dtype and --compile say."""
     on_cuda, triton = device.type == "cuda", importlib.util.find_spec("triton") is not None
     torch.set_float32_matmul_precision("high")  # TF32, where a GPU has it
-    torch._dynamo.config.recompile_limit = 64  # with gradients and without, encoder alone, ...
     for denoiser in denoisers:
         bfloat16 = on_cuda if cfg.dtype == "auto" else cfg.dtype == "bfloat16"
         denoiser.dtype = torch.bfloat16 if bfloat16 else torch.float32
         if on_cuda and triton if cfg.compile == "auto" else cfg.compile == "on":
+            torch._dynamo.config.recompile_limit = 64  # with and without gradients, encoder only...
             denoiser.net.compile()
 
 
