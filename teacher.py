@@ -446,6 +446,7 @@ class Block(nn.Module):
 
 
 def group_norm(channels):
+    """GroupNorm with the groups of EDM: of 4 channels at least, for maps of 1x1 to mean much."""
     groups = next(g for g in range(min(32, channels // 4), 0, -1) if channels % g == 0)
     return nn.GroupNorm(groups, channels, eps=1e-6)
 
