@@ -169,6 +169,7 @@ def generator_sampler(generator, sigmas, data, device):
 
 
 def steps_of(sigmas):
+    """How many steps a generator of these noise levels takes, in words."""
     return "1 step" if len(sigmas) == 1 else f"{len(sigmas)} steps"
 
 
