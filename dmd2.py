@@ -43,8 +43,7 @@ RECIPES = {
 }
 RECIPES["fashion"] = RECIPES["mnist"]
 
-# Other noise than `sample.py --evaluate` takes by default, for the best generator is chosen by the
-# one, and pairs are trained on the other.
+# Other noise than `sample.py --evaluate` takes: to choose the best by, and for the pairs.
 EVALUATION_SEED, PAIRS_SEED = 1_000_000, 2_000_000
 RECALL_SHARE = 0.97  # of the teacher's recall: below it a generator is not the best of a run
 
@@ -432,7 +431,7 @@ class Keeper:
             save(dict(self.checkpoint(step + 1), training=training), self.out / "last.pt")
 
     def rank(self, figures):
-        """Sorts generators: those of about the teacher's recall by Fréchet distance, before others.
+        """Sorts generators: those of about the teacher's recall first, by Fréchet distance.
 
         By the distance alone a generator would be preferred that makes fewer kinds of images well.
         """

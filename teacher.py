@@ -559,17 +559,17 @@ class Denoiser(nn.Module):
     def forward(self, x, sigma, label):
         """x [B, C, H, W], sigma [B], label [B] int64 -> x0_hat [B, C, H, W] float32"""
         x, sigma_ = x.float(), sigma.float().view(-1, 1, 1, 1)
-        c_skip, c_out, _ = precondition(self.prediction, sigma_)
-        return c_skip * x + c_out * self.run_net(x, sigma_, label)
+        c_skip, c_out, c_in = precondition(self.prediction, sigma_)
+        return c_skip * x + c_out * self.run_net(c_in * x, sigma, label)
 
     def features(self, x, sigma, label):
         """The same inputs -> [B, c, h, w] float32, the output of the network's encoder"""
-        return self.run_net(x.float(), sigma.float().view(-1, 1, 1, 1), label, encode=True)
+        _, _, c_in = precondition(self.prediction, sigma.float().view(-1, 1, 1, 1))
+        return self.run_net(c_in * x.float(), sigma, label, encode=True)
 
     def run_net(self, x, sigma, label, **options):
-        _, _, c_in = precondition(self.prediction, sigma)
         with torch.autocast(x.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            return self.net(c_in * x, sigma.flatten().log() / 4, label, **options).float()
+            return self.net(x, sigma.float().log() / 4, label, **options).float()
 
 
 def denoising_loss(denoiser, x0, sigma, label, noise):
