@@ -15,7 +15,6 @@ the generator's steps, DMD's regression loss, pictures, what happens between ste
 import dataclasses
 import functools
 import hashlib
-import math
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -27,11 +26,12 @@ from tqdm import tqdm
 
 from sample import (BATCH, EVALUATE_AT_LEAST, TITLES, Guided, few_step, generator_sampler,
                     load_reference, measure, steps_of, summary, teacher_sampler)
-from teacher import (GENERATOR, SIGMA_MIN, TRAINED_STEP, Draw, Log, TrainingOptions, arg, batch_at,
-                     build, check_batch, denoising_loss, descend, due, filled, flag, frozen,
-                     group_norm, load, load_data, make_run_folder, parse, pick_device, plot_log,
-                     prepare, rate_at, read, restore, run_script, save, save_grid, seeded, sigma_at,
-                     to_float, to_uint8, unit_noise, update_ema)
+from teacher import (GENERATOR, SIGMA_MIN, TRAINED_STEP, Descent, Draw, Log, TrainingOptions, arg,
+                     batch_at, build, check_batch, denoising_loss, due, filled, flag, frozen,
+                     group_norm, load, load_data, make_run_folder, parse, parts_of, pick_device,
+                     plot_log, prepare, rank_0_first, rate_at, read, restore, run_script, save,
+                     save_grid, seeded, sigma_at, tell, to_float, to_uint8, training_steps,
+                     unit_noise, update_ema)
 
 # What of dmd2.py depends on the data: it fills the options that were not given.
 RECIPES = {
@@ -57,9 +57,6 @@ class Config(TrainingOptions):
     fake_steps: int = arg(None, "updates of the fake score per update of the generator: the two "
                                 "time-scale rule (default: by data)", at_least=1)
     lr: float = arg(None, "learning rate of the generator (default: by data)", at_least=0, below=1)
-    decay_after: float = arg(None, "updates of the generator after which its learning rate falls, "
-                                   "by half in every fifth of as many (default: by data)",
-                             at_least=1, free=True)
     fake_lr: float = arg(None, "learning rate of the fake score (default: by data)", at_least=0,
                          below=1)
     student_steps: int = arg(1, "steps in which the generator makes an image", (1, 2, 4))
@@ -264,10 +261,10 @@ class Pairs(NamedTuple):
     label: torch.Tensor   # [N] int64
     images: torch.Tensor  # [N, C, H, W] float32
 
-    def batch(self, update, size, seed):
-        """Noise, labels and images [size, ...] of an update."""
-        index = batch_at(update, len(self.label), size, seed)
-        return tuple(part[index.to(part.device)] for part in self)
+    def batch(self, update, size, seed, part=slice(None)):
+        """Noise, labels and images of an update: `part` of a batch of `size`."""
+        index = batch_at(update, len(self.label), size, seed, self.label.device)[part]
+        return tuple(tensor[index] for tensor in self)
 
 
 def load_pairs(sampler, teacher_sha256, count, path):
@@ -376,13 +373,15 @@ class Keeper:
         self.start = self.resume() if cfg.resume else 0
         data = parent["data"]
         if cfg.evaluate_every:
-            self.reference = load_reference(data["name"], cfg.data_dir or data["data_dir"],
-                                            data["size"], self.device)
+            with rank_0_first():
+                self.reference = load_reference(data["name"], cfg.data_dir or data["data_dir"],
+                                                data["size"], self.device)
             self.teacher_figures = self.measure(self.teacher_sampler)
         self.pairs = None
         if cfg.regression_weight:
-            self.pairs = load_pairs(self.teacher_sampler, self.teacher_sha256, cfg.pairs,
-                                    self.out / "pairs.pt")
+            with rank_0_first():
+                self.pairs = load_pairs(self.teacher_sampler, self.teacher_sha256, cfg.pairs,
+                                        self.out / "pairs.pt")
 
     def measure(self, sampler):
         """evaluate() at this run's number of samples, and what they were compared with."""
@@ -457,7 +456,7 @@ class Keeper:
         if self.best:
             for name, title, figures in (("generator.pt", "best", self.best),
                                          ("last.pt", "last", self.figures)):
-                print(f"{self.out / name}: the {title}, step {figures['step']}: {summary(figures)}")
+                tell(f"{self.out / name}: the {title}, step {figures['step']}: {summary(figures)}")
 
 
 # ---- training -----------------------------------------------------------------------------------
@@ -505,19 +504,20 @@ def initial(cfg, parent, device):
 
 
 def real_batches(cfg, data, device):
-    """A function of the step: real images [B, C, H, W] in [-1, 1] and their labels [B].
+    """A function of step and part: real images [B, C, H, W] in [-1, 1] and their labels [B].
 
     It returns None for both where no option needs them. Raises ValueError if there are fewer than
     a batch, OSError if they are missing.
     """
     if not cfg.gan_weight and cfg.backward_simulation:
-        return lambda step: (None, None)
-    real = load_data(data["name"], "train", cfg.data_dir or data["data_dir"], data["size"])
+        return lambda step, part: (None, None)
+    with rank_0_first():
+        real = load_data(data["name"], "train", cfg.data_dir or data["data_dir"], data["size"])
     check_batch(cfg.batch, real, data["name"])
     real = real.to(device)
 
-    def batch(step):
-        index = batch_at(step, len(real.images), cfg.batch, cfg.seed).to(device)
+    def batch(step, part):
+        index = batch_at(step, len(real.images), cfg.batch, cfg.seed, device)[part]
         return to_float(real.images[index]), real.labels[index]
     return batch
 
@@ -530,7 +530,7 @@ def weighted(losses, weights):
 def train(cfg):
     """Distil; returns the path of the generator's checkpoint."""
     device, (parent, cfg) = pick_device(cfg.device), read_teacher(cfg)
-    data, sigmas = parent["data"], generator_sigmas(cfg.student_steps)
+    parts, data, sigmas = parts_of(cfg), parent["data"], generator_sigmas(cfg.student_steps)
     num_classes, shape = len(data["classes"]), data["shape"]
     real_batch = real_batches(cfg, data, device)
     distance = distance_function(cfg.regression_distance, device) if cfg.regression_weight else None
@@ -546,59 +546,68 @@ def train(cfg):
     discriminator = Discriminator(teacher if cfg.gan_features == "teacher" else fake_score)
     discriminator.to(device)
     adamw = functools.partial(torch.optim.AdamW, weight_decay=0.01, fused=device.type != "mps")
-    generator_optimizer = adamw(generator.parameters())
-    fake_optimizer = adamw([*fake_score.parameters(), *discriminator.head.parameters()])
+    generator_descent = Descent(adamw(generator.parameters()), cfg, device)
+    fake_descent = Descent(adamw([*fake_score.parameters(), *discriminator.head.parameters()]), cfg,
+                           device)
     guided = teacher if cfg.guidance == 1 else Guided(teacher, cfg.guidance)
     keeper = Keeper(cfg, parent, guided, ema, sigmas, dict(
         generator=generator, fake_score=fake_score, head=discriminator.head,
-        generator_optimizer=generator_optimizer, fake_optimizer=fake_optimizer))
+        generator_descent=generator_descent, fake_descent=fake_descent))
     # After the keeper measured the teacher and made its pairs in float32; not ema, for the same.
     prepare(cfg, device, teacher, generator, fake_score)
     make_run_folder(cfg)
     log = Log(cfg, keeper.start)
     keeper.begin(log)
+    roles = dict(teacher=guided, generator=generator, fake_score=fake_score,
+                 discriminator=discriminator)
 
-    for step in range(keeper.start, cfg.steps):
-        draw = Draw(GENERATOR, cfg.seed, step, cfg.batch, shape, device)
-        real, real_label = real_batch(step)
-        k, label = trained_step(len(sigmas), cfg.seed, step), draw.label(num_classes)
-        start, label = (None, label) if cfg.backward_simulation else (real, real_label)
-        x, sigma = step_input(generator, sigmas, k, label, draw, start)
+    for step in training_steps(keeper.start, cfg, device, roles):
         update_generator = step % cfg.fake_steps == 0  # DMD2's two time-scale update rule
-        with torch.set_grad_enabled(update_generator):
-            x0 = generator(x, sigma, label)
+        update, k = step // cfg.fake_steps, trained_step(len(sigmas), cfg.seed, step)
+        for part in parts:
+            draw = Draw(GENERATOR, cfg.seed, step, cfg.batch, shape, device, part)
+            real, real_label = real_batch(step, part)
+            label = draw.label(num_classes)
+            start, label = (None, label) if cfg.backward_simulation else (real, real_label)
+            x, sigma = step_input(generator, sigmas, k, label, draw, start)
+            with torch.set_grad_enabled(update_generator):
+                x0 = generator(x, sigma, label)
 
-        # Generator: move its samples along the distribution-matching gradient, and to where the
-        # discriminator takes them for real ones.
-        if update_generator:
-            update, losses = step // cfg.fake_steps, {}
-            if cfg.dm_weight:
-                sigma = sigma_at(draw.uniform(*dm_range), "karras")
-                losses["dmd_loss"] = dmd_loss(guided, fake_score, x0, sigma, label, draw.normal())
+            # Generator: move its samples along the distribution-matching gradient, and to where
+            # the discriminator takes them for real ones.
+            if update_generator:
+                losses = {}
+                if cfg.dm_weight:
+                    sigma, noise = sigma_at(draw.uniform(*dm_range), "karras"), draw.normal()
+                    losses["dmd_loss"] = dmd_loss(guided, fake_score, x0, sigma, label, noise)
+                if cfg.gan_weight:
+                    logits = discriminator(*diffused(x0, draw, gan_range), label)
+                    losses["gan_loss"] = generator_loss(logits)
+                if cfg.regression_weight:
+                    pairs = keeper.pairs.batch(update, cfg.batch, cfg.seed, part)
+                    losses["regression_loss"] = regression_loss(generator, sigmas[0], *pairs,
+                                                                distance)
+                generator_descent.add(weighted(losses, weights))
+                log.note(**losses)
+
+            # Fake score: the teacher's own loss, on the generator's samples, at every step.
+            # Discriminator: real images from generated ones.
+            x0 = x0.detach()
+            sigma = sigma_at(draw.uniform(*fake_range), "karras")
+            losses = dict(fake_loss=denoising_loss(fake_score, x0, sigma, label, draw.normal()))
             if cfg.gan_weight:
-                logits = discriminator(*diffused(x0, draw, gan_range), label)
-                losses["gan_loss"] = generator_loss(logits)
-            if cfg.regression_weight:
-                pairs = keeper.pairs.batch(update, cfg.batch, cfg.seed)
-                losses["regression_loss"] = regression_loss(generator, sigmas[0], *pairs, distance)
-            _, norm = descend(weighted(losses, weights), generator_optimizer, cfg.clip,
-                              rate_at(update, cfg.lr, cfg.warmup, cfg.decay_after or math.inf))
+                losses["discriminator_loss"] = discriminator_loss(
+                    discriminator(*diffused(real, draw, gan_range), real_label),
+                    discriminator(*diffused(x0, draw, gan_range), label))
+            fake_descent.add(weighted(losses, weights))
+            log.note(**losses)
+
+        if update_generator:
+            rate = rate_at(update, cfg.lr, cfg.warmup, cfg.decay_after)
+            log.note(generator_gradient_norm=generator_descent.step(rate))
             update_ema(ema, generator, cfg.ema, update)
-            log.note(**losses, generator_gradient_norm=norm)
-
-        # Fake score: the teacher's own loss, on the generator's samples, at every step.
-        # Discriminator: real images from generated ones.
-        x0 = x0.detach()
-        sigma = sigma_at(draw.uniform(*fake_range), "karras")
-        losses = dict(fake_loss=denoising_loss(fake_score, x0, sigma, label, draw.normal()))
-        if cfg.gan_weight:
-            losses["discriminator_loss"] = discriminator_loss(
-                discriminator(*diffused(real, draw, gan_range), real_label),
-                discriminator(*diffused(x0, draw, gan_range), label))
-        _, norm = descend(weighted(losses, weights), fake_optimizer, cfg.clip,
-                          rate_at(step, cfg.fake_lr, cfg.warmup))
-        log.note(**losses, fake_gradient_norm=norm)
-
+        rate = rate_at(step, cfg.fake_lr, cfg.warmup)
+        log.note(fake_gradient_norm=fake_descent.step(rate))
         log.step(step + 1)
         keeper.after(step, log)
     log.close()
@@ -608,7 +617,7 @@ def train(cfg):
 
 def main(argv=None):
     path = train(parse(Config, argv, __doc__))
-    print(f"next: python sample.py {path}   or   python export.py {path}")
+    tell(f"next: python sample.py {path}   or   python export.py {path}")
 
 
 if __name__ == "__main__":

@@ -21,13 +21,14 @@ from typing import Callable, NamedTuple
 import numpy as np
 import onnxruntime
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
 from teacher import (DATA_DIR, FEATURES, HEUN_STEPS, SUBSET, Options, arg, build, heun, load,
-                     load_data, parse, pick_device, run_script, save, save_grid, seeded, step_noise,
-                     to_float, to_uint8)
+                     load_data, parse, pick_device, rank, ranks, run_script, save,
+                     save_grid, seeded, step_noise, tell, to_float, to_uint8)
 
 ASSETS = Path(__file__).resolve().parent / "assets"
 DIMENSIONS = 64  # of the feature space in which quality is measured
@@ -223,14 +224,19 @@ def generate(sampler, label, seed, batch=BATCH):
     """Images uint8 [N, C, H, W] of label [N]; image i is made of seed, i and label[i] only.
 
     Batches are filled up to multiples of 16: at odd sizes the last bits come out differently, for
-    kernels then add in another order.
+    kernels then add in another order. Several ranks share the work, and each gets all images.
     """
-    images, batch = [], batch + -batch % 16
-    for i, part in enumerate(F.pad(label, (0, -len(label) % 16)).split(batch)):
-        noise = step_noise(sampler.noises, len(part), sampler.data["shape"], seed, i * batch)
-        image = sampler.images(noise.to(sampler.device), part.to(sampler.device))
-        images.append(to_uint8(image).cpu())
-    return torch.cat(images)[:len(label)]
+    batch, count = batch + -batch % 16, len(label) + -len(label) % 16
+    shape, device = sampler.data["shape"], sampler.device
+    images = torch.zeros(count, *shape, dtype=torch.uint8, device=device)
+    for start in range(rank() * batch, count, ranks() * batch):
+        part = F.pad(label, (0, count - len(label)))[start:start + batch]
+        noise = step_noise(sampler.noises, len(part), shape, seed, start)
+        image = sampler.images(noise.to(device), part.to(device))
+        images[start:start + batch] = to_uint8(image)
+    if ranks() > 1:
+        dist.all_reduce(images)
+    return images[:len(label)].cpu()
 
 
 # ---- features: a small classifier, its weights part of the protocol -----------------------------
@@ -512,7 +518,7 @@ def main(argv=None):
         reference = load_reference(data["name"], data_dir_of(cfg, data), data["size"], device)
         seeds = range(cfg.seed, cfg.seed + cfg.seeds)
         result = report(sampler, reference, cfg.n or EVALUATE_N, seeds, cfg.batch)
-        print(table(result), json.dumps(result), sep="\n")
+        tell(table(result), json.dumps(result), sep="\n")
         return
     if cfg.beside:
         compare(cfg, sampler, out)

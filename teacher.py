@@ -13,14 +13,18 @@ model is a function and no more:
 """
 
 import argparse
+import contextlib
 import copy
 import dataclasses
+import datetime
 import functools
 import importlib.util
+import itertools
 import json
 import math
 import os
 import pickle
+import statistics
 import sys
 import time
 import zipfile
@@ -29,18 +33,23 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 from sklearn.datasets import load_digits
 from torch import nn
+from torch.profiler import record_function
+from torch.utils.checkpoint import checkpoint as recompute
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 SIGMA_MIN, SIGMA_MAX, RHO, SIGMA_DATA = 0.002, 80.0, 7.0, 0.5  # EDM, Table 1
 HEUN_STEPS = 18  # of a teacher's sampler, as EDM has for CIFAR-10
 KNOWN_DATA = ("digits", "mnist", "fashion", "cifar10")
 DATA_DIR, FOLDER_SIZE = "data", 32
+FLOAT16 = torch.float16
 
 # What of teacher.py depends on the data: it fills the options that were not given.
 RECIPES = {
@@ -132,15 +141,26 @@ class TrainingOptions(Options):
                               f"(default: {DATA_DIR}, or where the teacher found them)", free=True)
     seed: int = arg(0, "seed of every random draw", at_least=0, below=2**63)
     steps: int = arg(None, "training steps (default: by data)", at_least=1, free=True)
-    batch: int = arg(None, "images per step (default: by data)", at_least=1)
+    batch: int = arg(None, "images per step, of all GPUs together (default: by data)", at_least=1)
+    accumulate: int = arg(1, "parts in which a GPU's share of the batch is computed, one after the "
+                             "other, for less memory", at_least=1, free=True)
+    checkpointing: bool = arg(False, "compute activations anew in the backward pass instead of "
+                                     "keeping them, for less memory", free=True)
     warmup: int = arg(100, "updates over which a learning rate rises to its value", at_least=0)
     clip: float = arg(10.0, "gradients longer than this are scaled down to it", at_least=1e-9)
+    decay_after: float = arg(None, "updates, of dmd2.py the generator's, after which the learning "
+                                   "rate falls, by half in every fifth of as many (default: by "
+                                   "data)", at_least=1, free=True)
     ema: float = arg(None, "decay per update of the averaged weights, which are what is kept "
                            "(default: by data)", at_least=0, below=1)
-    dtype: str = arg("auto", "of the networks' arithmetic; auto is bfloat16 on cuda, else float32",
-                     ("auto", "float32", "bfloat16"))
-    compile: str = arg("auto", "torch.compile the networks; auto is on for cuda, else off",
-                       ("auto", "on", "off"))
+    dtype: str = arg("auto", "of the networks' arithmetic; auto is bfloat16 on cuda, or float16 "
+                             "where it is missing, else float32",
+                     ("auto", "float32", "bfloat16", "float16"))
+    compile: str = arg("auto", "torch.compile the networks, and with graphs launch them as CUDA "
+                               "graphs; auto is graphs on cuda, else off",
+                       ("auto", "graphs", "on", "off"))
+    profile: bool = arg(False, "time some steps, tell where they go, and stop; the trace and all "
+                               "else goes to the folder profile in --out", free=True)
     log_every: int = arg(50, "steps between lines of log.jsonl", at_least=1, free=True)
     save_every: int = arg(200, "steps between checkpoints", at_least=1, free=True)
     sample_every: int = arg(500, "steps between pictures (and validation losses); 0 for none",
@@ -183,6 +203,11 @@ def filled(cfg, recipes, data):
     """The config with the options that were not given taken from the recipe for the data."""
     recipe = recipes[data if data in KNOWN_DATA else "folder"]
     missing = {name: value for name, value in recipe.items() if getattr(cfg, name) is None}
+    if cfg.profile:
+        every = {field.name: 0 for field in dataclasses.fields(cfg)
+                 if field.name in ("sample_every", "evaluate_every")}
+        missing.update(every, out=f"{cfg.out}/profile", steps=10**6, log_every=10**6,
+                       save_every=10**6, resume=None)
     return dataclasses.replace(cfg, **missing)
 
 
@@ -241,8 +266,13 @@ def resumed(config_class, given):
 def run_script(main):
     """Call `main`; what the user can mend (ValueError, OSError) is one line and exit status 2."""
     name = Path(sys.argv[0]).name
+    if dist.is_torchelastic_launched():
+        dist.init_process_group(timeout=datetime.timedelta(hours=1))  # rank 0 may have to download
+        name += f", rank {rank()}"
     try:
         main()
+        if dist.is_initialized():
+            dist.destroy_process_group()
     except (ValueError, OSError) as error:
         print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
@@ -258,6 +288,62 @@ def run_script(main):
             raise
         print(f"{name}: out of memory; try a smaller --batch, --width or --n", file=sys.stderr)
         sys.exit(2)
+
+
+# ---- several GPUs: torchrun starts a process for each, a rank, and one alone is rank 0 of 1 -----
+
+def rank():
+    """This process's number among those of torchrun, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def ranks():
+    """How many processes torchrun started; 1 without it."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def on_rank_0(function):
+    """Make a function do nothing on other ranks, for there is one writer."""
+    @functools.wraps(function)
+    def wrapped(*args, **options):
+        return function(*args, **options) if rank() == 0 else None
+    return wrapped
+
+
+tell = on_rank_0(print)
+
+
+@contextlib.contextmanager
+def rank_0_first():
+    """Rank 0 runs the block before the others, which find what it downloaded or made."""
+    if rank() > 0:
+        dist.barrier()
+    yield
+    if rank() == 0 and ranks() > 1:
+        dist.barrier()
+
+
+def average(tensors):
+    """Replace tensors of one type by their means over the ranks, in place and in one message."""
+    if ranks() > 1:
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        dist.all_reduce(flat)
+        means = (flat / ranks()).split([tensor.numel() for tensor in tensors])
+        torch._foreach_copy_(tensors, [mean.view_as(t) for mean, t in zip(means, tensors)])
+
+
+def parts_of(cfg):
+    """Slices of a step's batch: what this rank computes, in --accumulate parts one by one.
+
+    So a run is the same one on any number of GPUs, but for the order in which sums are taken.
+    Raises ValueError if the batch can't be split evenly.
+    """
+    count = ranks() * cfg.accumulate
+    if cfg.batch % count:
+        raise ValueError(f"--batch {cfg.batch}: can't be split into --accumulate {cfg.accumulate} "
+                         f"parts on each of {ranks()} GPUs; give a multiple of {count}")
+    size, first = cfg.batch // count, rank() * cfg.accumulate
+    return [slice(i * size, (i + 1) * size) for i in range(first, first + cfg.accumulate)]
 
 
 # ---- data: uint8 images in memory ---------------------------------------------------------------
@@ -359,23 +445,26 @@ def seeded(stream, *key, device="cpu"):
 
 
 class Draw:
-    """The random numbers of one training step, in the order they are asked for."""
+    """The random numbers of one training step, in the order they are asked for.
 
-    def __init__(self, stream, seed, step, batch, shape, device):
+    They are drawn for the whole batch, of which every answer gives the `part`: B of them.
+    """
+
+    def __init__(self, stream, seed, step, batch, shape, device, part=slice(None)):
         self.options = dict(generator=seeded(stream, seed, step, device=device), device=device)
-        self.batch, self.shape = batch, shape
+        self.batch, self.shape, self.part = batch, shape, part
 
     def uniform(self, low=0.0, high=1.0):
-        """[batch] in [low, high)"""
-        return low + (high - low) * torch.rand(self.batch, **self.options)
+        """[B] in [low, high)"""
+        return low + (high - low) * torch.rand(self.batch, **self.options)[self.part]
 
     def normal(self):
-        """[batch, *shape] standard normal"""
-        return torch.randn(self.batch, *self.shape, **self.options)
+        """[B, *shape] standard normal"""
+        return torch.randn(self.batch, *self.shape, **self.options)[self.part]
 
     def label(self, num_classes):
-        """[batch] int64 in [0, num_classes)"""
-        return torch.randint(num_classes, (self.batch,), **self.options)
+        """[B] int64 in [0, num_classes)"""
+        return torch.randint(num_classes, (self.batch,), **self.options)[self.part]
 
 
 def check_batch(batch, data, name):
@@ -385,15 +474,15 @@ def check_batch(batch, data, name):
                          "give that many or fewer")
 
 
-def batch_at(step, count, batch, seed):
+def batch_at(step, count, batch, seed, device="cpu"):
     """Indices [batch] of a step's images: each image at most once in count // batch steps."""
     epoch, position = divmod(step, count // batch)
-    return permutation(count, seed, epoch)[position * batch:(position + 1) * batch]
+    return permutation(count, seed, epoch, device)[position * batch:(position + 1) * batch]
 
 
-@functools.lru_cache(maxsize=2)  # of real images, and of DMD's pairs
-def permutation(count, seed, epoch):
-    return torch.randperm(count, generator=seeded(ORDER, seed, epoch))
+@functools.lru_cache(maxsize=2)  # of real images, and of DMD's pairs; copied to a GPU once
+def permutation(count, seed, epoch, device):
+    return torch.randperm(count, generator=seeded(ORDER, seed, epoch)).to(device)
 
 
 def unit_noise(count, shape, seed, start=0):
@@ -432,11 +521,13 @@ class Block(nn.Module):
         h = self.conv1(F.silu(self.norm1(h + self.affine(emb)[:, :, None, None])))
         x = (h + self.skip(self.resized(x))) * 0.5**0.5
         if self.norm2 is not None:
-            # EDM's qkv channels run as (head, channel, q|k|v), not as three blocks; one head here.
-            qkv = self.qkv(self.norm2(x)).unflatten(1, (1, -1, 3)).flatten(4)
-            q, k, v = qkv.permute(3, 0, 1, 4, 2)
-            attended = F.scaled_dot_product_attention(q, k, v).transpose(2, 3).reshape(x.shape)
-            x = (self.proj(attended) + x) * 0.5**0.5
+            # EDM's qkv channels run as (head, channel, q|k|v); one head here, and q, k, v as blocks.
+            weight, bias = (p.unflatten(0, (-1, 3)).transpose(0, 1).flatten(0, 1)
+                            for p in (self.qkv.weight, self.qkv.bias))
+            qkv = F.conv2d(self.norm2(x), weight, bias).unflatten(1, (3, 1, -1)).flatten(4)
+            q, k, v = (part.mT for part in qkv.unbind(1))
+            attended = F.scaled_dot_product_attention(q, k, v).mT
+            x = (self.proj(attended.reshape(x.shape)) + x) * 0.5**0.5
         return x
 
     def resized(self, x):
@@ -471,7 +562,7 @@ class UNet(nn.Module):
         if model_channels % 4:
             raise ValueError(f"width {model_channels}: must be a multiple of 4")
         c_emb = 4 * model_channels
-        self.label_dim = label_dim
+        self.label_dim, self.checkpointing = label_dim, False
         octaves = torch.linspace(0, 1, model_channels // 2)
         self.register_buffer("freqs", 10000 ** -octaves, persistent=False)
         self.map_label = nn.Linear(label_dim, model_channels) if label_dim else None
@@ -526,9 +617,14 @@ class UNet(nn.Module):
         emb = emb.to(x.dtype)
         emb = F.silu(self.map_layer1(F.silu(self.map_layer0(emb))))
 
+        def run(block, x):
+            if self.checkpointing and torch.is_grad_enabled():
+                return recompute(block, x, emb, use_reentrant=False, preserve_rng_state=False)
+            return block(x, emb)
+
         skips = []
         for layer in self.enc.values():
-            x = layer(x, emb) if isinstance(layer, Block) else layer(x)
+            x = run(layer, x) if isinstance(layer, Block) else layer(x)
             skips.append(x)
         if encode:
             return x
@@ -536,7 +632,7 @@ class UNet(nn.Module):
         for block in blocks:
             if x.shape[1] != block.conv0.in_channels:
                 x = torch.cat([x, skips.pop()], dim=1)
-            x = block(x, emb)
+            x = run(block, x)
         return conv(F.silu(norm(x)))
 
 
@@ -590,32 +686,63 @@ def denoising_loss(denoiser, x0, sigma, label, noise):
 
 # ---- optimisation -------------------------------------------------------------------------------
 
-def descend(loss, optimizer, clip, lr):
-    """One optimizer step down `loss`, at learning rate `lr`, with gradients of norm at most `clip`.
+class Descent:
+    """Steps of an optimizer, each down the mean of the losses whose gradients were added before.
 
-    Gradients reach the optimizer's own parameters only: networks that the loss goes through on its
-    way there (a fake score that judges the generator) stay as they are and accumulate nothing.
-    returns loss and the gradient's norm, detached. Neither is looked at here, which would make the
-    CPU wait for the GPU: Log raises FloatingPointError if one is not finite.
+    Gradients reach the optimizer's own parameters only: networks that a loss goes through on its
+    way there (a fake score that judges the generator) stay as they are and accumulate nothing. On
+    several GPUs they are averaged in one message after the last part of the batch. That is what
+    DistributedDataParallel does, but it holds of each network's single pass, and here a network
+    takes part in several of a step's losses and not in all of them with gradients of its own.
     """
-    optimizer.zero_grad(set_to_none=True)
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    loss.backward(inputs=parameters)
-    norm = nn.utils.clip_grad_norm_(parameters, clip)
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    optimizer.step()
-    return loss.detach(), norm
+
+    def __init__(self, optimizer, cfg, device):
+        self.optimizer, self.clip, self.parts = optimizer, cfg.clip, cfg.accumulate
+        self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        # Does nothing but in float16, whose small gradients would vanish.
+        self.scaler = torch.amp.GradScaler(device.type, enabled=dtype_of(cfg, device) == FLOAT16)
+
+    @record_function("backward")
+    def add(self, loss):
+        """Add the gradient of the loss of a part of the batch, of --accumulate such parts."""
+        self.scaler.scale(loss / self.parts).backward(inputs=self.parameters)
+
+    @record_function("optimizer")
+    def step(self, lr):
+        """Step at learning rate `lr` with a gradient of norm at most --clip; returns its norm.
+
+        The norm is detached, of before, and not looked at here, which would make the CPU wait for
+        the GPU: Log raises FloatingPointError if it is not finite.
+        """
+        average([p.grad for p in self.parameters if p.grad is not None])
+        self.scaler.unscale_(self.optimizer)
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.clip)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.scaler.is_enabled() and self.scaler.get_scale() >= 1:
+            norm = torch.where(norm.isfinite(), norm, 0)  # too large a scale: the step was left out
+        return norm
+
+    def state_dict(self):
+        return dict(optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict())
+
+    def load_state_dict(self, state):
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
 
 
-def rate_at(update, lr, warmup, decay_after=math.inf):
+def rate_at(update, lr, warmup, decay_after=None):
     """Learning rate of an update, counted from 0: it rises linearly, stays, and falls at the end.
 
     warmup       updates until it is lr
-    decay_after  updates until it falls; then it halves in every fifth of as many
+    decay_after  updates until it falls: then it halves in every fifth of as many; None: never
     """
-    rise, fall = (update + 1) / max(warmup, 1), 5 * (1 - update / decay_after)
-    return lr * min(1.0, rise, 2.0**fall)
+    rise = (update + 1) / max(warmup, 1)
+    fall = 5 * (1 - update / decay_after) if decay_after else 0
+    return lr * min(1, rise, 2.0**fall)
 
 
 @torch.no_grad()
@@ -634,25 +761,53 @@ def frozen(model):
 
 
 def pick_device(name):
-    """The torch.device of --device; ValueError if it is not to be had."""
+    """The torch.device of --device, this rank's own; ValueError if it is not to be had."""
     here = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
     name = next(n for n in here if here[n]) if name == "auto" else name
     if not here[name]:
         found = ", ".join(n for n in here if here[n])
         raise ValueError(f"--device {name}: PyTorch finds none here, only {found}")
+    if name == "cuda" and ranks() > 1:
+        local = int(os.environ["LOCAL_RANK"])
+        if local >= torch.cuda.device_count():
+            raise ValueError(f"--nproc_per_node: needs a GPU for each process, and PyTorch finds "
+                             f"{torch.cuda.device_count()}")
+        torch.cuda.set_device(local)
     return torch.device(name)
 
 
+def dtype_of(cfg, device):
+    """The torch.dtype of the networks' arithmetic."""
+    if cfg.dtype != "auto":
+        return getattr(torch, cfg.dtype)
+    if device.type != "cuda":
+        return torch.float32  # on a CPU bfloat16 without compilation was slower, see README
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else FLOAT16
+
+
+def place(denoiser, device):
+    """Move a denoiser to a device; a GPU's convolutions are fastest with the channels last."""
+    cuda = torch.device(device).type == "cuda"
+    return denoiser.to(device, memory_format=torch.channels_last if cuda else
+                       torch.contiguous_format)
+
+
 def prepare(cfg, device, *denoisers):
-    """Set the type of the networks' arithmetic and compile them, as --dtype and --compile say."""
-    on_cuda, triton = device.type == "cuda", importlib.util.find_spec("triton") is not None
+    """Set how networks compute, as --dtype, --compile and --checkpointing say."""
     torch.set_float32_matmul_precision("high")  # TF32, where a GPU has it
+    torch._dynamo.config.recompile_limit = 64  # with and without gradients, encoder only...
+    compile = cfg.compile
+    if compile == "auto":
+        triton = importlib.util.find_spec("triton") is not None
+        compile = "graphs" if device.type == "cuda" and triton else "off"
     for denoiser in denoisers:
-        bfloat16 = on_cuda if cfg.dtype == "auto" else cfg.dtype == "bfloat16"
-        denoiser.dtype = torch.bfloat16 if bfloat16 else torch.float32
-        if on_cuda and triton if cfg.compile == "auto" else cfg.compile == "on":
-            torch._dynamo.config.recompile_limit = 64  # with and without gradients, encoder only...
-            denoiser.net.compile()
+        denoiser.dtype = dtype_of(cfg, device)
+        denoiser.net.checkpointing = cfg.checkpointing
+        for layer in denoiser.net.modules():
+            if isinstance(layer, nn.Conv2d) and not layer.weight.requires_grad:
+                layer.to(denoiser.dtype)  # once, and not in every pass as autocast would
+        if compile != "off":
+            denoiser.net.compile(mode="reduce-overhead" if compile == "graphs" else None)
 
 
 # ---- sampling and pictures, as far as training needs them; the rest is in sample.py -------------
@@ -677,6 +832,7 @@ def heun(denoiser, x, label, steps=HEUN_STEPS):
     return x
 
 
+@on_rank_0
 def save_grid(rows, names, path, titles=()):
     """Write rows of images as one PNG, the name of each row at its left, small images enlarged.
 
@@ -702,6 +858,7 @@ def save_grid(rows, names, path, titles=()):
 
 # ---- checkpoints --------------------------------------------------------------------------------
 
+@on_rank_0
 def save(checkpoint, path):
     """Write a checkpoint whole or not at all: to a temporary name, to the disk, then renamed."""
     temporary = Path(f"{path}.tmp")
@@ -783,11 +940,12 @@ def build(checkpoint, device="cpu"):
                          "network") from error
     if not all(weight.isfinite().all() for weight in denoiser.parameters()):
         raise ValueError(f"damaged checkpoint of a {checkpoint['kind']}: weights are not finite")
-    return denoiser.to(device).eval().requires_grad_(False)
+    return place(denoiser, device).eval().requires_grad_(False)
 
 
+@on_rank_0
 def make_run_folder(cfg):
-    """Create cfg.out with config.json in it; returns it, a Path. OSError if it can't be written.
+    """Create cfg.out with config.json in it; OSError if it can't be written.
 
     A new run first removes what an older one left there, so that no file is of another run;
     pairs.pt stays, for it knows its teacher.
@@ -802,7 +960,6 @@ def make_run_folder(cfg):
         for path in stale:
             path.unlink()
     (out / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=1) + "\n")
-    return out
 
 
 # ---- logging ------------------------------------------------------------------------------------
@@ -816,21 +973,29 @@ class Log:
     def __init__(self, cfg, start):
         self.cfg, self.path = cfg, Path(cfg.out) / "log.jsonl"
         self.noted, self.pending, self.began = {}, [], 0.0
+        self.begin(start)
+        self.bar = tqdm(total=cfg.steps, initial=start, disable=True if rank() else None,
+                        dynamic_ncols=True)
+        self.wandb = start_wandb(cfg) if cfg.wandb and rank() == 0 else None
+
+    @on_rank_0
+    def begin(self, start):
+        """Drop the lines of steps that will be done anew."""
         lines = read_log(self.path) if start and self.path.exists() else []
         self.path.write_text("".join(json.dumps(line) + "\n" for line in lines
                                      if line["step"] <= start))
-        self.bar = tqdm(total=cfg.steps, initial=start, disable=None, dynamic_ncols=True)
-        self.wandb = start_wandb(cfg) if cfg.wandb else None
 
     def note(self, **values):
-        """Take in values (scalars, tensors too) of the step under way."""
-        self.noted.update({name: torch.as_tensor(value).detach() for name, value in values.items()})
+        """Take in values (scalars, tensors too) of the step under way; of several, the mean."""
+        for name, value in values.items():
+            self.noted.setdefault(name, []).append(torch.as_tensor(value).detach())
 
     def step(self, step):
         """Close a step, counted from 1."""
         if not self.pending:
             self.began = time.perf_counter()
-        self.pending.append((step, self.noted))
+        for name, values in self.noted.items():
+            self.pending.append((step, name, sum(values) / len(values)))
         self.noted = {}
         self.bar.update()
         if due(step - 1, self.cfg.log_every, self.cfg.steps):
@@ -838,23 +1003,27 @@ class Log:
 
     def check(self):
         """Write the means of what is pending; FloatingPointError if a value is not finite."""
+        if not self.pending:
+            return
+        steps, names, values = zip(*self.pending)
+        self.pending = []
+        values = torch.stack(values)
+        average([values])
         collected = {}
-        for step, values in self.pending:
-            for name, value in values.items():
-                if not math.isfinite(value := float(value)):
-                    raise FloatingPointError(f"{name} is {value} at step {step}")
-                collected.setdefault(name, []).append(value)
-        if self.pending:
-            means = {name: sum(values) / len(values) for name, values in collected.items()}
-            losses = {name: f"{value:.3g}" for name, value in means.items() if "loss" in name}
-            if len(self.pending) > 1:  # between the ends of steps, so nothing else counts
-                images = (len(self.pending) - 1) * self.cfg.batch
-                means["images_per_second"] = images / (time.perf_counter() - self.began)
-                losses["images/s"] = f"{means['images_per_second']:.0f}"
-            self.bar.set_postfix(losses)
-            self.write(self.pending[-1][0], **means)
-            self.pending = []
+        for step, name, value in zip(steps, names, values.tolist()):
+            if not math.isfinite(value):
+                raise FloatingPointError(f"{name} is {value} at step {step}")
+            collected.setdefault(name, []).append(value)
+        means = {name: sum(values) / len(values) for name, values in collected.items()}
+        losses = {name: f"{value:.3g}" for name, value in means.items() if "loss" in name}
+        if steps[-1] > steps[0]:  # between the ends of steps, so nothing else counts
+            images = (steps[-1] - steps[0]) * self.cfg.batch
+            means["images_per_second"] = images / (time.perf_counter() - self.began)
+            losses["images/s"] = f"{means['images_per_second']:.0f}"
+        self.bar.set_postfix(losses)
+        self.write(steps[-1], **means)
 
+    @on_rank_0
     def write(self, step, **values):
         """Append a line for a step now."""
         line = dict(step=step, **{name: round(value, 6) for name, value in values.items()})
@@ -863,6 +1032,7 @@ class Log:
         if self.wandb:
             self.wandb.log(values, step=step)
 
+    @on_rank_0
     def say(self, message):
         """Print a line above the progress bar."""
         self.bar.write(message, file=sys.stderr)
@@ -898,6 +1068,7 @@ def read_log(path):
     return lines
 
 
+@on_rank_0
 def plot_log(path):
     """Draw a log.jsonl as loss.png beside it: a panel per quantity, the teacher's dashed."""
     lines = read_log(path)
@@ -919,15 +1090,109 @@ def plot_log(path):
     figure.savefig(Path(path).with_name("loss.png"), dpi=90)
 
 
+# ---- the steps of a run, and --profile -----------------------------------------------------------
+
+def training_steps(start, cfg, device, networks):
+    """The numbers of the steps to do; with --profile of a few, and then a report and the end.
+
+    networks: by the names that they have in the report
+    """
+    steps = iter(range(start, cfg.steps))
+    if cfg.profile:
+        yield from profiled(steps, cfg, device, networks)
+        sys.exit()
+    for step in steps:
+        torch.compiler.cudagraph_mark_step_begin()  # what the last step computed may be overwritten
+        yield step
+
+
+def profiled(steps, cfg, device, networks, warmup=5, times=20):
+    """Yield steps, meanwhile time them, count their operations, trace them; then report."""
+    cycle = getattr(cfg, "fake_steps", 1)  # the steps in which each kind of update happens
+    seconds, kept, kept_bytes = [], {}, []
+
+    def keep(tensor):  # for the backward pass
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    def use(tensor):
+        kept_bytes.append(sum(kept.values()))
+        kept.clear()
+        return tensor
+
+    yield from itertools.islice(steps, warmup * cycle)
+    for _ in range(times):
+        began = clock(device)
+        yield from itertools.islice(steps, cycle)
+        seconds.append((clock(device) - began) / cycle)
+    operations = FlopCounterMode(display=False)
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, use)
+    with torch.compiler.set_stance("force_eager"), operations, hooks:
+        yield from itertools.islice(steps, cycle)
+    for name, network in networks.items():
+        network.forward = record_function(f"{name}, forward")(network.forward)
+    with torch.profiler.profile() as profiler:
+        yield from itertools.islice(steps, cycle)
+    if rank() == 0:
+        profiler.export_chrome_trace(f"{cfg.out}/trace.json")
+        report_profile(cfg, device, statistics.median(seconds),
+                       operations.get_total_flops() / cycle, sum(kept_bytes) / cycle,
+                       max(kept_bytes), profiler.key_averages())
+
+
+def report_profile(cfg, device, seconds, flop, moved, kept, rows):
+    """Print what profiled() measured of a step beside what this machine can do."""
+    dtype, on_cuda = dtype_of(cfg, device), device.type == "cuda"
+    matrix, image = (8192, 512) if on_cuda else (1024, 16)
+    a = torch.randn(matrix, matrix, device=device, dtype=dtype)
+    x, w = (torch.randn(n, 256, side, side, device=device, dtype=dtype)
+            for n, side in ((image, 16), (256, 3)))
+    rate = max(2 * matrix**3 / fastest(lambda: a @ a, device),
+               2 * 9 * image * 256**3 / fastest(lambda: F.conv2d(x, w, padding=1), device))
+    block = torch.empty(2**28, dtype=torch.uint8, device=device)
+    bandwidth = 2 * len(block) / fastest(block.clone, device)
+    peak = f"; at most in use: {torch.cuda.max_memory_allocated() / 1e6:.0f} MB" * on_cuda
+    name = torch.cuda.get_device_name() if on_cuda else f"{torch.get_num_threads()} CPU threads"
+    print(f"{name}, torch {torch.__version__}, {str(dtype)[6:]}, --compile {cfg.compile}, batch "
+          f"{cfg.batch}\n"
+          f"a step      {1000 * seconds:9.2f} ms (median), {cfg.batch / seconds:.0f} images/s\n"
+          f"arithmetic  {1000 * flop / rate:9.2f} ms at least: {flop / 1e9:.2f} GFLOP at "
+          f"{rate / 1e9:.0f} GFLOP/s, the most that was measured here\n"
+          f"memory      {2000 * moved / bandwidth:9.2f} ms at least: {moved / 1e6:.0f} MB, what "
+          f"backward passes need, written and read at {bandwidth / 1e9:.0f} GB/s\n"
+          f"kept for a backward pass: {kept / 1e6:.0f} MB at most{peak}")
+    print(rows.table(sort_by="device_time_total" if on_cuda else "cpu_time_total", row_limit=25,
+                     max_name_column_width=40))
+    print(f"trace: {cfg.out}/trace.json (chrome://tracing or ui.perfetto.dev)")
+
+
+def clock(device):
+    """Seconds, read when all that the device was asked for is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def fastest(call, device):
+    """The least seconds of 10 calls."""
+    times = [clock(device)]
+    for _ in range(10):
+        call()
+        times.append(clock(device))
+    return min(end - start for start, end in itertools.pairwise(times))
+
+
 # ---- training -----------------------------------------------------------------------------------
 
 def train(cfg):
     """Train a teacher; returns the path of its checkpoint."""
     device, cfg = pick_device(cfg.device), filled(cfg, RECIPES, cfg.data)
+    parts, out = parts_of(cfg), Path(cfg.out)
     where = str(Path(cfg.data_dir or DATA_DIR).resolve())
     name = cfg.data if cfg.data in KNOWN_DATA else str(Path(cfg.data).resolve())
     cfg = dataclasses.replace(cfg, data=name, data_dir=where)
-    data, held_out = (load_data(name, split, where, cfg.size) for split in ("train", "test"))
+    with rank_0_first():
+        data, held_out = (load_data(name, split, where, cfg.size) for split in ("train", "test"))
     check_batch(cfg.batch, data, name)
     data, held_out, num_classes = data.to(device), held_out.to(device), len(data.classes)
     shape = tuple(data.images.shape[1:])
@@ -936,33 +1201,36 @@ def train(cfg):
                    model_channels=cfg.width, channel_mult=mults, num_blocks=cfg.blocks,
                    attn_resolutions=(shape[-1] >> len(mults) - 1,))
     torch.manual_seed(cfg.seed)
-    model = Denoiser(UNet(**network), cfg.prediction).to(device)
+    model = place(Denoiser(UNet(**network), cfg.prediction), device)
     ema = frozen(model)
     optimizer = torch.optim.Adam(model.parameters(), fused=device.type != "mps")
+    descent = Descent(optimizer, cfg, device)
     start = 0
     if cfg.resume:
         checkpoint = load(cfg.resume, resume=True)
         start = checkpoint["step"]
-        restore(dict(ema=ema, model=model, optimizer=optimizer),
+        restore(dict(ema=ema, model=model, descent=descent),
                 dict(checkpoint["training"], ema=checkpoint["model"]), cfg.resume)
     prepare(cfg, device, model)  # not ema: samples and validation are always float32
-    out = make_run_folder(cfg)
+    make_run_folder(cfg)
     log = Log(cfg, start)
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     log.say(f"{cfg.data}: {len(data.images)} images; {millions:.2f} M parameters; on {device}")
 
-    for step in range(start, cfg.steps):
-        draw = Draw(TEACHER, cfg.seed, step, cfg.batch, shape, device)
-        index = batch_at(step, len(data.images), cfg.batch, cfg.seed).to(device)
-        x0 = to_float(data.images[index])
-        label = torch.where(draw.uniform() < cfg.label_dropout, num_classes, data.labels[index])
-        sigma = sigma_at(draw.uniform(), cfg.schedule)
-
-        loss, norm = descend(denoising_loss(model, x0, sigma, label, draw.normal()), optimizer,
-                             cfg.clip, rate_at(step, cfg.lr, cfg.warmup))
+    for step in training_steps(start, cfg, device, dict(denoiser=model)):
+        for part in parts:
+            draw = Draw(TEACHER, cfg.seed, step, cfg.batch, shape, device, part)
+            index = batch_at(step, len(data.images), cfg.batch, cfg.seed, device)[part]
+            x0 = to_float(data.images[index])
+            label = torch.where(draw.uniform() < cfg.label_dropout, num_classes, data.labels[index])
+            sigma = sigma_at(draw.uniform(), cfg.schedule)
+            loss = denoising_loss(model, x0, sigma, label, draw.normal())
+            descent.add(loss)
+            log.note(loss=loss)
+        norm = descent.step(rate_at(step, cfg.lr, cfg.warmup, cfg.decay_after))
         update_ema(ema, model, cfg.ema, step)
 
-        log.note(loss=loss, gradient_norm=norm)
+        log.note(gradient_norm=norm)
         log.step(step + 1)
         if due(step, cfg.sample_every, cfg.steps):
             log.check()
@@ -978,7 +1246,7 @@ def train(cfg):
                       data=dict(name=name, data_dir=where, size=cfg.size, shape=shape,
                                 classes=data.classes),
                       model=ema.state_dict(),
-                      training=dict(model=model.state_dict(), optimizer=optimizer.state_dict())),
+                      training=dict(model=model.state_dict(), descent=descent.state_dict())),
                  out / "teacher.pt")
     log.close()
     return out / "teacher.pt"
@@ -1010,7 +1278,7 @@ def preview(denoiser, shape, classes, path, columns=8):
 def main(argv=None):
     cfg = parse(Config, argv, __doc__)
     path = train(cfg)
-    print(f"teacher: {path}\nnext: python sample.py {path}   or   python dmd2.py --teacher {path}")
+    tell(f"teacher: {path}\nnext: python sample.py {path}   or   python dmd2.py --teacher {path}")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import hashlib
 import inspect
 import json
 import math
+import os
 import pickle
 import re
 import shlex
@@ -375,8 +376,8 @@ def test_distilled_gaussian_has_its_teacher_s_moments(kind, steps, generator_lr,
     generator, discriminator = Affine(sigmas), Moments()
     ema = teacher.frozen(generator)
     betas = (0.5, 0.99) if kind == "gan" else (0.9, 0.999)  # or else the two go round in circles
-    generator_optimizer = torch.optim.Adam(generator.parameters(), betas=betas)
-    fake_optimizer = torch.optim.Adam([*fake.parameters(), *discriminator.parameters()])
+    generator_descent = descent(torch.optim.Adam(generator.parameters(), betas=betas))
+    fake_descent = descent(torch.optim.Adam([*fake.parameters(), *discriminator.parameters()]))
     updates = 1000 * steps
     for step in range(updates):
         draw = teacher.Draw(teacher.GENERATOR, 0, step, 64, (1, 8, 8), "cpu")
@@ -395,14 +396,15 @@ def test_distilled_gaussian_has_its_teacher_s_moments(kind, steps, generator_lr,
             else:
                 image = 0.3 + 0.5 * (80 * noise - 0.3) / math.hypot(80, 0.5)  # the exact flow's
                 loss = dmd2.regression_loss(generator, sigmas[0], noise, None, image)
-            teacher.descend(loss, generator_optimizer, 10, generator_lr * decay)
+            generator_descent.add(loss)
+            generator_descent.step(generator_lr * decay)
             teacher.update_ema(ema, generator, 0.99, step // 2)
         x0, sigma = x0.detach(), teacher.sigma_at(draw.uniform(), "karras")
         loss = teacher.denoising_loss(fake, x0, sigma, None, draw.normal())
         logits = [discriminator(*dmd2.diffused(images, draw, (0, 0.5)), None)
                   for images in (0.3 + 0.5 * draw.normal(), x0)]
-        loss = loss + dmd2.discriminator_loss(*logits)
-        teacher.descend(loss, fake_optimizer, 10, fake_lr * decay)
+        fake_descent.add(loss + dmd2.discriminator_loss(*logits))
+        fake_descent.step(fake_lr * decay)
     noise = torch.randn(steps, 5000, 1, 8, 8)
     x0 = sample.few_step(ema, sigmas[0] * noise[0], sigmas, None, noise[1:])
     assert abs(x0.mean() - 0.3) < 0.05 and abs(x0.std() - 0.5) < 0.05
@@ -432,8 +434,9 @@ def test_gan_gradient_reaches_the_generator_and_nothing_on_its_way(tiny_teacher)
     before = copy.deepcopy(discriminator.state_dict()), copy.deepcopy(generator.state_dict())
     x0 = generator(80 * torch.randn(8, 1, 8, 8), torch.full((8,), 80.0), label)
     loss = dmd2.generator_loss(discriminator(x0, torch.ones(8), label))
-    _, norm = teacher.descend(loss, torch.optim.SGD(generator.parameters()), 10, 1e-2)
-    assert norm > 0 and not equal(generator.state_dict(), before[1])
+    step = descent(torch.optim.SGD(generator.parameters()))
+    step.add(loss)
+    assert step.step(1e-2) > 0 and not equal(generator.state_dict(), before[1])
     assert equal(discriminator.state_dict(), before[0])
     assert all(p.grad is None for p in discriminator.parameters())
 
@@ -755,12 +758,129 @@ def test_distilling_digits_for_a_minute_comes_near_the_teacher(tmp_path):
 
 # ---- optimisation and logging -------------------------------------------------------------------
 
-def test_descend_scales_the_gradient_down_and_returns_its_norm():
+def descent(optimizer, *flags):
+    return teacher.Descent(optimizer, teacher.parse(teacher.Config, flags), torch.device("cpu"))
+
+
+def test_descent_scales_the_gradient_down_and_returns_its_norm():
     weight = nn.Parameter(torch.tensor([3.0, 4.0]))
-    optimizer = torch.optim.SGD([weight])
-    loss, norm = teacher.descend(0.5 * weight.square().sum(), optimizer, clip=1.0, lr=0.1)
-    assert loss == 12.5 and norm == 5
+    step = descent(torch.optim.SGD([weight]), "--clip", "1")
+    step.add(0.5 * weight.square().sum())
+    assert step.step(lr=0.1) == 5
     torch.testing.assert_close(weight.detach(), torch.tensor([3 - 0.06, 4 - 0.08]))
+
+
+def test_gradients_of_parts_make_that_of_the_whole():
+    x, results = torch.randn(8, 3), []
+    for count in (1, 4):
+        torch.manual_seed(0)
+        net = nn.Linear(3, 1)
+        step = descent(torch.optim.SGD(net.parameters()), "--accumulate", str(count))
+        for part in x.chunk(count):
+            step.add(net(part).square().mean())
+        results.append((step.step(lr=1.0), *net.parameters()))
+    torch.testing.assert_close(*results)
+
+
+def test_float16_step_that_overflows_is_left_out_until_the_scale_is_spent():
+    weight = nn.Parameter(torch.ones(1))
+    step = descent(torch.optim.SGD([weight]), "--dtype", "float16")
+    step.add(weight * 1e38)
+    assert step.step(lr=1.0) == 0 and weight == 1
+    step.add(weight.sum())
+    assert step.step(lr=0.25) == 1 and weight == 0.75
+    for _ in range(20):
+        step.add(weight * math.nan)
+        norm = step.step(lr=1.0)
+    assert norm.isnan()
+
+
+def test_parts_of_all_ranks_make_up_the_batch(monkeypatch):
+    cfg, found = types.SimpleNamespace(batch=24, accumulate=3), []
+    monkeypatch.setattr(teacher, "ranks", lambda: 4)
+    for rank in range(4):
+        monkeypatch.setattr(teacher, "rank", lambda rank=rank: rank)
+        found += teacher.parts_of(cfg)
+    whole, *draws = (teacher.Draw(teacher.GENERATOR, 0, 5, 24, (1, 2, 2), "cpu", part)
+                     for part in (slice(None), *found))
+    for expected, *each in ([(draw.label(10), draw.uniform(), draw.normal())
+                             for draw in (whole, *draws)],):
+        assert equal(expected, tuple(map(torch.cat, zip(*each))))
+
+
+@pytest.mark.parametrize("script, flags", [
+    (teacher, "--steps 6 --batch 16 --width 8 --sample-every 0 --log-every 1"),
+    (dmd2, "--steps 6 --batch 16 --evaluate-n 300 --log-every 1 --student-steps 2 --warmup 1 "
+           "--gan-weight 1 --discriminator-weight 1 --save-every 2")])
+def test_run_is_the_same_on_two_ranks_and_in_parts(script, flags, tiny_teacher, tmp_path):
+    """To 1e-5: batch, noise and steps are the same, sums are taken in another order."""
+    flags = flags.split() + ["--teacher", tiny_teacher] * (script is dmd2)
+    one, parts, two = (tmp_path / name for name in ("one", "parts", "two"))
+    script.main([*flags, "--out", str(one)])
+    script.main([*flags, "--out", str(parts), "--accumulate", "4"])
+    command = "-m torch.distributed.run --standalone --nproc_per_node 2".split()
+    done = subprocess.run([sys.executable, *command, script.__file__, *flags, "--out", str(two)],
+                          capture_output=True, text=True, cwd=tmp_path,
+                          env=dict(os.environ, CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1"))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("next: ") == 1
+    expected = log_of(one)
+    for folder in (parts, two):
+        for line, same in zip(expected, log_of(folder), strict=True):
+            line, same = ({name: value for name, value in values.items()
+                           if name != "images_per_second"} for values in (line, same))
+            assert same == pytest.approx(line, rel=1e-5, abs=2e-6)
+        assert {path.name for path in folder.iterdir()} == {path.name for path in one.iterdir()}
+
+
+def test_checkpointing_keeps_less_and_gives_the_same_gradients():
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    results, sizes = [], []
+    for flags in ([], ["--checkpointing"]):
+        torch.manual_seed(0)
+        denoiser = teacher.Denoiser(teacher.UNet(8, 1, 10, 16, (1, 2), 2, (4,)))
+        teacher.prepare(teacher.parse(teacher.Config, flags), torch.device("cpu"), denoiser)
+        x, label, kept = teacher.unit_noise(8, (1, 8, 8), 0), torch.arange(8), {}
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = denoiser(x, torch.full((8,), 0.5), label).square().mean()
+            sizes.append(sum(kept.values()))
+        loss.backward()
+        results.append([p.grad for p in denoiser.parameters()])
+    assert equal(*results) and sizes[1] < 0.5 * sizes[0]
+
+
+def test_frozen_teacher_is_in_the_compute_type_and_estimates_the_same(tiny_teacher):
+    estimates = []
+    for frozen in (False, True):
+        denoiser = teacher.build(teacher.load(tiny_teacher)).requires_grad_(not frozen)
+        cfg = teacher.parse(teacher.Config, ["--dtype", "bfloat16"])
+        teacher.prepare(cfg, torch.device("cpu"), denoiser)
+        types_of = {p.dtype for p in denoiser.parameters() if p.ndim == 4}
+        assert types_of == {torch.bfloat16 if frozen else torch.float32}
+        x, label = teacher.unit_noise(8, (1, 8, 8), 0), torch.arange(8)
+        estimates.append(denoiser(x, torch.full((8,), 0.5), label).detach())
+    assert equal(*estimates)
+
+
+@pytest.mark.parametrize("script", [teacher, dmd2])
+def test_profile_tells_where_the_step_goes_and_touches_no_run(script, tiny_teacher, tmp_path,
+                                                              capsys):
+    flags = ["--teacher", tiny_teacher] if script is dmd2 else ["--width", "8"]
+    (tmp_path / "last.pt").write_text("a run's")
+    with pytest.raises(SystemExit) as stop:
+        script.main([*flags, "--batch", "16", "--profile", "--out", str(tmp_path)])
+    out = capsys.readouterr().out
+    assert not stop.value.code and (tmp_path / "last.pt").read_text() == "a run's"
+    assert {path.name for path in tmp_path.iterdir()} == {"last.pt", "profile"}
+    assert "traceEvents" in json.loads((tmp_path / "profile" / "trace.json").read_text())
+    names = ("generator", "fake_score", "teacher") if script is dmd2 else ("denoiser",)
+    assert all(f"{name}, forward" in out for name in names) and "backward" in out
+    step, arithmetic, memory = (float(re.search(rf"{name} +([0-9.]+) ms", out)[1])
+                                for name in ("a step", "arithmetic", "memory"))
+    assert 0 < arithmetic < step and 0 < memory < step
 
 
 def test_ema_is_the_weighted_mean():
