@@ -11,16 +11,17 @@ The file takes its name only after onnx.checker passed it and onnxruntime gave P
 reading order: options, the module that is exported, export, check, benchmark.
 """
 
+import contextlib
 import copy
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 import os
 import statistics
 import subprocess
 import sys
-import time
 import warnings
 from pathlib import Path
 
@@ -28,13 +29,14 @@ import numpy as np
 import onnx
 import onnxruntime
 import torch
+from onnxscript import opset18
 from torch import nn
 
 from sample import few_step, onnx_session, teacher_sampler
-from teacher import (Options, arg, build, load, parse, pick_device, run_script, step_noise,
-                     to_uint8)
+from teacher import (Options, arg, build, clock, device_name, load, parse, pick_device, run_script,
+                     step_noise, to_uint8)
 
-OPSET = 18  # the fewest nodes at run time, and read by every onnxruntime since 1.14
+OPSET = opset18.version  # the fewest nodes at run time, and read by every onnxruntime since 1.14
 BATCHES = (1, 16, 256)  # of the benchmark
 
 
@@ -93,6 +95,18 @@ class Half(nn.Module):
 
 # ---- export and check ---------------------------------------------------------------------------
 
+def attention(q, k, v):
+    """Attention of q, k, v [B, heads, T, C] that leaves no transposition for run time.
+
+    Those here cancel the network's own, or onnxruntime takes them into its matrix products.
+    """
+    def transposed(x):
+        return opset18.Transpose(x, perm=(0, 1, 3, 2))
+    scale = opset18.CastLike(opset18.Constant(value_float=q.shape[-1]**-0.5), q)
+    weights = opset18.Softmax(opset18.Mul(opset18.MatMul(q, transposed(k)), scale), axis=-1)
+    return transposed(opset18.MatMul(transposed(v), transposed(weights)))
+
+
 def export_onnx(exported, shape, facts, path):
     """Write a module (noise, label) -> image as one ONNX file with dynamic batch and metadata."""
     batch = torch.export.Dim("batch")
@@ -102,7 +116,9 @@ def export_onnx(exported, shape, facts, path):
         program = torch.onnx.export(
             exported, (noise, torch.zeros(2, dtype=torch.long)), dynamo=True,
             input_names=["noise", "label"], output_names=["image"], opset_version=OPSET,
-            dynamic_shapes=dict(noise={noise.ndim - 4: batch}, label={0: batch}), verbose=False)
+            dynamic_shapes=dict(noise={noise.ndim - 4: batch}, label={0: batch}), verbose=False,
+            custom_translation_table={torch.ops.aten.scaled_dot_product_attention.default:
+                                      attention})
     model = program.model_proto
     graph = model.graph  # the exporter notes source files in it, with their absolute paths
     for part in (model, graph, *graph.node, *graph.value_info, *graph.input, *graph.output,
@@ -165,16 +181,48 @@ def git_commit():
 
 # ---- benchmark ----------------------------------------------------------------------------------
 
-def median_seconds(call, device, budget=2.0):
-    """Median time of a call, after 2 to warm up, of as many as fill `budget` seconds, 5 to 50."""
-    def timed():
-        start = time.perf_counter()
+def bound(path, noise, label, image, device):
+    """A call that runs the file on inputs and into an output that lie on the device already.
+
+    On CUDA as a CUDA graph, for which the session knows its batch size; without, if it can't be.
+    """
+    session = None
+    if device == "cuda":
+        with contextlib.suppress(ValueError):
+            session, _ = onnx_session(path, device, dict(enable_cuda_graph=1), len(label))
+    session, _ = (session, None) if session else onnx_session(path, device)
+    binding = session.io_binding()
+    for name, tensor in (("noise", noise), ("label", label)):
+        value = onnxruntime.OrtValue.ortvalue_from_numpy(tensor.cpu().numpy(), device, 0)
+        binding.bind_ortvalue_input(name, value)
+    value = onnxruntime.OrtValue.ortvalue_from_numpy(image.cpu().numpy(), device, 0)
+    binding.bind_ortvalue_output("image", value)
+    return lambda: session.run_with_iobinding(binding)
+
+
+def replayed(call):
+    """A call that replays on CUDA what PyTorch launched for `call`, which has run before."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
         call()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - start
-    warm = [timed() for _ in range(2)][-1]
-    return statistics.median(timed() for _ in range(min(50, max(5, int(budget / warm)))))
+    return graph.replay
+
+
+def medians(calls, device, rounds=5, budget=0.4):
+    """Median seconds of each of the calls, by name.
+
+    They take turns in rounds, as a machine's speed drifts, each for `budget` seconds or 3 calls,
+    of which the first is to warm up and does not count.
+    """
+    seconds = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            ends = [clock(device)]
+            while len(ends) < 4 or ends[-1] - ends[0] < budget:
+                call()
+                ends.append(clock(device))
+            seconds[name] += [end - start for start, end in itertools.pairwise(ends)][1:]
+    return {name: statistics.median(times) for name, times in seconds.items()}
 
 
 @torch.no_grad()
@@ -183,30 +231,35 @@ def benchmark(path, exported, data, device):
 
     The teacher's network has the generator's size, so the generator's stands in for it.
     """
-    session, _ = onnx_session(path, device)
     exported = exported.to(device)
-    compiled = torch.compile(exported)
     teacher = teacher_sampler(exported.generator, data, device)
     for batch in BATCHES:
-        label = torch.arange(batch) % len(data["classes"])
-        noise = exported.example(batch, data["shape"])
-        feed = {"noise": noise.numpy(), "label": label.numpy()}
-        inputs = noise.to(device), label.to(device)
+        torch.compiler.reset()
+        compiled = torch.compile(exported, dynamic=False)
+        inputs = (exported.example(batch, data["shape"]).to(device),
+                  torch.arange(batch, device=device) % len(data["classes"]))
         start = step_noise(1, batch, data["shape"], seed=0).to(device)
-        for name, call in ((teacher.name, lambda: teacher.images(start, inputs[1])),
-                           ("PyTorch eager", lambda: exported(*inputs)),
-                           ("torch.compile", lambda: compiled(*inputs)),
-                           ("onnxruntime", lambda: session.run(["image"], feed))):
-            try:
-                yield batch, name, median_seconds(call, device)
-            except RuntimeError as error:  # torch.compile, where there is no compiler
-                yield batch, f"{name}: {type(error).__name__}", math.nan
+        calls = {teacher.name: lambda: teacher.images(start, inputs[1]),
+                 "PyTorch eager": lambda: exported(*inputs)}
+        image, failed = exported(*inputs), {}
+        try:
+            compiled(*inputs)
+            calls["torch.compile"] = lambda: compiled(*inputs)
+        except RuntimeError as error:  # where there is no compiler
+            failed = {f"torch.compile: {type(error).__name__}": math.nan}
+        if device == "cuda":
+            calls["PyTorch CUDA graph"] = replayed(calls["PyTorch eager"])
+        calls["onnxruntime"] = bound(path, *inputs, image, device)
+        for name, seconds in {**medians(calls, torch.device(device)), **failed}.items():
+            yield batch, name, seconds
 
 
 def print_benchmark(rows, device):
     """Print the rows of benchmark() as they come, with each batch's gain over the teacher."""
-    print(f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__} in float32, "
-          f"onnxruntime {onnxruntime.__version__} with the file as exported; medians")
+    place = device_name(torch.device(device))
+    tf32 = ", both with TF32" * (device == "cuda")
+    print(f"{place}, torch {torch.__version__} in float32, onnxruntime {onnxruntime.__version__} "
+          f"with the file as exported{tf32}; medians")
     print(f"{'batch':>5}  {'':22} {'ms':>9} {'images/s':>10} {'x teacher':>10}")
     base = {}
     for batch, name, seconds in rows:
@@ -249,6 +302,7 @@ def main(argv=None):
     print(f"{path}: {path.stat().st_size / 1e6:.1f} MB; differs from PyTorch by {error:.1e}, of "
           f"{tolerance:.0e} allowed, on {device}\nnext: python sample.py {path}")
     if cfg.benchmark:
+        torch.set_float32_matmul_precision("high")  # TF32, as onnxruntime's default is on CUDA
         for place in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
             print_benchmark(benchmark(path, exported, data, place), place)
 

@@ -188,8 +188,10 @@ def onnx_sampler(path, device):
                    facts["data"], device)
 
 
-def onnx_session(path, device, provider_options=None):
+def onnx_session(path, device, provider_options=None, batch=None):
     """An onnxruntime session of a file of export.py, on "cpu" or "cuda", and its metadata's facts.
+
+    batch: the only size of its batches, if it is to be prepared for one; with PyTorch's threads
 
     Raises ValueError if the file is missing or foreign, or onnxruntime did not load the provider.
     """
@@ -203,6 +205,9 @@ def onnx_session(path, device, provider_options=None):
     provider = providers[device]
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
+    options.intra_op_num_threads = torch.get_num_threads()
+    if batch:
+        options.add_free_dimension_override_by_name("batch", batch)
     try:
         session = onnxruntime.InferenceSession(path, options, [(provider, provider_options or {})])
     except Exception as error:  # onnxruntime's exceptions have no other base in common

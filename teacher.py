@@ -521,7 +521,7 @@ class Block(nn.Module):
         h = self.conv1(F.silu(self.norm1(h + self.affine(emb)[:, :, None, None])))
         x = (h + self.skip(self.resized(x))) * 0.5**0.5
         if self.norm2 is not None:
-            # EDM's qkv channels run as (head, channel, q|k|v); one head here, and q, k, v as blocks.
+            # EDM's qkv channels run as (head, channel, q|k|v); here as blocks q, k, v of one head.
             weight, bias = (p.unflatten(0, (-1, 3)).transpose(0, 1).flatten(0, 1)
                             for p in (self.qkv.weight, self.qkv.bias))
             qkv = F.conv2d(self.norm2(x), weight, bias).unflatten(1, (3, 1, -1)).flatten(4)
@@ -1152,9 +1152,8 @@ def report_profile(cfg, device, seconds, flop, moved, kept, rows):
     block = torch.empty(2**28, dtype=torch.uint8, device=device)
     bandwidth = 2 * len(block) / fastest(block.clone, device)
     peak = f"; at most in use: {torch.cuda.max_memory_allocated() / 1e6:.0f} MB" * on_cuda
-    name = torch.cuda.get_device_name() if on_cuda else f"{torch.get_num_threads()} CPU threads"
-    print(f"{name}, torch {torch.__version__}, {str(dtype)[6:]}, --compile {cfg.compile}, batch "
-          f"{cfg.batch}\n"
+    print(f"{device_name(device)}, torch {torch.__version__}, {str(dtype)[6:]}, --compile "
+          f"{cfg.compile}, batch {cfg.batch}\n"
           f"a step      {1000 * seconds:9.2f} ms (median), {cfg.batch / seconds:.0f} images/s\n"
           f"arithmetic  {1000 * flop / rate:9.2f} ms at least: {flop / 1e9:.2f} GFLOP at "
           f"{rate / 1e9:.0f} GFLOP/s, the most that was measured here\n"
@@ -1171,6 +1170,12 @@ def clock(device):
     if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
+
+
+def device_name(device):
+    """What a measured time is of."""
+    threads = f"{torch.get_num_threads()} threads"
+    return torch.cuda.get_device_name() if device.type == "cuda" else f"{device.type}, {threads}"
 
 
 def fastest(call, device):

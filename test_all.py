@@ -587,7 +587,7 @@ def test_second_stage_begins_with_generator_and_fake_score_of_the_first(tiny_tea
     assert equal(last["training"]["generator"], first["model"])
     assert equal(last["training"]["fake_score"], first["fake_score"])
     assert not equal(first["fake_score"], first["model"])
-    assert last["training"]["fake_optimizer"]["state"][0]["step"] == 1
+    assert last["training"]["fake_descent"]["optimizer"]["state"][0]["step"] == 1
 
 
 def test_discriminator_sees_real_images_as_real_with_their_own_labels(tiny_teacher, tmp_path,
@@ -1109,6 +1109,22 @@ def test_onnx_file_keeps_its_contract(flags, tolerance, tiny_generator, tmp_path
         assert image.shape == expected.shape
         assert batch < 64 or expected.float().std() > 0.2 * (127.5 if flags == ["--uint8"] else 1)
         assert abs(image.astype(float) - expected.numpy().astype(float)).max() <= tolerance
+
+
+def test_onnxruntime_has_nothing_to_transpose(tiny, tmp_path):
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level, options.optimized_model_filepath = 3, str(tmp_path / "run.onnx")
+    onnxruntime.InferenceSession(tiny / "dmd2" / "generator.onnx", options,
+                                 providers=["CPUExecutionProvider"])
+    operators = [node.op_type for node in onnx.load(tmp_path / "run.onnx").graph.node]
+    assert "FusedMatMul" in operators and "Transpose" not in operators
+
+
+def test_medians_are_of_calls_that_take_turns():
+    order = []
+    found = export.medians(dict(a=lambda: order.append("a"), b=lambda: order.append("b")),
+                           torch.device("cpu"), rounds=2, budget=0)
+    assert "".join(order) == "aaabbbaaabbb" and all(0 < found[name] < 1 for name in "ab")
 
 
 def test_onnx_image_depends_on_noise_and_label(tiny):
