@@ -1098,12 +1098,11 @@ def training_steps(start, cfg, device, networks):
     networks: by the names that they have in the report
     """
     steps = iter(range(start, cfg.steps))
-    if cfg.profile:
-        yield from profiled(steps, cfg, device, networks)
-        sys.exit()
-    for step in steps:
+    for step in profiled(steps, cfg, device, networks) if cfg.profile else steps:
         torch.compiler.cudagraph_mark_step_begin()  # what the last step computed may be overwritten
         yield step
+    if cfg.profile:
+        sys.exit()
 
 
 def profiled(steps, cfg, device, networks, warmup=5, times=20):
@@ -1120,7 +1119,9 @@ def profiled(steps, cfg, device, networks, warmup=5, times=20):
         kept.clear()
         return tensor
 
+    began = clock(device)
     yield from itertools.islice(steps, warmup * cycle)
+    warm = clock(device) - began
     for _ in range(times):
         began = clock(device)
         yield from itertools.islice(steps, cycle)
@@ -1135,12 +1136,12 @@ def profiled(steps, cfg, device, networks, warmup=5, times=20):
         yield from itertools.islice(steps, cycle)
     if rank() == 0:
         profiler.export_chrome_trace(f"{cfg.out}/trace.json")
-        report_profile(cfg, device, statistics.median(seconds),
+        report_profile(cfg, device, warm, statistics.median(seconds),
                        operations.get_total_flops() / cycle, sum(kept_bytes) / cycle,
                        max(kept_bytes), profiler.key_averages())
 
 
-def report_profile(cfg, device, seconds, flop, moved, kept, rows):
+def report_profile(cfg, device, warm, seconds, flop, moved, kept, rows):
     """Print what profiled() measured of a step beside what this machine can do."""
     dtype, on_cuda = dtype_of(cfg, device), device.type == "cuda"
     matrix, image = (8192, 512) if on_cuda else (1024, 16)
@@ -1154,7 +1155,8 @@ def report_profile(cfg, device, seconds, flop, moved, kept, rows):
     peak = f"; at most in use: {torch.cuda.max_memory_allocated() / 1e6:.0f} MB" * on_cuda
     print(f"{device_name(device)}, torch {torch.__version__}, {str(dtype)[6:]}, --compile "
           f"{cfg.compile}, batch {cfg.batch}\n"
-          f"a step      {1000 * seconds:9.2f} ms (median), {cfg.batch / seconds:.0f} images/s\n"
+          f"a step      {1000 * seconds:9.2f} ms (median), {cfg.batch / seconds:.0f} images/s; the "
+          f"first few, with compilation, {warm:.1f} s\n"
           f"arithmetic  {1000 * flop / rate:9.2f} ms at least: {flop / 1e9:.2f} GFLOP at "
           f"{rate / 1e9:.0f} GFLOP/s, the most that was measured here\n"
           f"memory      {2000 * moved / bandwidth:9.2f} ms at least: {moved / 1e6:.0f} MB, what "

@@ -4,6 +4,7 @@ Wherever it can, a closed-form denoiser stands in for the network: that of data 
 """
 
 import ast
+import contextlib
 import copy
 import hashlib
 import inspect
@@ -808,6 +809,16 @@ def test_parts_of_all_ranks_make_up_the_batch(monkeypatch):
         assert equal(expected, tuple(map(torch.cat, zip(*each))))
 
 
+def torchrun(count, *words, cwd):
+    """What a script that is started in `count` processes prints."""
+    command = f"-m torch.distributed.run --standalone --nproc_per_node {count}".split()
+    done = subprocess.run([sys.executable, *command, *map(str, words)], cwd=cwd, text=True,
+                          capture_output=True,
+                          env=dict(os.environ, CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1"))
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 @pytest.mark.parametrize("script, flags", [
     (teacher, "--steps 6 --batch 16 --width 8 --sample-every 0 --log-every 1"),
     (dmd2, "--steps 6 --batch 16 --evaluate-n 300 --log-every 1 --student-steps 2 --warmup 1 "
@@ -818,12 +829,7 @@ def test_run_is_the_same_on_two_ranks_and_in_parts(script, flags, tiny_teacher, 
     one, parts, two = (tmp_path / name for name in ("one", "parts", "two"))
     script.main([*flags, "--out", str(one)])
     script.main([*flags, "--out", str(parts), "--accumulate", "4"])
-    command = "-m torch.distributed.run --standalone --nproc_per_node 2".split()
-    done = subprocess.run([sys.executable, *command, script.__file__, *flags, "--out", str(two)],
-                          capture_output=True, text=True, cwd=tmp_path,
-                          env=dict(os.environ, CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1"))
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("next: ") == 1
+    assert torchrun(2, script.__file__, *flags, "--out", two, cwd=tmp_path).count("next: ") == 1
     expected = log_of(one)
     for folder in (parts, two):
         for line, same in zip(expected, log_of(folder), strict=True):
@@ -1435,6 +1441,11 @@ def test_every_command_of_the_readme_runs(tmp_path, monkeypatch):
     ran = 0
     for command in commands(README):
         program, *words = shlex.split(command)
+        if program == "torchrun":
+            assert words[:2] == ["--nproc_per_node", "8"]
+            extra = TINY_DMD if words[2] == "dmd2.py" else TINY
+            torchrun(2, ROOT / words[2], *words[3:], *extra, cwd=tmp_path)
+            continue
         if program != "python":
             assert command in ("pip install -r requirements.txt", "pytest test_all.py"), command
             continue
@@ -1448,7 +1459,8 @@ def test_every_command_of_the_readme_runs(tmp_path, monkeypatch):
                      sample=["--n", n, "--seeds", "1"], export=[])[script]
         extra = ["--steps", "6"] if "--resume" in words else [] if "--beside" in words else extra
         main = dict(teacher=teacher, dmd2=dmd2, sample=sample, export=export)[script].main
-        main([*words[1:], *extra])
+        with contextlib.suppress(SystemExit) if "--profile" in words else contextlib.nullcontext():
+            main([*words[1:], *extra])
         ran += 1
     assert ran >= 15
     for snippet in re.findall(r"```python\n(.*?)```", README, re.S):
