@@ -536,6 +536,8 @@ def train(cfg):
     distance = distance_function(cfg.regression_distance, device) if cfg.regression_weight else None
     dm_range, fake_range = interval(cfg.dm_range), interval(cfg.fake_range)
     gan_range = interval(cfg.gan_range) if cfg.gan_noise else None
+    # The discriminator may see the generator's images in the pass by which the fake score learns.
+    shares_pass = cfg.gan_features == "fake" and gan_range == fake_range
     weights = dict(dmd_loss=cfg.dm_weight, gan_loss=cfg.gan_weight, fake_loss=cfg.fake_weight,
                    discriminator_loss=cfg.discriminator_weight,
                    regression_loss=cfg.regression_weight)
@@ -558,7 +560,7 @@ def train(cfg):
     make_run_folder(cfg)
     log = Log(cfg, keeper.start)
     keeper.begin(log)
-    roles = dict(teacher=guided, generator=generator, fake_score=fake_score,
+    roles = dict(teacher=teacher, generator=generator, fake_score=fake_score,
                  discriminator=discriminator)
 
     for step in training_steps(keeper.start, cfg, device, roles):
@@ -593,12 +595,14 @@ def train(cfg):
             # Fake score: the teacher's own loss, on the generator's samples, at every step.
             # Discriminator: real images from generated ones.
             x0 = x0.detach()
-            sigma = sigma_at(draw.uniform(*fake_range), "karras")
-            losses = dict(fake_loss=denoising_loss(fake_score, x0, sigma, label, draw.normal()))
+            sigma, noise = sigma_at(draw.uniform(*fake_range), "karras"), draw.normal()
+            loss, features = denoising_loss(fake_score, x0, sigma, label, noise, features=True)
+            losses = dict(fake_loss=loss)
             if cfg.gan_weight:
-                losses["discriminator_loss"] = discriminator_loss(
-                    discriminator(*diffused(real, draw, gan_range), real_label),
-                    discriminator(*diffused(x0, draw, gan_range), label))
+                real_logits = discriminator(*diffused(real, draw, gan_range), real_label)
+                fake_logits = (discriminator.head(features) if shares_pass else
+                               discriminator(*diffused(x0, draw, gan_range), label))
+                losses["discriminator_loss"] = discriminator_loss(real_logits, fake_logits)
             fake_descent.add(weighted(losses, weights))
             log.note(**losses)
 

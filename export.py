@@ -83,14 +83,14 @@ class Exported(nn.Module):
 
 
 class Half(nn.Module):
-    """A network F in float16 behind float32 inputs and output."""
+    """A network F in float16 behind float32 inputs and outputs."""
 
     def __init__(self, net):
         super().__init__()
         self.net = copy.deepcopy(net).half()
 
-    def forward(self, x, c_noise, label):
-        return self.net(x.half(), c_noise, label).float()
+    def forward(self, x, c_noise, label, decode=True):
+        return tuple(out.float() for out in self.net(x.half(), c_noise, label, decode))
 
 
 # ---- export and check ---------------------------------------------------------------------------

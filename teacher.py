@@ -603,10 +603,11 @@ class UNet(nn.Module):
         self.dec[f"{res}x{res}_aux_conv"] = scaled(last, 1e-5)
         self.apply(initialise)
 
-    def forward(self, x, c_noise, label, encode=False):
-        """x [B, C, H, W], c_noise [B], label [B] int64, label_dim for "no label" -> [B, C, H, W]
+    def forward(self, x, c_noise, label, decode=True):
+        """x [B, C, H, W], c_noise [B], label [B] int64, label_dim for "no label"
 
-        With encode, the output of the encoder's last block instead: [B, c, h, w], the bottleneck.
+        returns F [B, C, H, W], or without decode None; and the output of the encoder's last block
+        [B, c, h, w], the bottleneck
         """
         phase = c_noise[:, None] * self.freqs
         emb = torch.cat([phase.sin(), phase.cos()], dim=1)
@@ -626,14 +627,15 @@ class UNet(nn.Module):
         for layer in self.enc.values():
             x = run(layer, x) if isinstance(layer, Block) else layer(x)
             skips.append(x)
-        if encode:
-            return x
+        features = x
+        if not decode:
+            return None, features
         *blocks, norm, conv = self.dec.values()
         for block in blocks:
             if x.shape[1] != block.conv0.in_channels:
                 x = torch.cat([x, skips.pop()], dim=1)
             x = run(block, x)
-        return conv(F.silu(norm(x)))
+        return conv(F.silu(norm(x))), features
 
 
 def initialise(layer):
@@ -654,21 +656,22 @@ class Denoiser(nn.Module):
 
     def forward(self, x, sigma, label):
         """x [B, C, H, W], sigma [B], label [B] int64 -> x0_hat [B, C, H, W] float32"""
-        x, sigma_ = x.float(), sigma.float().view(-1, 1, 1, 1)
-        c_skip, c_out, c_in = precondition(self.prediction, sigma_)
-        return c_skip * x + c_out * self.run_net(c_in * x, sigma, label)
+        return self.estimate(x, sigma, label)[0]
 
     def features(self, x, sigma, label):
         """The same inputs -> [B, c, h, w] float32, the output of the network's encoder"""
-        _, _, c_in = precondition(self.prediction, sigma.float().view(-1, 1, 1, 1))
-        return self.run_net(c_in * x.float(), sigma, label, encode=True)
+        return self.estimate(x, sigma, label, decode=False)[1]
 
-    def run_net(self, x, sigma, label, **options):
+    def estimate(self, x, sigma, label, decode=True):
+        """Both in one pass, x0_hat and features; x0_hat None without decode."""
+        x, sigma_ = x.float(), sigma.float().view(-1, 1, 1, 1)
+        c_skip, c_out, c_in = precondition(self.prediction, sigma_)
         with torch.autocast(x.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            return self.net(x, sigma.float().log() / 4, label, **options).float()
+            f, features = self.net(c_in * x, sigma.float().log() / 4, label, decode)
+        return c_skip * x + c_out * f.float() if decode else None, features.float()
 
 
-def denoising_loss(denoiser, x0, sigma, label, noise):
+def denoising_loss(denoiser, x0, sigma, label, noise, features=False):
     """Error of the estimate of x0 in the network's units (EDM Eq. 8; its lambda is 1 / c_out^2).
 
         mean(((denoiser(x0 + sigma * noise) - x0) / c_out)^2)
@@ -676,12 +679,17 @@ def denoising_loss(denoiser, x0, sigma, label, noise):
     x0, noise  [B, C, H, W]
     sigma      [B]           one level per image
     label      [B]           int64
-    returns a scalar; 1 for an edm network that has learnt nothing
+    returns a scalar, 1 for an edm network that has learnt nothing; if asked for also the encoder's
+    features of x0 + sigma * noise
     """
     sigma_ = sigma.view(-1, 1, 1, 1)
-    x0_hat = denoiser(x0 + sigma_ * noise, sigma, label)
-    _, c_out, _ = precondition(denoiser.prediction, sigma_)
-    return ((x0_hat - x0) / c_out).square().mean()
+    x, (_, c_out, _) = x0 + sigma_ * noise, precondition(denoiser.prediction, sigma_)
+    if features:
+        x0_hat, seen = denoiser.estimate(x, sigma, label)
+    else:
+        x0_hat = denoiser(x, sigma, label)
+    loss = ((x0_hat - x0) / c_out).square().mean()
+    return (loss, seen) if features else loss
 
 
 # ---- optimisation -------------------------------------------------------------------------------
@@ -1131,7 +1139,8 @@ def profiled(steps, cfg, device, networks, warmup=5, times=20):
     with torch.compiler.set_stance("force_eager"), operations, hooks:
         yield from itertools.islice(steps, cycle)
     for name, network in networks.items():
-        network.forward = record_function(f"{name}, forward")(network.forward)
+        method = "estimate" if isinstance(network, Denoiser) else "forward"
+        setattr(network, method, record_function(f"{name}, forward")(getattr(network, method)))
     with torch.profiler.profile() as profiler:
         yield from itertools.islice(steps, cycle)
     if rank() == 0:

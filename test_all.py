@@ -612,7 +612,7 @@ def test_discriminator_sees_real_images_as_real_with_their_own_labels(tiny_teach
     monkeypatch.setattr(dmd2.Discriminator, "forward", forward)
     monkeypatch.setattr(dmd2, "discriminator_loss", loss)
     dmd2.main([*TINY_DMD, "--teacher", tiny_teacher, "--out", str(tmp_path), "--steps", "2",
-               "--evaluate-every", "0"])
+               "--evaluate-every", "0", "--gan-range", "0,0.9"])
     data = teacher.load_data("digits", "train")
     of_generator, real, fake, *_ = seen  # step 0: the generator's loss, then the discriminator's
     index = teacher.batch_at(0, len(data.images), 16, seed=0)
@@ -621,6 +621,33 @@ def test_discriminator_sees_real_images_as_real_with_their_own_labels(tiny_teach
     assert torch.equal(fake[0], of_generator[0]) and torch.equal(fake[1], of_generator[1])
     assert not torch.equal(fake[1], real[1]) and not fake[0].requires_grad
     assert of_generator[0].requires_grad and len(seen) == 3 + 2
+
+
+@pytest.mark.parametrize("flags, passes", [
+    ("", 6 + 3), ("--gan-range 0,0.9", 7 + 4), ("--gan-features teacher", 7 + 4),
+    ("--gan-weight 0", 4 + 2)])
+def test_no_pass_through_a_network_is_made_twice(flags, passes, tiny_teacher, tmp_path,
+                                                 monkeypatch):
+    """Generator 1, losses of teacher and fake score 2 + 1; GAN 1, its discriminator 1 or 2."""
+    def estimate(*args, **options):
+        calls.append(1)
+        return original(*args, **options)
+
+    calls, original = [], teacher.Denoiser.estimate
+    monkeypatch.setattr(teacher.Denoiser, "estimate", estimate)
+    dmd2.main([*TINY_DMD, "--teacher", tiny_teacher, "--out", str(tmp_path), "--steps", "2",
+               "--evaluate-every", "0", *flags.split()])
+    assert len(calls) == passes
+
+
+def test_features_beside_a_loss_are_those_of_its_noisy_images(tiny_teacher):
+    denoiser = teacher.build(teacher.load(tiny_teacher))
+    x0, noise = teacher.unit_noise(16, (1, 8, 8), 0).chunk(2)
+    sigma, label = torch.linspace(0.1, 5, 8), torch.arange(8)
+    loss, features = teacher.denoising_loss(denoiser, x0, sigma, label, noise, features=True)
+    assert loss == teacher.denoising_loss(denoiser, x0, sigma, label, noise)
+    x = x0 + sigma.view(-1, 1, 1, 1) * noise
+    assert torch.equal(features, denoiser.features(x, sigma, label))
 
 
 @pytest.mark.parametrize("features, trains_encoder", [("fake", True), ("teacher", False)])
@@ -640,9 +667,9 @@ def test_discriminator_trains_the_encoder_that_it_shares(features, trains_encode
     ("--fake-range 0.1,0.2", "denoising_loss", (0.1, 0.2)), ("", "denoising_loss", (0, 1))])
 def test_losses_draw_their_noise_levels_from_their_range(flags, name, quantiles, tiny_teacher,
                                                          tmp_path, monkeypatch):
-    def seen(*args):
+    def seen(*args, **options):
         sigmas.append(args[-3])
-        return original(*args)
+        return original(*args, **options)
 
     sigmas, original = [], getattr(dmd2, name)
     monkeypatch.setattr(dmd2, name, seen)
@@ -906,9 +933,10 @@ def test_learning_rate_rises_stays_and_falls():
 
 
 def test_divergence_stops_the_run_with_step_and_quantity(tmp_path, tiny_teacher, monkeypatch):
-    def loss(*args):
+    def loss(*args, **options):
         steps.append(1)
-        return teacher.denoising_loss(*args) * (math.nan if len(steps) == 3 else 1)
+        loss, features = teacher.denoising_loss(*args, **options)
+        return loss * (math.nan if len(steps) == 3 else 1), features
 
     steps = []
     monkeypatch.setattr(dmd2, "denoising_loss", loss)
