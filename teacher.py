@@ -815,7 +815,8 @@ def prepare(cfg, device, *denoisers):
             if isinstance(layer, nn.Conv2d) and not layer.weight.requires_grad:
                 layer.to(denoiser.dtype)  # once, and not in every pass as autocast would
         if compile != "off":
-            denoiser.net.compile(mode="reduce-overhead" if compile == "graphs" else None)
+            mode = "reduce-overhead" if compile == "graphs" else None
+            denoiser.net.compile(dynamic=False, mode=mode)  # a picture's batch changes nothing
 
 
 # ---- sampling and pictures, as far as training needs them; the rest is in sample.py -------------
@@ -1141,6 +1142,7 @@ def profiled(steps, cfg, device, networks, warmup=5, times=20):
     for name, network in networks.items():
         method = "estimate" if isinstance(network, Denoiser) else "forward"
         setattr(network, method, record_function(f"{name}, forward")(getattr(network, method)))
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or it reports that it finds no GPU
     with torch.profiler.profile() as profiler:
         yield from itertools.islice(steps, cycle)
     if rank() == 0:
