@@ -35,7 +35,7 @@ from teacher import (GENERATOR, SIGMA_MIN, TRAINED_STEP, Descent, Draw, Log, Tra
 
 # What of dmd2.py depends on the data: it fills the options that were not given.
 RECIPES = {
-    "digits": dict(batch=128, steps=1400, lr=4e-4, decay_after=400, fake_lr=1e-3, fake_steps=2,
+    "digits": dict(batch=128, steps=1000, lr=4e-4, decay_after=300, fake_lr=1e-3, fake_steps=2,
                    ema=0.99),
     "mnist": dict(batch=256, steps=20000, lr=2e-4, fake_lr=4e-4, fake_steps=2, ema=0.999),
     "cifar10": dict(batch=256, steps=100000, lr=5e-5, fake_lr=1e-4, fake_steps=5, ema=0.999),
