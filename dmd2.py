@@ -27,11 +27,11 @@ from tqdm import tqdm
 from sample import (BATCH, EVALUATE_AT_LEAST, TITLES, Guided, few_step, generator_sampler,
                     load_reference, measure, steps_of, summary, teacher_sampler)
 from teacher import (GENERATOR, SIGMA_MIN, TRAINED_STEP, Descent, Draw, Log, TrainingOptions, arg,
-                     batch_at, build, check_batch, denoising_loss, due, filled, flag, frozen,
+                     batch_at, build, check_batch, due, filled, flag, frozen,
                      group_norm, load, load_data, make_run_folder, parse, parts_of, pick_device,
                      plot_log, prepare, rank_0_first, rate_at, read, restore, run_script, save,
-                     save_grid, seeded, sigma_at, tell, to_float, to_uint8, training_steps,
-                     unit_noise, update_ema)
+                     save_grid, seeded, sigma_at, tell, to_uint8, training_steps,
+                     unit_error, unit_noise, update_ema)
 
 # What of dmd2.py depends on the data: it fills the options that were not given.
 RECIPES = {
@@ -188,7 +188,7 @@ class Discriminator(nn.Module):
 
 
 def diffused(x0, draw, quantiles):
-    """Images as a discriminator sees them: with noise, drawn anew (DMD2's diffusion GAN).
+    """Images with noise, drawn anew, as fake score and discriminator see them (diffusion GAN).
 
     x0         [B, C, H, W]
     quantiles  the range of the levels, of the karras schedule; None for images without noise
@@ -369,18 +369,17 @@ class Keeper:
         self.device = next(teacher.parameters()).device
         self.teacher_sha256 = hashlib.sha256(Path(cfg.teacher).read_bytes()).hexdigest()
         self.figures = self.best = self.teacher_figures = self.reference = None
-        self.teacher_sampler = teacher_sampler(teacher, parent["data"], self.device)
         self.start = self.resume() if cfg.resume else 0
         data = parent["data"]
+        sampler = teacher_sampler(teacher, data, self.device)
         if cfg.evaluate_every:
-            with rank_0_first():
-                self.reference = load_reference(data["name"], cfg.data_dir or data["data_dir"],
-                                                data["size"], self.device)
-            self.teacher_figures = self.measure(self.teacher_sampler)
+            self.reference = load_reference(data["name"], cfg.data_dir or data["data_dir"],
+                                            data["size"], self.device)
+            self.teacher_figures = self.measure(sampler)
         self.pairs = None
         if cfg.regression_weight:
             with rank_0_first():
-                self.pairs = load_pairs(self.teacher_sampler, self.teacher_sha256, cfg.pairs,
+                self.pairs = load_pairs(sampler, self.teacher_sha256, cfg.pairs,
                                         self.out / "pairs.pt")
 
     def measure(self, sampler):
@@ -415,12 +414,13 @@ class Keeper:
             self.figures = dict(self.measure(sampler), step=step + 1)
             log.write(step + 1, **{name: self.figures[name] for name in TITLES})
             log.say(f"step {step + 1}: {summary(self.figures)}")
-            if not self.best or self.rank(self.figures) > self.rank(self.best):
+            if not self.best or self.merit(self.figures) > self.merit(self.best):
                 self.best = self.figures
                 self.save_generator(step + 1)
         if due(step, cfg.sample_every, cfg.steps):
-            save_estimates(self.teacher, self.networks["fake_score"], self.ema, self.sigmas, data,
-                           self.out / f"samples_{step + 1:06d}.png", self.pairs)
+            with torch.compiler.set_stance("force_eager"):  # its batch is of another size
+                save_estimates(self.teacher, self.networks["fake_score"], self.ema, self.sigmas,
+                               data, self.out / f"samples_{step + 1:06d}.png", self.pairs)
         if due(step, cfg.save_every, cfg.steps):
             log.check()
             plot_log(log.path)
@@ -429,7 +429,7 @@ class Keeper:
             training = {name: network.state_dict() for name, network in self.networks.items()}
             save(dict(self.checkpoint(step + 1), training=training), self.out / "last.pt")
 
-    def rank(self, figures):
+    def merit(self, figures):
         """Sorts generators: those of about the teacher's recall first, by Fréchet distance.
 
         By the distance alone a generator would be preferred that makes fewer kinds of images well.
@@ -511,15 +511,10 @@ def real_batches(cfg, data, device):
     """
     if not cfg.gan_weight and cfg.backward_simulation:
         return lambda step, part: (None, None)
-    with rank_0_first():
-        real = load_data(data["name"], "train", cfg.data_dir or data["data_dir"], data["size"])
+    real = load_data(data["name"], "train", cfg.data_dir or data["data_dir"], data["size"])
     check_batch(cfg.batch, real, data["name"])
     real = real.to(device)
-
-    def batch(step, part):
-        index = batch_at(step, len(real.images), cfg.batch, cfg.seed, device)[part]
-        return to_float(real.images[index]), real.labels[index]
-    return batch
+    return lambda step, part: real.batch(step, cfg.batch, cfg.seed, part)
 
 
 def weighted(losses, weights):
@@ -595,9 +590,9 @@ def train(cfg):
             # Fake score: the teacher's own loss, on the generator's samples, at every step.
             # Discriminator: real images from generated ones.
             x0 = x0.detach()
-            sigma, noise = sigma_at(draw.uniform(*fake_range), "karras"), draw.normal()
-            loss, features = denoising_loss(fake_score, x0, sigma, label, noise, features=True)
-            losses = dict(fake_loss=loss)
+            x, sigma = diffused(x0, draw, fake_range)
+            x0_hat, features = fake_score.estimate(x, sigma, label)
+            losses = dict(fake_loss=unit_error(fake_score.prediction, x0_hat, x0, sigma))
             if cfg.gan_weight:
                 real_logits = discriminator(*diffused(real, draw, gan_range), real_label)
                 fake_logits = (discriminator.head(features) if shares_pass else
@@ -612,7 +607,7 @@ def train(cfg):
             update_ema(ema, generator, cfg.ema, update)
         rate = rate_at(step, cfg.fake_lr, cfg.warmup)
         log.note(fake_gradient_norm=fake_descent.step(rate))
-        log.step(step + 1)
+        log.step()
         keeper.after(step, log)
     log.close()
     keeper.end()
@@ -620,8 +615,10 @@ def train(cfg):
 
 
 def main(argv=None):
-    path = train(parse(Config, argv, __doc__))
-    tell(f"next: python sample.py {path}   or   python export.py {path}")
+    cfg = parse(Config, argv, __doc__)
+    path = train(cfg)
+    if not cfg.profile:
+        tell(f"next: python sample.py {path}   or   python export.py {path}")
 
 
 if __name__ == "__main__":

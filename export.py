@@ -11,7 +11,6 @@ The file takes its name only after onnx.checker passed it and onnxruntime gave P
 reading order: options, the module that is exported, export, check, benchmark.
 """
 
-import contextlib
 import copy
 import dataclasses
 import hashlib
@@ -33,8 +32,8 @@ from onnxscript import opset18
 from torch import nn
 
 from sample import few_step, onnx_session, teacher_sampler
-from teacher import (Options, arg, build, clock, device_name, load, parse, pick_device, run_script,
-                     step_noise, to_uint8)
+from teacher import (Options, arg, build, clock, device_name, load, parse, pick_device, place,
+                     run_script, step_noise, to_uint8)
 
 OPSET = opset18.version  # the fewest nodes at run time, and read by every onnxruntime since 1.14
 BATCHES = (1, 16, 256)  # of the benchmark
@@ -181,23 +180,33 @@ def git_commit():
 
 # ---- benchmark ----------------------------------------------------------------------------------
 
-def bound(path, noise, label, image, device):
+def bound(path, noise, label, image, device, graph=False):
     """A call that runs the file on inputs and into an output that lie on the device already.
 
-    On CUDA as a CUDA graph, for which the session knows its batch size; without, if it can't be.
+    With graph as a CUDA graph, for which the session knows its batch size.
     """
-    session = None
-    if device == "cuda":
-        with contextlib.suppress(ValueError):
-            session, _ = onnx_session(path, device, dict(enable_cuda_graph=1), len(label))
-    session, _ = (session, None) if session else onnx_session(path, device)
+    options = (dict(enable_cuda_graph=1), len(label)) if graph else ()
+    session, _ = onnx_session(path, device.type, *options)
+    noise, label, image = (
+        onnxruntime.OrtValue.ortvalue_from_numpy(tensor.cpu().numpy(), device.type, 0)
+        for tensor in (noise, label, image))
     binding = session.io_binding()
-    for name, tensor in (("noise", noise), ("label", label)):
-        value = onnxruntime.OrtValue.ortvalue_from_numpy(tensor.cpu().numpy(), device, 0)
-        binding.bind_ortvalue_input(name, value)
-    value = onnxruntime.OrtValue.ortvalue_from_numpy(image.cpu().numpy(), device, 0)
-    binding.bind_ortvalue_output("image", value)
-    return lambda: session.run_with_iobinding(binding)
+    binding.bind_ortvalue_input("noise", noise)
+    binding.bind_ortvalue_input("label", label)
+    binding.bind_ortvalue_output("image", image)
+
+    def call():
+        session.run_with_iobinding(binding)
+    call()  # captures
+    return call
+
+
+def compiled_call(exported, inputs):
+    """A call of the compiled module, for this batch size."""
+    torch.compiler.reset()
+    compiled = torch.compile(exported, dynamic=False)
+    compiled(*inputs)
+    return lambda: compiled(*inputs)
 
 
 def replayed(call):
@@ -231,35 +240,35 @@ def benchmark(path, exported, data, device):
 
     The teacher's network has the generator's size, so the generator's stands in for it.
     """
-    exported = exported.to(device)
+    exported = place(exported, device)
     teacher = teacher_sampler(exported.generator, data, device)
     for batch in BATCHES:
-        torch.compiler.reset()
-        compiled = torch.compile(exported, dynamic=False)
         inputs = (exported.example(batch, data["shape"]).to(device),
                   torch.arange(batch, device=device) % len(data["classes"]))
         start = step_noise(1, batch, data["shape"], seed=0).to(device)
         calls = {teacher.name: lambda: teacher.images(start, inputs[1]),
                  "PyTorch eager": lambda: exported(*inputs)}
-        image, failed = exported(*inputs), {}
-        try:
-            compiled(*inputs)
-            calls["torch.compile"] = lambda: compiled(*inputs)
-        except RuntimeError as error:  # where there is no compiler
-            failed = {f"torch.compile: {type(error).__name__}": math.nan}
-        if device == "cuda":
-            calls["PyTorch CUDA graph"] = replayed(calls["PyTorch eager"])
-        calls["onnxruntime"] = bound(path, *inputs, image, device)
-        for name, seconds in {**medians(calls, torch.device(device)), **failed}.items():
+        image = exported(*inputs)
+        attempts = {"torch.compile": lambda: compiled_call(exported, inputs),
+                    "onnxruntime": lambda: bound(path, *inputs, image, device)}
+        if device.type == "cuda":
+            attempts["PyTorch, CUDA graph"] = lambda: replayed(calls["PyTorch eager"])
+            attempts["onnxruntime, CUDA graph"] = lambda: bound(path, *inputs, image, device, True)
+        failed = {}
+        for name, attempt in attempts.items():
+            try:
+                calls[name] = attempt()
+            except Exception as error:  # no compiler, no graph: onnxruntime's have no other base
+                failed[f"{name}: {type(error).__name__}"] = math.nan
+        for name, seconds in {**medians(calls, device), **failed}.items():
             yield batch, name, seconds
 
 
 def print_benchmark(rows, device):
     """Print the rows of benchmark() as they come, with each batch's gain over the teacher."""
-    place = device_name(torch.device(device))
-    tf32 = ", both with TF32" * (device == "cuda")
-    print(f"{place}, torch {torch.__version__} in float32, onnxruntime {onnxruntime.__version__} "
-          f"with the file as exported{tf32}; medians")
+    tf32 = ", both with TF32" * (device.type == "cuda")
+    print(f"{device_name(device)}, torch {torch.__version__} in float32, onnxruntime "
+          f"{onnxruntime.__version__} with the file as exported{tf32}; medians")
     print(f"{'batch':>5}  {'':22} {'ms':>9} {'images/s':>10} {'x teacher':>10}")
     base = {}
     for batch, name, seconds in rows:
@@ -303,8 +312,9 @@ def main(argv=None):
           f"{tolerance:.0e} allowed, on {device}\nnext: python sample.py {path}")
     if cfg.benchmark:
         torch.set_float32_matmul_precision("high")  # TF32, as onnxruntime's default is on CUDA
-        for place in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
-            print_benchmark(benchmark(path, exported, data, place), place)
+        for name in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+            device = torch.device(name)
+            print_benchmark(benchmark(path, exported, data, device), device)
 
 
 if __name__ == "__main__":

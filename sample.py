@@ -27,8 +27,8 @@ from PIL import Image
 from torch import nn
 
 from teacher import (DATA_DIR, FEATURES, HEUN_STEPS, SUBSET, Options, arg, build, heun, load,
-                     load_data, parse, pick_device, rank, ranks, run_script, save,
-                     save_grid, seeded, step_noise, tell, to_float, to_uint8)
+                     load_data, on_rank_0, parse, pick_device, rank, rank_0_first, ranks,
+                     run_script, save, save_grid, seeded, step_noise, tell, to_float, to_uint8)
 
 ASSETS = Path(__file__).resolve().parent / "assets"
 DIMENSIONS = 64  # of the feature space in which quality is measured
@@ -191,7 +191,8 @@ def onnx_sampler(path, device):
 def onnx_session(path, device, provider_options=None, batch=None):
     """An onnxruntime session of a file of export.py, on "cpu" or "cuda", and its metadata's facts.
 
-    batch: the only size of its batches, if it is to be prepared for one; with PyTorch's threads
+    It has as many threads as PyTorch. batch: the only size of its batches, if it is to be prepared
+    for one.
 
     Raises ValueError if the file is missing or foreign, or onnxruntime did not load the provider.
     """
@@ -299,10 +300,11 @@ def load_features(data, name, device="cpu"):
     if name not in SHA256:
         content = hashlib.sha256(data.images.numpy().tobytes() + data.labels.numpy().tobytes())
         path = Path.home() / ".cache" / "dmd2" / f"features_{content.hexdigest()[:16]}.pt"
-        if not path.exists():
-            print(f"training a feature network for {name}; figures compare only with others that "
-                  "tell the same hash", file=sys.stderr)
-            write_features(data, path, device)
+        with rank_0_first():
+            if not path.exists():
+                print(f"training a feature network for {name}; figures compare only with others "
+                      "that tell the same hash", file=sys.stderr)
+                write_features(data, path, device)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     if digest != SHA256.get(name, digest):
         raise ValueError(f"{path}: SHA-256 {digest[:12]} is not {SHA256[name][:12]}; restore it")
@@ -459,6 +461,7 @@ def padded(images, count):
     return F.pad(images, (0, 0) * 3 + (0, count - len(images)), value=255)
 
 
+@on_rank_0
 def write_images(images, label, classes, out):
     """Write images uint8 [N, C, H, W] as a grid (.png), arrays (.npz), or PNG files in a folder."""
     out = Path(out)
@@ -533,7 +536,7 @@ def main(argv=None):
         n = cfg.n or (len(asked) if cfg.labels else 10 * len(classes))
         label = asked[torch.arange(n) % len(asked)]
         write_images(generate(sampler, label, cfg.seed, cfg.batch), label, classes, out)
-    print(f"wrote {out}")
+    tell(f"wrote {out}")
 
 
 if __name__ == "__main__":

@@ -3,10 +3,10 @@
     python teacher.py                       # 1,797 real 8x8 digits, no download
     python teacher.py --data mnist          # or fashion, cifar10, a folder of images
 
-In reading order: noise levels, options, data, random numbers, network, denoiser and loss,
-optimisation, sampling, checkpoints, logging, training. The method is EDM (Karras et al. 2022,
-"Elucidating the Design Space of Diffusion-Based Generative Models"). After this file a diffusion
-model is a function and no more:
+In reading order: noise levels, options, several GPUs, data, random numbers, network, denoiser and
+loss, optimisation, sampling, checkpoints, logging, profile, training. The method is EDM (Karras et
+al. 2022, "Elucidating the Design Space of Diffusion-Based Generative Models"). After this file a
+diffusion model is a function and no more:
 
     x = x0 + sigma * noise                  x0 in [-1, 1], noise standard normal
     denoiser(x, sigma, label) -> x0_hat     the mean of all the x0 that x may have come from
@@ -41,6 +41,7 @@ from PIL import Image, ImageDraw, ImageFont
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.profiler import record_function
+from torch.utils.benchmark import Timer
 from torch.utils.checkpoint import checkpoint as recompute
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
@@ -49,7 +50,6 @@ SIGMA_MIN, SIGMA_MAX, RHO, SIGMA_DATA = 0.002, 80.0, 7.0, 0.5  # EDM, Table 1
 HEUN_STEPS = 18  # of a teacher's sampler, as EDM has for CIFAR-10
 KNOWN_DATA = ("digits", "mnist", "fashion", "cifar10")
 DATA_DIR, FOLDER_SIZE = "data", 32
-FLOAT16 = torch.float16
 
 # What of teacher.py depends on the data: it fills the options that were not given.
 RECIPES = {
@@ -142,22 +142,22 @@ class TrainingOptions(Options):
     seed: int = arg(0, "seed of every random draw", at_least=0, below=2**63)
     steps: int = arg(None, "training steps (default: by data)", at_least=1, free=True)
     batch: int = arg(None, "images per step, of all GPUs together (default: by data)", at_least=1)
-    accumulate: int = arg(1, "parts in which a GPU's share of the batch is computed, one after the "
-                             "other, for less memory", at_least=1, free=True)
-    checkpointing: bool = arg(False, "compute activations anew in the backward pass instead of "
-                                     "keeping them, for less memory", free=True)
+    accumulate: int = arg(1, "parts that a GPU computes its images in, for less memory",
+                          at_least=1, free=True)
+    checkpointing: bool = arg(False, "compute activations anew in backward passes, for less memory",
+                              free=True)
     warmup: int = arg(100, "updates over which a learning rate rises to its value", at_least=0)
     clip: float = arg(10.0, "gradients longer than this are scaled down to it", at_least=1e-9)
-    decay_after: float = arg(None, "updates, of dmd2.py the generator's, after which the learning "
-                                   "rate falls, by half in every fifth of as many (default: by "
-                                   "data)", at_least=1, free=True)
+    decay_after: float = arg(None, "updates (dmd2.py: of the generator) after which the learning "
+                                   "rate halves in every fifth of as many (default: by data, or "
+                                   "never)", at_least=1, free=True)
     ema: float = arg(None, "decay per update of the averaged weights, which are what is kept "
                            "(default: by data)", at_least=0, below=1)
-    dtype: str = arg("auto", "of the networks' arithmetic; auto is bfloat16 on cuda, or float16 "
-                             "where it is missing, else float32",
+    dtype: str = arg("auto", "of the networks' arithmetic; auto is bfloat16 on cuda (float16 where "
+                             "it lacks that), else float32",
                      ("auto", "float32", "bfloat16", "float16"))
-    compile: str = arg("auto", "torch.compile the networks, and with graphs launch them as CUDA "
-                               "graphs; auto is graphs on cuda, else off",
+    compile: str = arg("auto", "torch.compile the networks, with graphs as CUDA graphs; auto is "
+                               "graphs on cuda, else off",
                        ("auto", "graphs", "on", "off"))
     profile: bool = arg(False, "time some steps, tell where they go, and stop; the trace and all "
                                "else goes to the folder profile in --out", free=True)
@@ -171,8 +171,8 @@ class TrainingOptions(Options):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.wandb:
-            import_wandb()
+        if self.wandb and not importlib.util.find_spec("wandb"):
+            raise ValueError("--wandb: wandb is not installed; pip install wandb")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,10 +204,8 @@ def filled(cfg, recipes, data):
     recipe = recipes[data if data in KNOWN_DATA else "folder"]
     missing = {name: value for name, value in recipe.items() if getattr(cfg, name) is None}
     if cfg.profile:
-        every = {field.name: 0 for field in dataclasses.fields(cfg)
-                 if field.name in ("sample_every", "evaluate_every")}
-        missing.update(every, out=f"{cfg.out}/profile", steps=10**6, log_every=10**6,
-                       save_every=10**6, resume=None)
+        off = {name: 0 for name in ("sample_every", "evaluate_every") if hasattr(cfg, name)}
+        missing.update(off, out=f"{cfg.out}/profile", steps=10**6, save_every=10**6, resume=None)
     return dataclasses.replace(cfg, **missing)
 
 
@@ -236,7 +234,6 @@ def parse(config_class, argv=None, description=""):
         raise ValueError(f"{message} (--help lists the options)")
     parser.error = error
     given = vars(parser.parse_args(argv))
-    given = {name: value for name, value in given.items() if value is not None}
     return resumed(config_class, given) if "resume" in given else config_class(**given)
 
 
@@ -286,7 +283,8 @@ def run_script(main):
     except (RuntimeError, MemoryError) as error:
         if not isinstance(error, MemoryError) and "memory" not in str(error):
             raise
-        print(f"{name}: out of memory; try a smaller --batch, --width or --n", file=sys.stderr)
+        print(f"{name}: out of memory; try --accumulate 4, --checkpointing or a smaller --batch, "
+              "--width or --n", file=sys.stderr)
         sys.exit(2)
 
 
@@ -324,11 +322,11 @@ def rank_0_first():
 
 
 def average(tensors):
-    """Replace tensors of one type by their means over the ranks, in place and in one message."""
+    """Replace tensors of one dtype by their means over the ranks, in place and in one message."""
     if ranks() > 1:
-        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        flat = torch.cat([tensor.flatten() for tensor in tensors]) / ranks()
         dist.all_reduce(flat)
-        means = (flat / ranks()).split([tensor.numel() for tensor in tensors])
+        means = flat.split([tensor.numel() for tensor in tensors])
         torch._foreach_copy_(tensors, [mean.view_as(t) for mean, t in zip(means, tensors)])
 
 
@@ -357,6 +355,11 @@ class Data(NamedTuple):
 
     def to(self, device):
         return Data(self.images.to(device), self.labels.to(device), self.classes)
+
+    def batch(self, step, size, seed, part):
+        """Images [B, C, H, W] in [-1, 1] and labels [B] of a step's batch of `size`: its `part`."""
+        index = batch_at(step, len(self.images), size, seed, self.images.device)[part]
+        return to_float(self.images[index]), self.labels[index]
 
 
 def load_data(name, split, data_dir=DATA_DIR, size=FOLDER_SIZE):
@@ -389,7 +392,8 @@ def load_data(name, split, data_dir=DATA_DIR, size=FOLDER_SIZE):
 def download(dataset, data_dir, train, name):
     """A torchvision data set, downloaded if it is not there; OSError if it can't be."""
     try:
-        return dataset(data_dir, train=train, download=True)  # if they are not there
+        with rank_0_first():
+            return dataset(data_dir, train=train, download=True)  # if they are not there
     except (OSError, RuntimeError) as error:
         raise OSError(f"--data {name}: its files are not in {Path(data_dir).resolve()} and can't "
                       f"be downloaded ({error}); --data-dir tells where they are, and --data "
@@ -562,7 +566,7 @@ class UNet(nn.Module):
         if model_channels % 4:
             raise ValueError(f"width {model_channels}: must be a multiple of 4")
         c_emb = 4 * model_channels
-        self.label_dim, self.checkpointing = label_dim, False
+        self.label_dim = label_dim
         octaves = torch.linspace(0, 1, model_channels // 2)
         self.register_buffer("freqs", 10000 ** -octaves, persistent=False)
         self.map_label = nn.Linear(label_dim, model_channels) if label_dim else None
@@ -618,14 +622,9 @@ class UNet(nn.Module):
         emb = emb.to(x.dtype)
         emb = F.silu(self.map_layer1(F.silu(self.map_layer0(emb))))
 
-        def run(block, x):
-            if self.checkpointing and torch.is_grad_enabled():
-                return recompute(block, x, emb, use_reentrant=False, preserve_rng_state=False)
-            return block(x, emb)
-
         skips = []
         for layer in self.enc.values():
-            x = run(layer, x) if isinstance(layer, Block) else layer(x)
+            x = layer(x, emb) if isinstance(layer, Block) else layer(x)
             skips.append(x)
         features = x
         if not decode:
@@ -634,7 +633,7 @@ class UNet(nn.Module):
         for block in blocks:
             if x.shape[1] != block.conv0.in_channels:
                 x = torch.cat([x, skips.pop()], dim=1)
-            x = run(block, x)
+            x = block(x, emb)
         return conv(F.silu(norm(x))), features
 
 
@@ -671,25 +670,26 @@ class Denoiser(nn.Module):
         return c_skip * x + c_out * f.float() if decode else None, features.float()
 
 
-def denoising_loss(denoiser, x0, sigma, label, noise, features=False):
-    """Error of the estimate of x0 in the network's units (EDM Eq. 8; its lambda is 1 / c_out^2).
-
-        mean(((denoiser(x0 + sigma * noise) - x0) / c_out)^2)
+def denoising_loss(denoiser, x0, sigma, label, noise):
+    """unit_error of the estimate of x0 from x0 + sigma * noise (EDM Eq. 8).
 
     x0, noise  [B, C, H, W]
     sigma      [B]           one level per image
     label      [B]           int64
-    returns a scalar, 1 for an edm network that has learnt nothing; if asked for also the encoder's
-    features of x0 + sigma * noise
     """
-    sigma_ = sigma.view(-1, 1, 1, 1)
-    x, (_, c_out, _) = x0 + sigma_ * noise, precondition(denoiser.prediction, sigma_)
-    if features:
-        x0_hat, seen = denoiser.estimate(x, sigma, label)
-    else:
-        x0_hat = denoiser(x, sigma, label)
-    loss = ((x0_hat - x0) / c_out).square().mean()
-    return (loss, seen) if features else loss
+    x0_hat = denoiser(x0 + sigma.view(-1, 1, 1, 1) * noise, sigma, label)
+    return unit_error(denoiser.prediction, x0_hat, x0, sigma)
+
+
+def unit_error(prediction, x0_hat, x0, sigma):
+    """Squared error of an estimate x0_hat [B, C, H, W] in the network's units: of F, not of x0.
+
+        mean(((x0_hat - x0) / c_out)^2)         1 / c_out^2 is EDM's weight lambda(sigma)
+
+    returns a scalar; 1 for an edm network that has learnt nothing
+    """
+    _, c_out, _ = precondition(prediction, sigma.view(-1, 1, 1, 1))
+    return ((x0_hat - x0) / c_out).square().mean()
 
 
 # ---- optimisation -------------------------------------------------------------------------------
@@ -699,16 +699,17 @@ class Descent:
 
     Gradients reach the optimizer's own parameters only: networks that a loss goes through on its
     way there (a fake score that judges the generator) stay as they are and accumulate nothing. On
-    several GPUs they are averaged in one message after the last part of the batch. That is what
-    DistributedDataParallel does, but it holds of each network's single pass, and here a network
-    takes part in several of a step's losses and not in all of them with gradients of its own.
+    several GPUs they are averaged in one message after the last part of the batch.
+    DistributedDataParallel would send them during the backward pass, but holds of networks that a
+    step passes through once, and of losses that train every network they pass through.
     """
 
     def __init__(self, optimizer, cfg, device):
         self.optimizer, self.clip, self.parts = optimizer, cfg.clip, cfg.accumulate
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         # Does nothing but in float16, whose small gradients would vanish.
-        self.scaler = torch.amp.GradScaler(device.type, enabled=dtype_of(cfg, device) == FLOAT16)
+        enabled = dtype_of(cfg, device) == torch.float16
+        self.scaler = torch.amp.GradScaler(device.type, enabled=enabled)
 
     @record_function("backward")
     def add(self, loss):
@@ -720,26 +721,30 @@ class Descent:
         """Step at learning rate `lr` with a gradient of norm at most --clip; returns its norm.
 
         The norm is detached, of before, and not looked at here, which would make the CPU wait for
-        the GPU: Log raises FloatingPointError if it is not finite.
+        the GPU: Log raises FloatingPointError if it is not finite. In float16 it is 0 where the
+        scale was too large and the step left out.
         """
         average([p.grad for p in self.parameters if p.grad is not None])
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.parameters, self.clip)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+        scale = self.scaler.scale(torch.ones_like(norm))  # 1 where there is no scaler
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        if self.scaler.is_enabled() and self.scaler.get_scale() >= 1:
-            norm = torch.where(norm.isfinite(), norm, 0)  # too large a scale: the step was left out
-        return norm
+        return torch.where(norm.isfinite() | (scale <= 1), norm, 0)
 
     def state_dict(self):
         return dict(optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict())
 
     def load_state_dict(self, state):
         self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
+        for p, found in self.optimizer.state.items():  # with the strides of another device
+            found.update({name: torch.empty_like(p).copy_(value) for name, value in found.items()
+                          if value.shape == p.shape})
+        if state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
 
 
 def rate_at(update, lr, warmup, decay_after=None):
@@ -790,7 +795,8 @@ def dtype_of(cfg, device):
         return getattr(torch, cfg.dtype)
     if device.type != "cuda":
         return torch.float32  # on a CPU bfloat16 without compilation was slower, see README
-    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else FLOAT16
+    bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if bfloat16 else torch.float16
 
 
 def place(denoiser, device):
@@ -803,20 +809,21 @@ def place(denoiser, device):
 def prepare(cfg, device, *denoisers):
     """Set how networks compute, as --dtype, --compile and --checkpointing say."""
     torch.set_float32_matmul_precision("high")  # TF32, where a GPU has it
-    torch._dynamo.config.recompile_limit = 64  # with and without gradients, encoder only...
-    compile = cfg.compile
-    if compile == "auto":
-        triton = importlib.util.find_spec("triton") is not None
-        compile = "graphs" if device.type == "cuda" and triton else "off"
+    graphs = device.type == "cuda" and importlib.util.find_spec("triton") is not None
+    compile = cfg.compile if cfg.compile != "auto" else "graphs" if graphs else "off"
+    if compile != "off":
+        torch._dynamo.config.recompile_limit = 64  # with and without gradients, encoder only...
     for denoiser in denoisers:
         denoiser.dtype = dtype_of(cfg, device)
-        denoiser.net.checkpointing = cfg.checkpointing
         for layer in denoiser.net.modules():
             if isinstance(layer, nn.Conv2d) and not layer.weight.requires_grad:
                 layer.to(denoiser.dtype)  # once, and not in every pass as autocast would
+            if isinstance(layer, Block) and cfg.checkpointing:
+                layer.forward = functools.partial(recompute, layer.forward, use_reentrant=False,
+                                                  preserve_rng_state=False)
         if compile != "off":
             mode = "reduce-overhead" if compile == "graphs" else None
-            denoiser.net.compile(dynamic=False, mode=mode)  # a picture's batch changes nothing
+            denoiser.net.compile(dynamic=False, mode=mode)
 
 
 # ---- sampling and pictures, as far as training needs them; the rest is in sample.py -------------
@@ -981,33 +988,26 @@ class Log:
 
     def __init__(self, cfg, start):
         self.cfg, self.path = cfg, Path(cfg.out) / "log.jsonl"
-        self.noted, self.pending, self.began = {}, [], 0.0
-        self.begin(start)
+        self.pending, self.now, self.began = [], start + 1, 0.0
+        if rank() == 0:  # drop the lines of steps that will be done anew
+            lines = read_log(self.path) if start and self.path.exists() else []
+            self.path.write_text("".join(json.dumps(line) + "\n" for line in lines
+                                         if line["step"] <= start))
         self.bar = tqdm(total=cfg.steps, initial=start, disable=True if rank() else None,
                         dynamic_ncols=True)
         self.wandb = start_wandb(cfg) if cfg.wandb and rank() == 0 else None
 
-    @on_rank_0
-    def begin(self, start):
-        """Drop the lines of steps that will be done anew."""
-        lines = read_log(self.path) if start and self.path.exists() else []
-        self.path.write_text("".join(json.dumps(line) + "\n" for line in lines
-                                     if line["step"] <= start))
-
     def note(self, **values):
-        """Take in values (scalars, tensors too) of the step under way; of several, the mean."""
-        for name, value in values.items():
-            self.noted.setdefault(name, []).append(torch.as_tensor(value).detach())
+        """Take in tensors, scalars, of the step under way."""
+        self.pending += [(self.now, name, value.detach()) for name, value in values.items()]
 
-    def step(self, step):
-        """Close a step, counted from 1."""
-        if not self.pending:
+    def step(self):
+        """Close a step."""
+        if self.pending[0][0] == self.now:  # the first since the last line
             self.began = time.perf_counter()
-        for name, values in self.noted.items():
-            self.pending.append((step, name, sum(values) / len(values)))
-        self.noted = {}
+        self.now += 1
         self.bar.update()
-        if due(step - 1, self.cfg.log_every, self.cfg.steps):
+        if due(self.now - 2, self.cfg.log_every, self.cfg.steps):
             self.check()
 
     def check(self):
@@ -1052,16 +1052,9 @@ class Log:
             self.wandb.finish()
 
 
-def import_wandb():
-    try:
-        return importlib.import_module("wandb")
-    except ImportError as error:
-        raise ValueError("--wandb: wandb is not installed; pip install wandb") from error
-
-
 def start_wandb(cfg):
     """A wandb run; offline, beside the log, where nobody is logged in, for it must not ask."""
-    wandb = import_wandb()
+    import wandb
     return wandb.init(project="dmd2", dir=cfg.out, config=dataclasses.asdict(cfg),
                       mode=None if wandb.api.api_key else "offline")
 
@@ -1099,19 +1092,18 @@ def plot_log(path):
     figure.savefig(Path(path).with_name("loss.png"), dpi=90)
 
 
-# ---- the steps of a run, and --profile -----------------------------------------------------------
+# ---- the steps of a run, and --profile ----------------------------------------------------------
 
 def training_steps(start, cfg, device, networks):
-    """The numbers of the steps to do; with --profile of a few, and then a report and the end.
+    """The numbers of the steps to do; with --profile of a few, which end with a report.
 
     networks: by the names that they have in the report
     """
     steps = iter(range(start, cfg.steps))
     for step in profiled(steps, cfg, device, networks) if cfg.profile else steps:
-        torch.compiler.cudagraph_mark_step_begin()  # what the last step computed may be overwritten
+        if device.type == "cuda":  # what the last step's graphs computed may be overwritten
+            torch.compiler.cudagraph_mark_step_begin()
         yield step
-    if cfg.profile:
-        sys.exit()
 
 
 def profiled(steps, cfg, device, networks, warmup=5, times=20):
@@ -1119,11 +1111,11 @@ def profiled(steps, cfg, device, networks, warmup=5, times=20):
     cycle = getattr(cfg, "fake_steps", 1)  # the steps in which each kind of update happens
     seconds, kept, kept_bytes = [], {}, []
 
-    def keep(tensor):  # for the backward pass
+    def keep(tensor):  # for a backward pass, each storage once
         kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
-    def use(tensor):
+    def use(tensor):  # the first that a backward pass asks for ends the count, the others add 0
         kept_bytes.append(sum(kept.values()))
         kept.clear()
         return tensor
@@ -1135,6 +1127,7 @@ def profiled(steps, cfg, device, networks, warmup=5, times=20):
         began = clock(device)
         yield from itertools.islice(steps, cycle)
         seconds.append((clock(device) - began) / cycle)
+    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
     operations = FlopCounterMode(display=False)
     hooks = torch.autograd.graph.saved_tensors_hooks(keep, use)
     with torch.compiler.set_stance("force_eager"), operations, hooks:
@@ -1147,57 +1140,57 @@ def profiled(steps, cfg, device, networks, warmup=5, times=20):
         yield from itertools.islice(steps, cycle)
     if rank() == 0:
         profiler.export_chrome_trace(f"{cfg.out}/trace.json")
-        report_profile(cfg, device, warm, statistics.median(seconds),
-                       operations.get_total_flops() / cycle, sum(kept_bytes) / cycle,
-                       max(kept_bytes), profiler.key_averages())
+        report_profile(cfg, device, dict(
+            warm=warm, seconds=statistics.median(seconds), moved=sum(kept_bytes) / cycle,
+            operations=operations.get_total_flops() / cycle, kept=max(kept_bytes), peak=peak))
+        by = "cpu_time_total" if device.type == "cpu" else "device_time_total"
+        print(profiler.key_averages().table(by, row_limit=25, max_name_column_width=40))
+        print(f"trace: {cfg.out}/trace.json (chrome://tracing or ui.perfetto.dev)")
 
 
-def report_profile(cfg, device, warm, seconds, flop, moved, kept, rows):
+def report_profile(cfg, device, step):
     """Print what profiled() measured of a step beside what this machine can do."""
-    dtype, on_cuda = dtype_of(cfg, device), device.type == "cuda"
-    matrix, image = (8192, 512) if on_cuda else (1024, 16)
+    dtype, on_cpu = dtype_of(cfg, device), device.type == "cpu"
+    matrix, image = (1024, 16) if on_cpu else (8192, 512)
     a = torch.randn(matrix, matrix, device=device, dtype=dtype)
     x, w = (torch.randn(n, 256, side, side, device=device, dtype=dtype)
             for n, side in ((image, 16), (256, 3)))
-    rate = max(2 * matrix**3 / fastest(lambda: a @ a, device),
-               2 * 9 * image * 256**3 / fastest(lambda: F.conv2d(x, w, padding=1), device))
-    block = torch.empty(2**28, dtype=torch.uint8, device=device)
-    bandwidth = 2 * len(block) / fastest(block.clone, device)
-    peak = f"; at most in use: {torch.cuda.max_memory_allocated() / 1e6:.0f} MB" * on_cuda
+    block, copy = torch.empty(2, 2**28, dtype=torch.uint8, device=device)
+    rate = max(2 * matrix**3 / time_of(lambda: a @ a),
+               2 * 9 * image * 256**3 / time_of(lambda: F.conv2d(x, w, padding=1)))
+    bandwidth = 2 * len(block) / time_of(lambda: copy.copy_(block))
+    ms = {name: 1000 * value for name, value in dict(
+        step=step["seconds"], arithmetic=step["operations"] / rate,
+        memory=2 * step["moved"] / bandwidth).items()}
     print(f"{device_name(device)}, torch {torch.__version__}, {str(dtype)[6:]}, --compile "
           f"{cfg.compile}, batch {cfg.batch}\n"
-          f"a step      {1000 * seconds:9.2f} ms (median), {cfg.batch / seconds:.0f} images/s; the "
-          f"first few, with compilation, {warm:.1f} s\n"
-          f"arithmetic  {1000 * flop / rate:9.2f} ms at least: {flop / 1e9:.2f} GFLOP at "
-          f"{rate / 1e9:.0f} GFLOP/s, the most that was measured here\n"
-          f"memory      {2000 * moved / bandwidth:9.2f} ms at least: {moved / 1e6:.0f} MB, what "
-          f"backward passes need, written and read at {bandwidth / 1e9:.0f} GB/s\n"
-          f"kept for a backward pass: {kept / 1e6:.0f} MB at most{peak}")
-    print(rows.table(sort_by="device_time_total" if on_cuda else "cpu_time_total", row_limit=25,
-                     max_name_column_width=40))
-    print(f"trace: {cfg.out}/trace.json (chrome://tracing or ui.perfetto.dev)")
+          f"a step      {ms['step']:9.2f} ms (median), {cfg.batch / step['seconds']:.0f} images/s; "
+          f"the first few, with compilation, {step['warm']:.1f} s\n"
+          f"arithmetic  {ms['arithmetic']:9.2f} ms at least: {step['operations'] / 1e9:.2f} GFLOP "
+          f"at {rate / 1e9:.0f} GFLOP/s, the most measured here\n"
+          f"memory      {ms['memory']:9.2f} ms: {step['moved'] / 1e6:.0f} MB, kept for backward "
+          f"passes in eager mode, written and read at {bandwidth / 1e9:.0f} GB/s\n"
+          f"kept for one backward pass: {step['kept'] / 1e6:.0f} MB at most"
+          + (f"; in use at most: {step['peak'] / 1e6:.0f} MB" if step["peak"] else ""))
 
 
 def clock(device):
     """Seconds, read when all that the device was asked for is done."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
     return time.perf_counter()
+
+
+def time_of(call):
+    """Median seconds of a call, results awaited, with all threads."""
+    timer = Timer("call()", globals=dict(call=call), num_threads=torch.get_num_threads())
+    return timer.blocked_autorange().median
 
 
 def device_name(device):
     """What a measured time is of."""
     threads = f"{torch.get_num_threads()} threads"
     return torch.cuda.get_device_name() if device.type == "cuda" else f"{device.type}, {threads}"
-
-
-def fastest(call, device):
-    """The least seconds of 10 calls."""
-    times = [clock(device)]
-    for _ in range(10):
-        call()
-        times.append(clock(device))
-    return min(end - start for start, end in itertools.pairwise(times))
 
 
 # ---- training -----------------------------------------------------------------------------------
@@ -1209,8 +1202,7 @@ def train(cfg):
     where = str(Path(cfg.data_dir or DATA_DIR).resolve())
     name = cfg.data if cfg.data in KNOWN_DATA else str(Path(cfg.data).resolve())
     cfg = dataclasses.replace(cfg, data=name, data_dir=where)
-    with rank_0_first():
-        data, held_out = (load_data(name, split, where, cfg.size) for split in ("train", "test"))
+    data, held_out = (load_data(name, split, where, cfg.size) for split in ("train", "test"))
     check_batch(cfg.batch, data, name)
     data, held_out, num_classes = data.to(device), held_out.to(device), len(data.classes)
     shape = tuple(data.images.shape[1:])
@@ -1238,9 +1230,8 @@ def train(cfg):
     for step in training_steps(start, cfg, device, dict(denoiser=model)):
         for part in parts:
             draw = Draw(TEACHER, cfg.seed, step, cfg.batch, shape, device, part)
-            index = batch_at(step, len(data.images), cfg.batch, cfg.seed, device)[part]
-            x0 = to_float(data.images[index])
-            label = torch.where(draw.uniform() < cfg.label_dropout, num_classes, data.labels[index])
+            x0, label = data.batch(step, cfg.batch, cfg.seed, part)
+            label = torch.where(draw.uniform() < cfg.label_dropout, num_classes, label)
             sigma = sigma_at(draw.uniform(), cfg.schedule)
             loss = denoising_loss(model, x0, sigma, label, draw.normal())
             descent.add(loss)
@@ -1249,7 +1240,7 @@ def train(cfg):
         update_ema(ema, model, cfg.ema, step)
 
         log.note(gradient_norm=norm)
-        log.step(step + 1)
+        log.step()
         if due(step, cfg.sample_every, cfg.steps):
             log.check()
             loss = validation_loss(ema, held_out, cfg)
@@ -1296,7 +1287,9 @@ def preview(denoiser, shape, classes, path, columns=8):
 def main(argv=None):
     cfg = parse(Config, argv, __doc__)
     path = train(cfg)
-    tell(f"teacher: {path}\nnext: python sample.py {path}   or   python dmd2.py --teacher {path}")
+    if not cfg.profile:
+        tell(f"teacher: {path}\n"
+             f"next: python sample.py {path}   or   python dmd2.py --teacher {path}")
 
 
 if __name__ == "__main__":

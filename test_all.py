@@ -4,7 +4,6 @@ Wherever it can, a closed-form denoiser stands in for the network: that of data 
 """
 
 import ast
-import contextlib
 import copy
 import hashlib
 import inspect
@@ -27,6 +26,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import dmd2
 import export
@@ -640,14 +640,10 @@ def test_no_pass_through_a_network_is_made_twice(flags, passes, tiny_teacher, tm
     assert len(calls) == passes
 
 
-def test_features_beside_a_loss_are_those_of_its_noisy_images(tiny_teacher):
+def test_estimate_and_features_of_one_pass_are_those_of_two(tiny_teacher):
     denoiser = teacher.build(teacher.load(tiny_teacher))
-    x0, noise = teacher.unit_noise(16, (1, 8, 8), 0).chunk(2)
-    sigma, label = torch.linspace(0.1, 5, 8), torch.arange(8)
-    loss, features = teacher.denoising_loss(denoiser, x0, sigma, label, noise, features=True)
-    assert loss == teacher.denoising_loss(denoiser, x0, sigma, label, noise)
-    x = x0 + sigma.view(-1, 1, 1, 1) * noise
-    assert torch.equal(features, denoiser.features(x, sigma, label))
+    inputs = teacher.unit_noise(8, (1, 8, 8), 0), torch.linspace(0.1, 5, 8), torch.arange(8)
+    assert equal(denoiser.estimate(*inputs), (denoiser(*inputs), denoiser.features(*inputs)))
 
 
 @pytest.mark.parametrize("features, trains_encoder", [("fake", True), ("teacher", False)])
@@ -664,12 +660,12 @@ def test_discriminator_trains_the_encoder_that_it_shares(features, trains_encode
 
 @pytest.mark.parametrize("flags, name, quantiles", [
     ("--dm-range 0.5,0.6", "dmd_loss", (0.5, 0.6)), ("", "dmd_loss", (0.02, 0.98)),
-    ("--fake-range 0.1,0.2", "denoising_loss", (0.1, 0.2)), ("", "denoising_loss", (0, 1))])
+    ("--fake-range 0.1,0.2", "unit_error", (0.1, 0.2)), ("", "unit_error", (0, 1))])
 def test_losses_draw_their_noise_levels_from_their_range(flags, name, quantiles, tiny_teacher,
                                                          tmp_path, monkeypatch):
-    def seen(*args, **options):
-        sigmas.append(args[-3])
-        return original(*args, **options)
+    def seen(*args):
+        sigmas.append(args[3])
+        return original(*args)
 
     sigmas, original = [], getattr(dmd2, name)
     monkeypatch.setattr(dmd2, name, seen)
@@ -831,9 +827,8 @@ def test_parts_of_all_ranks_make_up_the_batch(monkeypatch):
         found += teacher.parts_of(cfg)
     whole, *draws = (teacher.Draw(teacher.GENERATOR, 0, 5, 24, (1, 2, 2), "cpu", part)
                      for part in (slice(None), *found))
-    for expected, *each in ([(draw.label(10), draw.uniform(), draw.normal())
-                             for draw in (whole, *draws)],):
-        assert equal(expected, tuple(map(torch.cat, zip(*each))))
+    expected, *each = [(draw.label(10), draw.uniform(), draw.normal()) for draw in (whole, *draws)]
+    assert equal(expected, tuple(map(torch.cat, zip(*each))))
 
 
 def torchrun(count, *words, cwd):
@@ -851,7 +846,7 @@ def torchrun(count, *words, cwd):
     (dmd2, "--steps 6 --batch 16 --evaluate-n 300 --log-every 1 --student-steps 2 --warmup 1 "
            "--gan-weight 1 --discriminator-weight 1 --save-every 2")])
 def test_run_is_the_same_on_two_ranks_and_in_parts(script, flags, tiny_teacher, tmp_path):
-    """To 1e-5: batch, noise and steps are the same, sums are taken in another order."""
+    """Batch, noise and steps are the same; sums are taken in another order."""
     flags = flags.split() + ["--teacher", tiny_teacher] * (script is dmd2)
     one, parts, two = (tmp_path / name for name in ("one", "parts", "two"))
     script.main([*flags, "--out", str(one)])
@@ -860,9 +855,10 @@ def test_run_is_the_same_on_two_ranks_and_in_parts(script, flags, tiny_teacher, 
     expected = log_of(one)
     for folder in (parts, two):
         for line, same in zip(expected, log_of(folder), strict=True):
-            line, same = ({name: value for name, value in values.items()
-                           if name != "images_per_second"} for values in (line, same))
-            assert same == pytest.approx(line, rel=1e-5, abs=2e-6)
+            assert line.keys() == same.keys()
+            for name in line.keys() - {"images_per_second"}:
+                tolerance = 1e-5 if "loss" in name else 1e-4
+                assert same[name] == pytest.approx(line[name], rel=tolerance, abs=tolerance), name
         assert {path.name for path in folder.iterdir()} == {path.name for path in one.iterdir()}
 
 
@@ -903,17 +899,47 @@ def test_profile_tells_where_the_step_goes_and_touches_no_run(script, tiny_teach
                                                               capsys):
     flags = ["--teacher", tiny_teacher] if script is dmd2 else ["--width", "8"]
     (tmp_path / "last.pt").write_text("a run's")
-    with pytest.raises(SystemExit) as stop:
-        script.main([*flags, "--batch", "16", "--profile", "--out", str(tmp_path)])
+    script.main([*flags, "--batch", "16", "--profile", "--out", str(tmp_path)])
     out = capsys.readouterr().out
-    assert not stop.value.code and (tmp_path / "last.pt").read_text() == "a run's"
+    assert "next: " not in out and (tmp_path / "last.pt").read_text() == "a run's"
     assert {path.name for path in tmp_path.iterdir()} == {"last.pt", "profile"}
     assert "traceEvents" in json.loads((tmp_path / "profile" / "trace.json").read_text())
     names = ("generator", "fake_score", "teacher") if script is dmd2 else ("denoiser",)
     assert all(f"{name}, forward" in out for name in names) and "backward" in out
-    step, arithmetic, memory = (float(re.search(rf"{name} +([0-9.]+) ms", out)[1])
-                                for name in ("a step", "arithmetic", "memory"))
-    assert 0 < arithmetic < step and 0 < memory < step
+    step, arithmetic = (float(re.search(rf"{name} +([0-9.]+) ms", out)[1])
+                        for name in ("a step", "arithmetic"))
+    assert 0 < arithmetic < step
+
+
+def test_profile_counts_the_operations_of_a_step(tmp_path, capsys):
+    def step():
+        x, label = torch.randn(16, 1, 8, 8), torch.arange(16) % 10
+        denoiser(x, torch.ones(16), label).mean().backward()
+
+    denoiser = teacher.Denoiser(teacher.UNet(8, 1, 10, 8, (1, 2), 1, (4,)))
+    with FlopCounterMode(display=False) as counter:
+        step()
+    teacher.main(["--width", "8", "--batch", "16", "--profile", "--out", str(tmp_path)])
+    found = float(re.search(r"([0-9.]+) GFLOP at", capsys.readouterr().out)[1])
+    assert found == pytest.approx(counter.get_total_flops() / 1e9, abs=0.005)
+
+
+def test_optimizer_state_of_another_device_takes_the_strides_of_this_one():
+    """A GPU's are with the channels last; fused kernels would pair them wrongly."""
+    states = []
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        torch.manual_seed(0)
+        nets = nn.Conv2d(4, 4, 3).to(memory_format=memory_format), nn.Conv2d(4, 4, 3)
+        first, second = (descent(torch.optim.Adam(net.parameters(), fused=True)) for net in nets)
+        for net, step in zip(nets, (first, second)):
+            if net is nets[1]:
+                net.load_state_dict(nets[0].state_dict())
+                second.load_state_dict(first.state_dict())
+            for _ in range(3):
+                step.add(net(torch.ones(1, 4, 5, 5)).square().sum())
+                step.step(lr=0.1)
+        states.append([p.detach() for p in nets[1].parameters()])
+    torch.testing.assert_close(*states)
 
 
 def test_ema_is_the_weighted_mean():
@@ -933,13 +959,12 @@ def test_learning_rate_rises_stays_and_falls():
 
 
 def test_divergence_stops_the_run_with_step_and_quantity(tmp_path, tiny_teacher, monkeypatch):
-    def loss(*args, **options):
+    def loss(*args):
         steps.append(1)
-        loss, features = teacher.denoising_loss(*args, **options)
-        return loss * (math.nan if len(steps) == 3 else 1), features
+        return teacher.unit_error(*args) * (math.nan if len(steps) == 3 else 1)
 
     steps = []
-    monkeypatch.setattr(dmd2, "denoising_loss", loss)
+    monkeypatch.setattr(dmd2, "unit_error", loss)
     with pytest.raises(FloatingPointError, match="fake_loss is nan at step 3"):
         dmd2.main([*TINY_DMD, "--teacher", tiny_teacher, "--out", str(tmp_path),
                    "--save-every", "2", "--log-every", "4"])
@@ -1152,6 +1177,15 @@ def test_onnxruntime_has_nothing_to_transpose(tiny, tmp_path):
                                  providers=["CPUExecutionProvider"])
     operators = [node.op_type for node in onnx.load(tmp_path / "run.onnx").graph.node]
     assert "FusedMatMul" in operators and "Transpose" not in operators
+
+
+def test_bound_session_fills_the_output_with_the_images(tiny, tiny_generator):
+    checkpoint = teacher.load(tiny_generator)
+    exported = export.Exported(teacher.build(checkpoint), checkpoint["sigmas"])
+    noise, label = exported.example(5, (1, 8, 8)), torch.arange(5)
+    image = torch.zeros(5, 1, 8, 8)
+    export.bound(tiny / "dmd2" / "generator.onnx", noise, label, image, torch.device("cpu"))()
+    torch.testing.assert_close(image, exported(noise, label).detach(), atol=1e-5, rtol=0)
 
 
 def test_medians_are_of_calls_that_take_turns():
@@ -1390,7 +1424,7 @@ def test_best_generator_has_about_the_teacher_s_recall_and_then_the_least_distan
     keeper = types.SimpleNamespace(teacher_figures=dict(recall=0.9))
     figures = [dict(frechet_distance=distance, recall=recall) for distance, recall in
                ((0.2, 0.88), (0.3, 0.95), (0.1, 0.8), (0.05, 0.7))]
-    assert sorted(figures[::-1], key=lambda f: dmd2.Keeper.rank(keeper, f))[::-1] == figures
+    assert sorted(figures[::-1], key=lambda f: dmd2.Keeper.merit(keeper, f))[::-1] == figures
 
 
 @pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="no compiler")
@@ -1487,8 +1521,7 @@ def test_every_command_of_the_readme_runs(tmp_path, monkeypatch):
                      sample=["--n", n, "--seeds", "1"], export=[])[script]
         extra = ["--steps", "6"] if "--resume" in words else [] if "--beside" in words else extra
         main = dict(teacher=teacher, dmd2=dmd2, sample=sample, export=export)[script].main
-        with contextlib.suppress(SystemExit) if "--profile" in words else contextlib.nullcontext():
-            main([*words[1:], *extra])
+        main([*words[1:], *extra])
         ran += 1
     assert ran >= 15
     for snippet in re.findall(r"```python\n(.*?)```", README, re.S):
