@@ -471,7 +471,8 @@ def read_teacher(cfg):
         raise ValueError(f"--guidance {cfg.guidance}: {cfg.teacher} was trained without "
                          "--label-dropout and knows no images without label; leave it out")
     for path in filter(None, (cfg.teacher, cfg.init_from)):
-        if Path(path).resolve().parent == Path(cfg.out).resolve() and not cfg.resume:
+        same = Path(path).resolve().parent == Path(cfg.out).resolve()
+        if same and not (cfg.resume or cfg.profile):
             raise ValueError(f"--out {cfg.out}: a new run there would remove {path}; name another "
                              "folder")
     cfg = filled(cfg, RECIPES, parent["data"]["name"])

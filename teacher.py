@@ -254,7 +254,7 @@ def resumed(config_class, given):
             raise ValueError(f"{flag(name)} {given[name]}: the run to resume has {saved[name]}; "
                              "leave the flag out, or start a new run")
     cfg = config_class(**{**saved, **given, "out": str(Path(path).parent)})
-    if cfg.steps <= checkpoint["step"]:
+    if cfg.steps <= checkpoint["step"] and not cfg.profile:
         raise ValueError(f"--steps {cfg.steps}: {path} has done {checkpoint['step']} already; give "
                          "more")
     return cfg
@@ -281,6 +281,8 @@ def run_script(main):
               "written", file=sys.stderr)
         sys.exit(130)
     except (RuntimeError, MemoryError) as error:
+        if rank() > 0 and "peer" in str(error):  # which tells why it went
+            sys.exit(1)
         if not isinstance(error, MemoryError) and "memory" not in str(error):
             raise
         print(f"{name}: out of memory; try --accumulate 4, --checkpointing or a smaller --batch, "
@@ -338,8 +340,8 @@ def parts_of(cfg):
     """
     count = ranks() * cfg.accumulate
     if cfg.batch % count:
-        raise ValueError(f"--batch {cfg.batch}: can't be split into --accumulate {cfg.accumulate} "
-                         f"parts on each of {ranks()} GPUs; give a multiple of {count}")
+        raise ValueError(f"--batch {cfg.batch}: can't be split evenly into --accumulate "
+                         f"{cfg.accumulate} x {ranks()} processes; give a multiple of {count}")
     size, first = cfg.batch // count, rank() * cfg.accumulate
     return [slice(i * size, (i + 1) * size) for i in range(first, first + cfg.accumulate)]
 
@@ -391,13 +393,13 @@ def load_data(name, split, data_dir=DATA_DIR, size=FOLDER_SIZE):
 
 def download(dataset, data_dir, train, name):
     """A torchvision data set, downloaded if it is not there; OSError if it can't be."""
-    try:
-        with rank_0_first():
+    with rank_0_first():
+        try:
             return dataset(data_dir, train=train, download=True)  # if they are not there
-    except (OSError, RuntimeError) as error:
-        raise OSError(f"--data {name}: its files are not in {Path(data_dir).resolve()} and can't "
-                      f"be downloaded ({error}); --data-dir tells where they are, and --data "
-                      "digits needs no download") from error
+        except (OSError, RuntimeError) as error:
+            raise OSError(f"--data {name}: its files are not in {Path(data_dir).resolve()} and "
+                          f"can't be downloaded ({error}); --data-dir tells where they are, and "
+                          "--data digits needs no download") from error
 
 
 @functools.lru_cache(maxsize=1)  # both splits come from one reading
@@ -968,7 +970,7 @@ def make_run_folder(cfg):
     """
     out = Path(cfg.out)
     out.mkdir(parents=True, exist_ok=True)
-    if not cfg.resume:
+    if not (cfg.resume or cfg.profile):
         stale = [path for pattern in ("teacher.pt", "generator.pt", "last.pt", "samples_*.png")
                  for path in out.glob(pattern)]
         if stale:

@@ -831,27 +831,65 @@ def test_parts_of_all_ranks_make_up_the_batch(monkeypatch):
     assert equal(expected, tuple(map(torch.cat, zip(*each))))
 
 
-def torchrun(count, *words, cwd):
-    """What a script that is started in `count` processes prints."""
+def torchrun(count, *words, cwd, fits=True):
+    """A script, started in `count` processes and run to its end."""
     command = f"-m torch.distributed.run --standalone --nproc_per_node {count}".split()
     done = subprocess.run([sys.executable, *command, *map(str, words)], cwd=cwd, text=True,
                           capture_output=True,
                           env=dict(os.environ, CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1"))
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    assert (done.returncode == 0) == fits, done.stderr
+    return done
+
+
+def test_mistake_that_rank_0_meets_ends_the_others_without_a_word(tmp_path):
+    (tmp_path / "file").touch()
+    done = torchrun(2, ROOT / "teacher.py", *TINY, "--out", "file/run", cwd=tmp_path, fits=False)
+    assert "rank 0: [Errno 20] Not a directory: 'file/run'" in done.stderr
+    assert "rank 1: " not in done.stderr and "[rank1]" not in done.stderr
+
+
+def test_each_process_has_a_gpu_of_its_own(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(teacher, "ranks", lambda: 4)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert teacher.pick_device("auto").type == "cuda" and chosen == [1]
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(ValueError, match="PyTorch finds 2"):
+        teacher.pick_device("cuda")
+
+
+@pytest.mark.parametrize("flag, device, mode", [
+    ("auto", "cpu", None), ("off", "cuda", None), ("on", "cpu", "default"),
+    ("auto", "cuda", "reduce-overhead"), ("graphs", "cuda", "reduce-overhead")])
+def test_networks_are_compiled_as_asked(flag, device, mode, tiny_teacher, monkeypatch):
+    monkeypatch.setattr(teacher.importlib.util, "find_spec", lambda name: True)  # triton
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **options: True)
+    denoiser = teacher.build(teacher.load(tiny_teacher))
+    denoiser.net.compile = lambda **options: modes.append(options["mode"] or "default")
+    modes, cfg = [], teacher.parse(teacher.Config, ["--compile", flag])
+    teacher.prepare(cfg, torch.device(device), denoiser)
+    assert modes == [mode] * (mode is not None)
+    assert denoiser.dtype == (torch.bfloat16 if device == "cuda" else torch.float32)
 
 
 @pytest.mark.parametrize("script, flags", [
     (teacher, "--steps 6 --batch 16 --width 8 --sample-every 0 --log-every 1"),
-    (dmd2, "--steps 6 --batch 16 --evaluate-n 300 --log-every 1 --student-steps 2 --warmup 1 "
-           "--gan-weight 1 --discriminator-weight 1 --save-every 2")])
+    (dmd2, "--steps 6 --batch 16 --evaluate-n 300 --evaluate-every 2 --log-every 1 --warmup 1 "
+           "--student-steps 2 --gan-weight 1 --discriminator-weight 1 --save-every 2")])
 def test_run_is_the_same_on_two_ranks_and_in_parts(script, flags, tiny_teacher, tmp_path):
     """Batch, noise and steps are the same; sums are taken in another order."""
     flags = flags.split() + ["--teacher", tiny_teacher] * (script is dmd2)
     one, parts, two = (tmp_path / name for name in ("one", "parts", "two"))
     script.main([*flags, "--out", str(one)])
     script.main([*flags, "--out", str(parts), "--accumulate", "4"])
-    assert torchrun(2, script.__file__, *flags, "--out", two, cwd=tmp_path).count("next: ") == 1
+    words = [*flags, "--out", two]
+    if script is dmd2:  # begun alone, resumed on two
+        script.main([*flags, "--out", str(two), "--steps", "2"])
+        words = ["--resume", two / "last.pt", "--steps", "6"]
+    assert torchrun(2, script.__file__, *words, cwd=tmp_path).stdout.count("next: ") == 1
     expected = log_of(one)
     for folder in (parts, two):
         for line, same in zip(expected, log_of(folder), strict=True):
@@ -898,10 +936,13 @@ def test_frozen_teacher_is_in_the_compute_type_and_estimates_the_same(tiny_teach
 def test_profile_tells_where_the_step_goes_and_touches_no_run(script, tiny_teacher, tmp_path,
                                                               capsys):
     flags = ["--teacher", tiny_teacher] if script is dmd2 else ["--width", "8"]
-    (tmp_path / "last.pt").write_text("a run's")
+    (tmp_path / "profile").mkdir()
+    for path in ("last.pt", "profile/last.pt"):
+        (tmp_path / path).write_text("a run's")
     script.main([*flags, "--batch", "16", "--profile", "--out", str(tmp_path)])
     out = capsys.readouterr().out
     assert "next: " not in out and (tmp_path / "last.pt").read_text() == "a run's"
+    assert (tmp_path / "profile" / "last.pt").exists()
     assert {path.name for path in tmp_path.iterdir()} == {"last.pt", "profile"}
     assert "traceEvents" in json.loads((tmp_path / "profile" / "trace.json").read_text())
     names = ("generator", "fake_score", "teacher") if script is dmd2 else ("denoiser",)
@@ -1046,6 +1087,7 @@ def test_log_that_was_not_written_whole_does_not_stop_a_resume(tiny_teacher, tmp
 
 @pytest.mark.parametrize("script, flags, name", [
     (teacher, TINY, "teacher.pt"), (dmd2, TINY_DMD, "last.pt"),
+    (teacher, [*TINY, "--dtype", "float16", "--decay-after", "3"], "teacher.pt"),
     (dmd2, [*TINY_DMD, "--gan-weight", "1", "--student-steps", "4"], "last.pt"),
     (dmd2, [*TINY_DMD, "--regression-weight", "1", "--pairs", "40"], "last.pt")])
 def test_resumed_run_is_the_uninterrupted_one_bit_for_bit(script, flags, name, tiny_teacher,
@@ -1281,6 +1323,7 @@ def fails(main, argv, capsys):
     (teacher.main, "--data mnist --data-dir /dev/null/x", "--data digits needs no download"),
     (teacher.main, "--batch 1500", "--batch 1500: digits has only 1497"),
     (teacher.main, "--batch 0", "--batch 0: must be at least 1"),
+    (teacher.main, "--batch 16 --accumulate 3", "--accumulate 3 x 1 processes; give a multiple"),
     (teacher.main, "--batch many", "invalid int value: 'many'"),
     (teacher.main, "--lr nan", "--lr nan: must be"),
     (teacher.main, "--mults 1,x", "--mults 1,x: needs positive integers"),
