@@ -41,7 +41,6 @@ from PIL import Image, ImageDraw, ImageFont
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.profiler import record_function
-from torch.utils.benchmark import Timer
 from torch.utils.checkpoint import checkpoint as recompute
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
@@ -1158,9 +1157,9 @@ def report_profile(cfg, device, step):
     x, w = (torch.randn(n, 256, side, side, device=device, dtype=dtype)
             for n, side in ((image, 16), (256, 3)))
     block, copy = torch.empty(2, 2**28, dtype=torch.uint8, device=device)
-    rate = max(2 * matrix**3 / time_of(lambda: a @ a),
-               2 * 9 * image * 256**3 / time_of(lambda: F.conv2d(x, w, padding=1)))
-    bandwidth = 2 * len(block) / time_of(lambda: copy.copy_(block))
+    rate = max(2 * matrix**3 / time_of(lambda: a @ a, device),
+               2 * 9 * image * 256**3 / time_of(lambda: F.conv2d(x, w, padding=1), device))
+    bandwidth = 2 * len(block) / time_of(lambda: copy.copy_(block), device)
     ms = {name: 1000 * value for name, value in dict(
         step=step["seconds"], arithmetic=step["operations"] / rate,
         memory=2 * step["moved"] / bandwidth).items()}
@@ -1183,10 +1182,13 @@ def clock(device):
     return time.perf_counter()
 
 
-def time_of(call):
-    """Median seconds of a call, results awaited, with all threads."""
-    timer = Timer("call()", globals=dict(call=call), num_threads=torch.get_num_threads())
-    return timer.blocked_autorange().median
+def time_of(call, device):
+    """The least seconds of 20 calls, results awaited."""
+    ends = [clock(device)]
+    for _ in range(20):
+        call()
+        ends.append(clock(device))
+    return min(end - start for start, end in itertools.pairwise(ends))
 
 
 def device_name(device):
