@@ -27,11 +27,10 @@ from tqdm import tqdm
 from sample import (BATCH, EVALUATE_AT_LEAST, TITLES, Guided, few_step, generator_sampler,
                     load_reference, measure, steps_of, summary, teacher_sampler)
 from teacher import (GENERATOR, SIGMA_MIN, TRAINED_STEP, Descent, Draw, Log, TrainingOptions, arg,
-                     batch_at, build, check_batch, due, filled, flag, frozen,
-                     group_norm, load, load_data, make_run_folder, parse, parts_of, pick_device,
-                     plot_log, prepare, rank_0_first, rate_at, read, restore, run_script, save,
-                     save_grid, seeded, sigma_at, tell, to_uint8, training_steps,
-                     unit_error, unit_noise, update_ema)
+                     batch_at, build, check_batch, due, filled, flag, frozen, group_norm, load,
+                     load_data, make_run_folder, parse, parts_of, pick_device, plot_log, prepare,
+                     rank_0_first, rate_at, read, restore, run_script, save, save_grid, seeded,
+                     sigma_at, tell, to_uint8, training_steps, unit_error, unit_noise, update_ema)
 
 # What of dmd2.py depends on the data: it fills the options that were not given.
 RECIPES = {
