@@ -24,13 +24,14 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from sample import (BATCH, EVALUATE_AT_LEAST, TITLES, Guided, few_step, generator_sampler,
-                    load_reference, measure, steps_of, summary, teacher_sampler)
-from teacher import (GENERATOR, SIGMA_MIN, TRAINED_STEP, Descent, Draw, Log, TrainingOptions, arg,
-                     batch_at, build, check_batch, due, filled, flag, frozen, group_norm, load,
-                     load_data, make_run_folder, parse, parts_of, pick_device, plot_log, prepare,
-                     rank_0_first, rate_at, read, restore, run_script, save, save_grid, seeded,
-                     sigma_at, tell, to_uint8, training_steps, unit_error, unit_noise, update_ema)
+from sample import (BATCH, EVALUATE_AT_LEAST, TITLES, few_step, generator_sampler, guided,
+                    load_reference, measure, open_checkpoint, steps_of, summary, teacher_sampler)
+from teacher import (GENERATOR, SIGMA_MAX, SIGMA_MIN, TRAINED_STEP, Descent, Draw, Log,
+                     TrainingOptions, arg, batch_at, build, check_batch, due, filled, flag,
+                     frozen, group_norm, load, load_data, lowest_quantile, make_run_folder, parse,
+                     parts_of, pick_device, plot_log, prepare, quantile_of, rank_0_first, rate_at,
+                     read, restore, run_script, save, save_grid, seeded, sigma_at, tell, to_uint8,
+                     training_steps, unit_error, unit_noise, update_ema)
 
 # What of dmd2.py depends on the data: it fills the options that were not given.
 RECIPES = {
@@ -51,13 +52,18 @@ RECALL_SHARE = 0.97  # of the teacher's recall: below it a generator is not the 
 class Config(TrainingOptions):
     """Options of dmd2.py; those left at None take their values from RECIPES."""
 
-    teacher: str = arg(None, "checkpoint of teacher.py to distil", free=True)
+    teacher: str = arg(None, "checkpoint to distil, of teacher.py or of NVlabs/edm (.pkl)",
+                       free=True)
+    data: str = arg(None, "what images an EDM checkpoint was trained on, such as cifar10 or a "
+                          "folder; a checkpoint of teacher.py knows")
     out: str = arg("runs/dmd2", "folder of the run", free=True)
     fake_steps: int = arg(None, "updates of the fake score per update of the generator: the two "
                                 "time-scale rule (default: by data)", at_least=1)
     lr: float = arg(None, "learning rate of the generator (default: by data)", at_least=0, below=1)
     fake_lr: float = arg(None, "learning rate of the fake score (default: by data)", at_least=0,
                          below=1)
+    conditioning_sigma: float = arg(80.0, "noise level at which the generator begins",
+                                    at_least=SIGMA_MIN)
     student_steps: int = arg(1, "steps in which the generator makes an image", (1, 2, 4))
     backward_simulation: bool = arg(True, "with several steps: train each on what the steps before "
                                           "it make of noise, not on real images with noise")
@@ -217,12 +223,13 @@ def discriminator_loss(real_logits, fake_logits):
 
 # ---- the steps of a generator --------------------------------------------------------------------
 
-def generator_sigmas(steps):
+def generator_sigmas(steps, highest=SIGMA_MAX):
     """Noise levels at evenly spread quantiles of the karras schedule: 80, 17.5, 2.52, 0.170 of 4.
 
     As DMD2 spreads its timesteps, 999, 749, 499, 249.
     """
-    return sigma_at(torch.linspace(1, 1 / steps, steps, dtype=torch.float64), "karras").tolist()
+    u = quantile_of(highest) * torch.linspace(1, 1 / steps, steps, dtype=torch.float64)
+    return sigma_at(u, "karras").tolist()
 
 
 def trained_step(count, seed, step):
@@ -287,8 +294,8 @@ def load_pairs(sampler, teacher_sha256, count, path):
             print(f"{path}: of another teacher or setting, or damaged; making the pairs anew",
                   file=sys.stderr)
         path.parent.mkdir(parents=True, exist_ok=True)
-        parts = list(zip(noise[None].split(BATCH, dim=1), label.split(BATCH)))
-        images = [sampler.images(z.to(device), c.to(device)).cpu()
+        parts = list(zip(noise.split(BATCH), label.split(BATCH)))
+        images = [sampler.images(iter([z.to(device)]), c.to(device)).cpu()
                   for z, c in tqdm(parts, "pairs", disable=None)]
         stored = dict(origin=origin, images=torch.cat(images))
         if not fits(stored):
@@ -370,7 +377,7 @@ class Keeper:
         self.figures = self.best = self.teacher_figures = self.reference = None
         self.start = self.resume() if cfg.resume else 0
         data = parent["data"]
-        sampler = teacher_sampler(teacher, data, self.device)
+        sampler = teacher_sampler(teacher, parent["schedule"], data, self.device)
         if cfg.evaluate_every:
             self.reference = load_reference(data["name"], cfg.data_dir or data["data_dir"],
                                             data["size"], self.device)
@@ -443,7 +450,8 @@ class Keeper:
 
     def checkpoint(self, step):
         """The EMA generator, its figures if this step was evaluated, and where it comes from."""
-        inherited = {name: self.parent[name] for name in ("network", "prediction", "data")}
+        inherited = {name: self.parent[name]
+                     for name in ("network", "prediction", "schedule", "data")}
         evaluated = self.figures is not None and self.figures["step"] == step
         return dict(inherited, kind="generator", step=step, config=dataclasses.asdict(self.cfg),
                     sigmas=self.sigmas, figures=self.figures if evaluated else None,
@@ -462,20 +470,22 @@ class Keeper:
 
 def read_teacher(cfg):
     """The checkpoint of --teacher and the config that its data fill; ValueError if it is unfit."""
-    parent = load(cfg.teacher)
+    parent = open_checkpoint(cfg.teacher, cfg.data, cfg.data_dir)
     if parent["kind"] != "teacher":
         raise ValueError(f"--teacher {cfg.teacher}: holds a {parent['kind']}; give a checkpoint of "
                          "teacher.py")
-    if cfg.guidance != 1 and not parent["config"].get("label_dropout"):
-        raise ValueError(f"--guidance {cfg.guidance}: {cfg.teacher} was trained without "
-                         "--label-dropout and knows no images without label; leave it out")
+    name = parent["data"]["name"]
+    if name is None:
+        raise ValueError(f"--data is missing: {cfg.teacher} does not tell what images it was "
+                         "trained on; give it, such as --data cifar10")
     for path in filter(None, (cfg.teacher, cfg.init_from)):
         same = Path(path).resolve().parent == Path(cfg.out).resolve()
         if same and not (cfg.resume or cfg.profile):
             raise ValueError(f"--out {cfg.out}: a new run there would remove {path}; name another "
                              "folder")
-    cfg = filled(cfg, RECIPES, parent["data"]["name"])
-    return parent, dataclasses.replace(cfg, teacher=str(Path(cfg.teacher).resolve()))
+    cfg = filled(cfg, RECIPES, name)
+    return parent, dataclasses.replace(cfg, teacher=str(Path(cfg.teacher).resolve()),
+                                       data=cfg.data and name)
 
 
 def initial(cfg, parent, device):
@@ -525,12 +535,15 @@ def weighted(losses, weights):
 def train(cfg):
     """Distil; returns the path of the generator's checkpoint."""
     device, (parent, cfg) = pick_device(cfg.device), read_teacher(cfg)
-    parts, data, sigmas = parts_of(cfg), parent["data"], generator_sigmas(cfg.student_steps)
+    parts, data = parts_of(cfg), parent["data"]
+    sigmas = generator_sigmas(cfg.student_steps, cfg.conditioning_sigma)
     num_classes, shape = len(data["classes"]), data["shape"]
     real_batch = real_batches(cfg, data, device)
     distance = distance_function(cfg.regression_distance, device) if cfg.regression_weight else None
-    dm_range, fake_range = interval(cfg.dm_range), interval(cfg.fake_range)
-    gan_range = interval(cfg.gan_range) if cfg.gan_noise else None
+    lowest = lowest_quantile(parent["schedule"])
+    dm_range, fake_range, gan_range = (tuple(max(u, lowest) for u in interval(text)) for text in
+                                       (cfg.dm_range, cfg.fake_range, cfg.gan_range))
+    gan_range = gan_range if cfg.gan_noise else None
     # The discriminator may see the generator's images in the pass by which the fake score learns.
     shares_pass = cfg.gan_features == "fake" and gan_range == fake_range
     weights = dict(dmd_loss=cfg.dm_weight, gan_loss=cfg.gan_weight, fake_loss=cfg.fake_weight,
@@ -546,8 +559,8 @@ def train(cfg):
     generator_descent = Descent(adamw(generator.parameters()), cfg, device)
     fake_descent = Descent(adamw([*fake_score.parameters(), *discriminator.head.parameters()]), cfg,
                            device)
-    guided = teacher if cfg.guidance == 1 else Guided(teacher, cfg.guidance)
-    keeper = Keeper(cfg, parent, guided, ema, sigmas, dict(
+    guide = guided(teacher, cfg.guidance, parent, cfg.teacher)
+    keeper = Keeper(cfg, parent, guide, ema, sigmas, dict(
         generator=generator, fake_score=fake_score, head=discriminator.head,
         generator_descent=generator_descent, fake_descent=fake_descent))
     # After the keeper measured the teacher and made its pairs in float32; not ema, for the same.
@@ -576,7 +589,7 @@ def train(cfg):
                 losses = {}
                 if cfg.dm_weight:
                     sigma, noise = sigma_at(draw.uniform(*dm_range), "karras"), draw.normal()
-                    losses["dmd_loss"] = dmd_loss(guided, fake_score, x0, sigma, label, noise)
+                    losses["dmd_loss"] = dmd_loss(guide, fake_score, x0, sigma, label, noise)
                 if cfg.gan_weight:
                     logits = discriminator(*diffused(x0, draw, gan_range), label)
                     losses["gan_loss"] = generator_loss(logits)

@@ -32,8 +32,8 @@ from onnxscript import opset18
 from torch import nn
 
 from sample import few_step, onnx_session, teacher_sampler
-from teacher import (Options, arg, build, clock, device_name, load, parse, pick_device, place,
-                     run_script, step_noise, to_uint8)
+from teacher import (Options, arg, build, clock, device_name, fresh_noise, load, parse,
+                     pick_device, place, run_script, to_uint8, unit_noise)
 
 OPSET = opset18.version  # the fewest nodes at run time, and read by every onnxruntime since 1.14
 BATCHES = (1, 16, 256)  # of the benchmark
@@ -77,7 +77,8 @@ class Exported(nn.Module):
 
     def example(self, batch, shape):
         """Noise to try it with: [batch, *shape]; for K > 1 steps [K, batch, *shape]."""
-        noise = step_noise(len(self.sigmas), batch, shape, seed=0)
+        noises = fresh_noise(batch, shape, seed=0)
+        noise = torch.stack(list(itertools.islice(noises, len(self.sigmas))))
         return noise if len(self.sigmas) > 1 else noise[0]
 
 
@@ -241,12 +242,12 @@ def benchmark(path, exported, data, device):
     The teacher's network has the generator's size, so the generator's stands in for it.
     """
     exported = place(exported, device)
-    teacher = teacher_sampler(exported.generator, data, device)
+    teacher = teacher_sampler(exported.generator, "karras", data, device)
     for batch in BATCHES:
         inputs = (exported.example(batch, data["shape"]).to(device),
                   torch.arange(batch, device=device) % len(data["classes"]))
-        start = step_noise(1, batch, data["shape"], seed=0).to(device)
-        calls = {teacher.name: lambda: teacher.images(start, inputs[1]),
+        noise = unit_noise(batch, data["shape"], seed=0).to(device)
+        calls = {teacher.name: lambda: teacher.images(iter([noise]), inputs[1]),
                  "PyTorch eager": lambda: exported(*inputs)}
         image = exported(*inputs)
         attempts = {"torch.compile": lambda: compiled_call(exported, inputs),

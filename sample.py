@@ -4,17 +4,25 @@
     python sample.py runs/teacher/teacher.pt --labels 3,3,7 --out threes.png
     python sample.py runs/dmd2/generator.onnx --n 1000 --out samples.npz
     python sample.py runs/dmd2/generator.pt --evaluate         # Fréchet distance and more
+    python sample.py edm-cifar10-32x32-cond-vp.pkl --sampler ddim --steps 50
 
-A checkpoint of teacher.py or dmd2.py or a file of export.py: its path is all that is needed. In
-reading order: options, samplers, any checkpoint as one function, features, quality, output.
+A checkpoint of teacher.py or dmd2.py, a file of export.py, or a checkpoint of NVlabs/edm: its path
+is all that is needed. In reading order: samplers, options, EDM's checkpoints, any checkpoint as one
+function, features, quality, output.
 """
 
 import dataclasses
+import functools
 import hashlib
+import io
+import itertools
 import json
+import math
 import pickle
 import statistics
+import struct
 import sys
+import types
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -26,9 +34,10 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from teacher import (DATA_DIR, FEATURES, HEUN_STEPS, SUBSET, Options, arg, build, heun, load,
-                     load_data, on_rank_0, parse, pick_device, rank, rank_0_first, ranks,
-                     run_script, save, save_grid, seeded, step_noise, tell, to_float, to_uint8)
+from teacher import (DATA_DIR, FEATURES, HEUN_STEPS, KNOWN_DATA, SIGMA_DATA, SUBSET, Options, arg,
+                     build, flag, fresh_noise, heun, load, load_data, on_rank_0, parse, pick_device,
+                     rank, rank_0_first, ranks, run_script, sampling_sigmas, save, save_grid,
+                     seeded, tell, to_float, to_uint8)
 
 ASSETS = Path(__file__).resolve().parent / "assets"
 DIMENSIONS = 64  # of the feature space in which quality is measured
@@ -45,48 +54,51 @@ SHA256 = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Config(Options):
-    """Options of sample.py."""
+# ---- samplers: from noise to images, by a denoiser; heun is in teacher.py -----------------------
 
-    checkpoint: str = arg(None, "teacher.pt, generator.pt or generator.onnx", positional=True)
-    n: int = arg(None, f"number of images (default: 10 per class; with --evaluate {EVALUATE_N})",
-                 at_least=1)
-    labels: str = arg(None, "the classes to sample, such as 3,3,7 (default: all, evenly)")
-    steps: int = arg(None, f"Heun steps of a teacher (default: {HEUN_STEPS})", at_least=1)
-    seed: int = arg(0, "seed of the noise", at_least=0, below=2**63)
-    out: str = arg(None, "a .png (a grid), a .npz (images uint8 [N, H, W, C] and labels), or a "
-                         "folder for a PNG file each (default: samples.png)")
-    evaluate: bool = arg(False, "print Fréchet distance, precision and recall; writes no images")
-    seeds: int = arg(3, "with --evaluate: the number of seeds, from --seed on", at_least=1)
-    beside: str = arg(None, "a second checkpoint: the picture shows real images, its images, and "
-                            "those of the first for the same noise")
-    data_dir: str = arg(None, "with --evaluate and --beside: where the real images are (default: "
-                              "where training found them)")
-    batch: int = arg(BATCH, "images at a time, which changes the speed only", at_least=1)
-    train_features: str = arg(None, "make a new feature network for this data, written to --out; "
-                                    "figures measured with it compare with no others",
-                              tuple(SHA256))
+@torch.no_grad()
+def ddim(denoiser, x, sigmas, label, noises=(), eta=0.0):
+    """DDIM (Song et al. 2021, Eq. 12): estimate x0, go on to the next level with the same noise.
 
-    def __post_init__(self):
-        super().__post_init__()
-        if self.checkpoint is None and not self.train_features:
-            raise ValueError("no checkpoint given; runs/dmd2/generator.pt is dmd2.py's")
-        if self.evaluate and (self.labels or self.beside or self.out):
-            raise ValueError("--evaluate measures all classes of one checkpoint and writes no "
-                             "images: leave out --labels, --beside and --out")
-        if self.evaluate and self.n is not None and self.n < EVALUATE_AT_LEAST:
-            raise ValueError(f"--n {self.n}: --evaluate needs at least {EVALUATE_AT_LEAST} images")
-        if self.beside and (self.labels or self.n):
-            raise ValueError("--beside shows 5 images of each class: leave out --labels and --n")
-        kinds = (".png",) if self.beside else (".png", ".npz", "")
-        kinds = (".pt",) if self.train_features else kinds
-        if self.out and Path(self.out).suffix not in kinds:
-            raise ValueError(f"--out {self.out}: must end in "
-                             f"{' or '.join(kind or 'nothing, for a folder' for kind in kinds)}")
+    With eta 0 this is Euler's method on EDM's equation, and on that of flow matching. With eta 1
+    all the noise of a step that can be is drawn anew, as in DDPM (Ho et al. 2020, Eq. 7).
+
+    x       [B, C, H, W]  noise of level sigmas[0]
+    sigmas  falling noise levels, floats, the last of them 0
+    label   [B]           int64
+    noises  standard normal [B, C, H, W], one for each step, if eta is not 0
+    returns x0 [B, C, H, W]
+    """
+    noises = iter(noises)
+    for sigma, sigma_next in itertools.pairwise(sigmas):
+        x0_hat = denoiser(x, x.new_full(x.shape[:1], sigma), label)
+        fresh = eta * sigma_next * (1 - (sigma_next / sigma) ** 2) ** 0.5
+        x = x0_hat + (sigma_next**2 - fresh**2) ** 0.5 / sigma * (x - x0_hat)
+        if fresh > 0:
+            x = x + fresh * next(noises)
+    return x
 
 
-# ---- samplers: from noise to images, by a denoiser ----------------------------------------------
+class SamplerKind(NamedTuple):
+    """A choice of --sampler."""
+
+    function: Callable
+    title: str
+    steps: int       # by default
+    evaluations: Callable  # of the denoiser, of the number of steps
+    options: tuple = ()
+    own: bool = False  # whether its levels are those of the teacher's schedule
+
+
+SAMPLERS = {
+    "heun": SamplerKind(heun, "Heun", HEUN_STEPS, lambda steps: 2 * steps - 1,
+                        ("churn", "s_min", "s_max", "s_noise")),
+    "euler": SamplerKind(ddim, "Euler", 2 * HEUN_STEPS - 1, int),
+    "ddim": SamplerKind(ddim, "DDIM", 50, int, ("eta",), own=True),
+    "ddpm": SamplerKind(functools.partial(ddim, eta=1.0), "DDPM", 1000, int, own=True),
+}
+SAMPLER_OPTIONS = [option for kind in SAMPLERS.values() for option in kind.options]
+
 
 def few_step(generator, x, sigmas, label, noises=()):
     """Sample by a generator in len(sigmas) steps: estimate x0, add noise of the next level, repeat.
@@ -120,53 +132,285 @@ class Guided(nn.Module):
         return without + self.guidance * (with_label - without)
 
 
+def guided(denoiser, guidance, checkpoint, path):
+    """The denoiser with guidance, or itself for 1; ValueError if it can't do without labels."""
+    if guidance == 1:
+        return denoiser
+    if not checkpoint["config"].get("label_dropout"):
+        raise ValueError(f"--guidance {guidance:g}: {path} was trained without --label-dropout and "
+                         "knows no images without label; leave it out")
+    return Guided(denoiser, guidance)
+
+
+# ---- options ------------------------------------------------------------------------------------
+
+@dataclasses.dataclass(frozen=True)
+class Config(Options):
+    """Options of sample.py."""
+
+    checkpoint: str = arg(None, "teacher.pt, generator.pt, generator.onnx or an EDM .pkl",
+                          positional=True)
+    n: int = arg(None, f"number of images (default: 10 per class; with --evaluate {EVALUATE_N})",
+                 at_least=1)
+    labels: str = arg(None, "the classes to sample, such as 3,3,7 (default: all, evenly)")
+    sampler: str = arg(None, "of a teacher: Heun's method or Euler's, at EDM's noise levels, or "
+                             "DDIM or DDPM, at those of the teacher's schedule (default: heun)",
+                       tuple(SAMPLERS))
+    steps: int = arg(None, "steps of a teacher's sampler (default: "
+                           f"{', '.join(f'{k} {v.steps}' for k, v in SAMPLERS.items())})",
+                     at_least=1)
+    eta: float = arg(None, "of ddim: the share of DDPM's noise (default: 0)", at_least=0)
+    churn: float = arg(None, "of heun: EDM's S_churn, noise added in each step (default: 0)",
+                       at_least=0)
+    s_min: float = arg(None, "with --churn: the lowest noise level it is added at (default: 0)",
+                       at_least=0)
+    s_max: float = arg(None, "with --churn: the highest (default: any)", at_least=0)
+    s_noise: float = arg(None, "with --churn: the standard deviation of it (default: 1)",
+                         at_least=0)
+    guidance: float = arg(None, "classifier-free guidance of a teacher (default: 1, none)",
+                          at_least=0)
+    data: str = arg(None, "what images an EDM checkpoint was trained on, such as cifar10: for "
+                          "--evaluate, --beside and the names of classes")
+    seed: int = arg(0, "seed of the noise", at_least=0, below=2**63)
+    out: str = arg(None, "a .png (a grid), a .npz (images uint8 [N, H, W, C] and labels), or a "
+                         "folder for a PNG file each (default: samples.png)")
+    evaluate: bool = arg(False, "print Fréchet distance, precision and recall; writes no images")
+    seeds: int = arg(3, "with --evaluate: the number of seeds, from --seed on", at_least=1)
+    beside: str = arg(None, "a second checkpoint: the picture shows real images, its images, and "
+                            "those of the first for the same noise")
+    data_dir: str = arg(None, "with --evaluate and --beside: where the real images are (default: "
+                              "where training found them)")
+    batch: int = arg(BATCH, "images at a time, which changes the speed only", at_least=1)
+    train_features: str = arg(None, "make a new feature network for this data, written to --out; "
+                                    "figures measured with it compare with no others",
+                              tuple(SHA256))
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.checkpoint is None and not self.train_features:
+            raise ValueError("no checkpoint given; runs/dmd2/generator.pt is dmd2.py's")
+        if self.evaluate and (self.labels or self.beside or self.out):
+            raise ValueError("--evaluate measures all classes of one checkpoint and writes no "
+                             "images: leave out --labels, --beside and --out")
+        if self.evaluate and self.n is not None and self.n < EVALUATE_AT_LEAST:
+            raise ValueError(f"--n {self.n}: --evaluate needs at least {EVALUATE_AT_LEAST} images")
+        kind = self.sampler or "heun"
+        for name in SAMPLER_OPTIONS:
+            if getattr(self, name) is not None and name not in SAMPLERS[kind].options:
+                raise ValueError(f"{flag(name)} {getattr(self, name)}: is not for --sampler {kind}")
+        if self.beside and (self.labels or self.n):
+            raise ValueError("--beside shows 5 images of each class: leave out --labels and --n")
+        kinds = (".png",) if self.beside else (".png", ".npz", "")
+        kinds = (".pt",) if self.train_features else kinds
+        if self.out and Path(self.out).suffix not in kinds:
+            raise ValueError(f"--out {self.out}: must end in "
+                             f"{' or '.join(kind or 'nothing, for a folder' for kind in kinds)}")
+
+
+# ---- EDM's published checkpoints: pickles, read without executing anything from them ------------
+
+class Ignored:
+    """Stands for an object of which nothing is needed."""
+
+    def __init__(self, *args):
+        pass
+
+    def __setstate__(self, state):
+        pass
+
+
+class Reader(pickle.Unpickler):
+    """Reads a pickle of which every global must be in `table`, which gives a harmless stand-in."""
+
+    def __init__(self, file, table):
+        super().__init__(file)
+        self.table = table
+
+    def find_class(self, module, name):
+        if f"{module}.{name}" not in self.table:
+            raise ValueError(f"names {module}.{name}, which no EDM checkpoint does; refused")
+        return self.table[f"{module}.{name}"]
+
+    def persistent_load(self, parts):
+        return parts
+
+
+def read_storage(content):
+    """The float32 numbers of a storage: five pickles, their count, and they themselves."""
+    file = io.BytesIO(content)
+    parts = [Reader(file, {"torch.FloatStorage": np.float32}).load() for _ in range(5)]
+    _, dtype, _, _, count, *_ = parts[3]
+    if dtype is not np.float32 or struct.unpack("<q", file.read(8)) != (count,):
+        raise TypeError("not a storage of float32")
+    return np.frombuffer(file.read(), "<f4", count)
+
+
+def read_tensor(storage, offset, size, stride, *_):
+    """An array that lies in a storage; ValueError if it would reach out of it."""
+    last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
+    if min(offset, *size, *stride, 0) < 0 or last >= len(storage) or math.prod(size) > len(storage):
+        raise ValueError("holds a tensor that does not fit its storage")
+    return np.lib.stride_tricks.as_strided(storage[offset:], size, [4 * step for step in stride])
+
+
+# All that EDM's files name (torch_utils.persistence, version 6; NumPy 1 and 2; pickle 2 to 4).
+EDM_GLOBALS = {
+    "torch_utils.persistence._reconstruct_persistent_obj": lambda meta: types.SimpleNamespace(
+        name=meta["class_name"], **meta["state"]),
+    "torch.nn.modules.container.ModuleDict": types.SimpleNamespace,
+    "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
+    "torch._utils._rebuild_parameter_with_state": lambda tensor, *_: tensor,
+    "torch._utils._rebuild_tensor_v2": read_tensor,
+    "torch.storage._load_from_bytes": read_storage,
+    "_codecs.encode": lambda text, encoding: text.encode("latin1"),
+    "collections.OrderedDict": dict,
+    "dnnlib.util.EasyDict": dict,
+    **dict.fromkeys(("builtins.set", "__builtin__.set"), set),
+    **dict.fromkeys(("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar",
+                     "numpy.dtype"), Ignored),
+}
+
+# What both of EDM's networks are made of here, and what each is by default.
+EDM_FIXED = dict(embedding_type="positional", encoder_type="standard", decoder_type="standard",
+                 resample_filter=[1, 1], channel_mult_noise=1, channel_mult_emb=4)
+EDM_DEFAULTS = {
+    "SongUNet": dict(label_dim=0, model_channels=128, channel_mult=[1, 2, 2, 2], num_blocks=4,
+                     attn_resolutions=[16]),
+    "DhariwalUNet": dict(label_dim=0, model_channels=192, channel_mult=[1, 2, 3, 4], num_blocks=3,
+                         attn_resolutions=[32, 16, 8]),
+}
+
+
+def load_edm(path):
+    """A checkpoint of NVlabs/edm as the dictionary that load() returns, executing nothing from it.
+
+    Only the EMA network's constructor arguments and float32 arrays are taken out of the pickle; the
+    program text that it carries too is passed over. Raises ValueError if the file is missing, of
+    another kind or damaged.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"{path}: no such checkpoint file; NVlabs/edm publishes them")
+    try:
+        with open(path, "rb") as file:
+            ema = Reader(file, EDM_GLOBALS).load()["ema"]
+        if (ema.name, ema.sigma_data) != ("EDMPrecond", SIGMA_DATA):
+            raise ValueError(f"holds a {ema.name}; only EDMPrecond is read")
+        net = ema._modules["model"]
+        given = net._init_kwargs
+        network = EDM_DEFAULTS[net.name]
+        for name, fixed in EDM_FIXED.items():
+            if given.get(name, fixed) != fixed:
+                raise ValueError(f"its network has {name} {given[name]}; only {fixed} is read")
+        network = dict(model_type=net.name, img_resolution=given["img_resolution"],
+                       img_channels=given["in_channels"],
+                       **{name: given.get(name, network[name]) for name in network})
+        weights = {f"net.{name}": torch.from_numpy(array.copy())
+                   for name, array in arrays(net) if not name.endswith("resample_filter")}
+        weights.pop("net.map_augment.weight", None)  # of EDM's augmentations; samples have none
+        side = network["img_resolution"]
+        classes = tuple(map(str, range(network["label_dim"]))) or ("all",)
+        return dict(kind="teacher", step=1, config={}, network=network, prediction="edm",
+                    schedule="lognormal", model=weights,
+                    data=dict(name=None, data_dir=DATA_DIR, size=side, classes=classes,
+                              shape=(network["img_channels"], side, side)))
+    except (pickle.UnpicklingError, struct.error, EOFError, LookupError, TypeError, ValueError,
+            AttributeError, OverflowError, MemoryError, RecursionError) as error:
+        raise ValueError(f"{path}: not a checkpoint of NVlabs/edm that can be read, or damaged: "
+                         f"{error}") from error
+
+
+def arrays(module, prefix=""):
+    """Yield name and array of a module's parameters and buffers and those of all within it."""
+    for name, array in {**module._parameters, **module._buffers}.items():
+        if array is not None:
+            yield prefix + name, array
+    for name, child in module._modules.items():
+        if child is not None:
+            yield from arrays(child, f"{prefix}{name}.")
+
+
 # ---- any checkpoint as one function -------------------------------------------------------------
 
 class Sampler(NamedTuple):
     """What a checkpoint of any kind becomes: a function of unit noise and label, and its facts."""
 
-    images: Callable  # (noise [K, B, C, H, W], label [B] int64) -> [B, C, H, W] in about [-1, 1]
+    images: Callable  # (noises, label [B] int64) -> [B, C, H, W] in about [-1, 1]; noises: an
+                      # iterator of standard normal [B, C, H, W], fresh for each step
     name: str         # "teacher, 18 Heun steps"
-    noises: int       # K: a generator takes fresh noise for each of its steps, a teacher one in all
     evaluations: int  # of the network per image
     data: dict        # name, data_dir, size, shape, classes
     device: torch.device
 
 
-def load_sampler(path, steps=None, device=torch.device("cpu")):
-    """Make a Sampler of a .pt or .onnx file; ValueError if it is neither, or `steps` unfit."""
+def open_checkpoint(path, data=None, data_dir=None):
+    """load() or, of a .pkl, load_edm(): a checkpoint, with `data` as the images it was trained on.
+
+    Raises ValueError if either does, or `data` can't be these.
+    """
+    checkpoint = load_edm(path) if Path(path).suffix == ".pkl" else load(path)
+    facts = checkpoint["data"]
+    if data is None or data == facts["name"]:
+        return checkpoint
+    if facts["name"] is not None:
+        raise ValueError(f"--data {data}: {path} was trained on {facts['name']}; leave it out")
+    where = str(Path(data_dir or DATA_DIR).resolve())
+    found = load_data(data, "train", where, facts["size"])
+    shape, classes = tuple(found.images.shape[1:]), checkpoint["network"]["label_dim"]
+    if shape != facts["shape"] or classes not in (0, len(found.classes)):
+        raise ValueError(f"--data {data}: has {len(found.classes)} classes of images {shape}; "
+                         f"{path} has {classes} of {facts['shape']}")
+    name = data if data in KNOWN_DATA else str(Path(data).resolve())
+    facts = dict(facts, name=name, data_dir=where, classes=found.classes if classes else ("all",))
+    return dict(checkpoint, data=facts)
+
+
+def load_sampler(path, device=torch.device("cpu"), cfg=None):
+    """Make a Sampler of a file of any kind, of a teacher as cfg, a Config, says.
+
+    Raises ValueError if it is of none, or cfg has options that are only for teachers.
+    """
+    cfg = cfg or Config(checkpoint=path)
+    how = {name: getattr(cfg, name) for name in ("sampler", "steps", "guidance", *SAMPLER_OPTIONS)
+           if getattr(cfg, name) is not None}
     if Path(path).suffix == ".onnx":
         sampler = onnx_sampler(path, device)
     else:
-        checkpoint = load(path)
+        checkpoint = open_checkpoint(path, cfg.data, cfg.data_dir)
         denoiser = build(checkpoint, device)
         if checkpoint["kind"] == "teacher":
-            return teacher_sampler(denoiser, checkpoint["data"], device, steps or HEUN_STEPS)
+            denoiser = guided(denoiser, how.pop("guidance", 1), checkpoint, path)
+            return teacher_sampler(denoiser, checkpoint["schedule"], checkpoint["data"], device,
+                                   **how)
         sampler = generator_sampler(denoiser, checkpoint["sigmas"], checkpoint["data"], device)
-    if steps not in (None, sampler.evaluations):
-        raise ValueError(f"--steps {steps}: is for teachers; {path} is a generator of its "
-                         f"own number, {sampler.evaluations}")
+    for name, value in how.items():
+        raise ValueError(f"{flag(name)} {value}: is for teachers; {path} is a generator, whose "
+                         f"steps are its own, {sampler.evaluations}")
     return sampler
 
 
-def teacher_sampler(denoiser, data, device, steps=HEUN_STEPS):
-    """EDM's deterministic sampler of a teacher, which may be Guided."""
-    name, evaluations = f"teacher, {steps} Heun steps", 2 * steps - 1
+def teacher_sampler(denoiser, schedule, data, device, sampler="heun", steps=None, **options):
+    """A sampler of a teacher, which may be Guided; options are those of the kind of sampler."""
+    kind = SAMPLERS[sampler]
+    steps = steps or kind.steps
+    name, evaluations = f"teacher, {steps} {kind.title} steps", kind.evaluations(steps)
+    name += "".join(f", {option} {value:g}" for option, value in options.items())
     if isinstance(denoiser, Guided):
         name, evaluations = f"{name}, guidance {denoiser.guidance:g}", 2 * evaluations
+    sigmas = sampling_sigmas(steps, schedule, kind.own)
 
-    def images(noise, label):
-        return heun(denoiser, noise[0], label, steps)
-    return Sampler(images, name, 1, evaluations, data, device)
+    def images(noises, label):
+        x = sigmas[0] * next(noises)
+        return kind.function(denoiser, x, sigmas, label, noises, **options)
+    return Sampler(images, name, evaluations, data, device)
 
 
 def generator_sampler(generator, sigmas, data, device):
     """The few-step sampler of a generator."""
     @torch.no_grad()
-    def images(noise, label):
-        return few_step(generator, sigmas[0] * noise[0], sigmas, label, noise[1:])
-    steps = len(sigmas)
-    return Sampler(images, f"generator, {steps_of(sigmas)}", steps, steps, data, device)
+    def images(noises, label):
+        x = sigmas[0] * next(noises)
+        return few_step(generator, x, sigmas, label, itertools.islice(noises, len(sigmas) - 1))
+    return Sampler(images, f"generator, {steps_of(sigmas)}", len(sigmas), data, device)
 
 
 def steps_of(sigmas):
@@ -179,13 +423,13 @@ def onnx_sampler(path, device):
     session, facts = onnx_session(path, device.type)
     steps = facts["steps"]
 
-    def images(noise, label):
-        noise = noise if steps > 1 else noise[0]
+    def images(noises, label):
+        noise = torch.stack(list(itertools.islice(noises, steps))) if steps > 1 else next(noises)
         feed = {"noise": noise.cpu().numpy(), "label": label.cpu().numpy()}
         image = torch.from_numpy(session.run(["image"], feed)[0])
         return to_float(image.permute(0, 3, 1, 2)) if image.dtype == torch.uint8 else image
-    return Sampler(images, f"ONNX generator, {steps_of(facts['sigmas'])}", steps, steps,
-                   facts["data"], device)
+    return Sampler(images, f"ONNX generator, {steps_of(facts['sigmas'])}", steps, facts["data"],
+                   device)
 
 
 def onnx_session(path, device, provider_options=None, batch=None):
@@ -237,8 +481,8 @@ def generate(sampler, label, seed, batch=BATCH):
     images = torch.zeros(count, *shape, dtype=torch.uint8, device=device)
     for start in range(rank() * batch, count, ranks() * batch):
         part = F.pad(label, (0, count - len(label)))[start:start + batch]
-        noise = step_noise(sampler.noises, len(part), shape, seed, start)
-        image = sampler.images(noise.to(device), part.to(device))
+        noises = (noise.to(device) for noise in fresh_noise(len(part), shape, seed, start))
+        image = sampler.images(noises, part.to(device))
         images[start:start + batch] = to_uint8(image)
     if ranks() > 1:
         dist.all_reduce(images)
@@ -494,7 +738,7 @@ def save_beside(blocks, names, path, columns=5):
 
 def compare(cfg, sampler, out):
     """The picture real | second checkpoint | first checkpoint, a row per class (the first 10)."""
-    other, data = load_sampler(cfg.beside, cfg.steps, sampler.device), sampler.data
+    other, data = load_sampler(cfg.beside, sampler.device, cfg), sampler.data
     if any(tuple(other.data[key]) != tuple(data[key]) for key in ("shape", "classes")):
         raise ValueError(f"--beside {cfg.beside}: has images of other shape or classes than "
                          f"{cfg.checkpoint}")
@@ -520,7 +764,7 @@ def main(argv=None):
         return
     on_cpu = cfg.device == "auto" and Path(cfg.checkpoint).suffix == ".onnx"
     device = pick_device("cpu" if on_cpu else cfg.device)
-    sampler = load_sampler(cfg.checkpoint, None if cfg.beside else cfg.steps, device)
+    sampler = load_sampler(cfg.checkpoint, device, None if cfg.beside else cfg)
     data, out = sampler.data, cfg.out or "samples.png"
     if cfg.evaluate:
         reference = load_reference(data["name"], data_dir_of(cfg, data), data["size"], device)

@@ -66,8 +66,12 @@ LOW, HIGH = SIGMA_MIN ** (1 / RHO), SIGMA_MAX ** (1 / RHO)
 
 # Quantile functions: the noise level below which a share u of the training draws lies.
 SCHEDULES = {
-    "lognormal": lambda u: torch.exp(-1.2 + 1.2 * 2**0.5 * torch.erfinv(2 * u - 1)),
-    "karras": lambda u: (LOW + u * (HIGH - LOW)) ** RHO,
+    "lognormal": lambda u: torch.exp(-1.2 + 1.2 * 2**0.5 * torch.erfinv(2 * u - 1)),  # EDM
+    "karras": lambda u: (LOW + u * (HIGH - LOW)) ** RHO,                              # EDM Eq. 5
+    "linear": lambda u: ddpm_level(u, "linear"),                           # Ho et al. 2020
+    "cosine": lambda u: ddpm_level(u, "cosine"),                           # Nichol, Dhariwal 2021
+    "sigmoid": lambda u: ddpm_level(u, "sigmoid"),                         # Jabri et al. 2022
+    "flow": lambda u: (0.001 + 0.998 * u) / (0.999 - 0.998 * u),           # t / (1 - t)
 }
 
 # Rows (c_skip, c_out, c_in) that make of a network F a denoiser c_skip x + c_out F(c_in x).
@@ -75,16 +79,65 @@ PREDICTIONS = {
     "edm": lambda s: (SIGMA_DATA**2 / (s**2 + SIGMA_DATA**2),
                       s * SIGMA_DATA / (s**2 + SIGMA_DATA**2).sqrt(),
                       1 / (s**2 + SIGMA_DATA**2).sqrt()),
+    "eps": lambda s: (1 + 0 * s, -s, 1 / (1 + s**2).sqrt()),
+    "x0": lambda s: (0 * s, 1 + 0 * s, 1 / (1 + s**2).sqrt()),
+    "v": lambda s: (1 / (1 + s**2), -s / (1 + s**2).sqrt(), 1 / (1 + s**2).sqrt()),
+    "flow": lambda s: (1 / (1 + s), -s / (1 + s), 1 / (1 + s)),
 }
 
 
 def sigma_at(u, schedule):
-    """Noise level at quantile u of a schedule (EDM Eq. 5 for karras; Table 1 for lognormal).
+    """Noise level at quantile u of a schedule.
 
     u  any shape, in [0, 1]
-    returns sigma of that shape, rising with u, in [SIGMA_MIN, SIGMA_MAX]
+    returns sigma of that shape, rising with u, in the schedule's range: of lognormal and karras
+    [SIGMA_MIN, SIGMA_MAX]
     """
-    return SCHEDULES[schedule](u).clamp(SIGMA_MIN, SIGMA_MAX)
+    sigma = SCHEDULES[schedule](u)
+    return sigma.clamp(SIGMA_MIN, SIGMA_MAX) if schedule in ("lognormal", "karras") else sigma
+
+
+@functools.cache
+def ddpm_levels(schedule):
+    """The noise levels [1000], float64, of DDPM's 1000 timesteps: sqrt(1 / alpha_bar - 1)."""
+    t = torch.linspace(0, 1, 1001, dtype=torch.float64)
+    left = dict(cosine=torch.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2,
+                sigmoid=torch.sigmoid(3 + 0 * t) - torch.sigmoid(6 * t - 3))
+    betas = (torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64) if schedule == "linear" else
+             (1 - left[schedule][1:] / left[schedule][:-1]).clamp(max=0.999))
+    return (1 / (1 - betas).cumprod(0) - 1).sqrt()
+
+
+def ddpm_level(u, schedule):
+    """Noise level at u of DDPM's timesteps, 0 the first and 1 the last; between two in ln sigma."""
+    log_levels = ddpm_levels(schedule).log().to(u.device)
+    step = (999 * u.double()).floor().clamp(max=998)
+    low, high = log_levels[step.long()], log_levels[step.long() + 1]
+    return torch.lerp(low, high, 999 * u.double() - step).exp().to(u.dtype)
+
+
+def quantile_of(sigma):
+    """The quantile of karras, in [0, 1], at which a noise level, a float, lies."""
+    return min(max((sigma ** (1 / RHO) - LOW) / (HIGH - LOW), 0.0), 1.0)
+
+
+def lowest_quantile(schedule):
+    """The quantile of karras where a schedule's range of noise levels begins."""
+    return quantile_of(sigma_at(torch.zeros((), dtype=torch.float64), schedule).item())
+
+
+def sampling_sigmas(steps, schedule, own=False):
+    """Levels for a sampler, falling, and then 0: of the schedule's range, SIGMA_MAX at most.
+
+    They are karras's, which are good for any denoiser, or the schedule's own, all of its range;
+    lognormal, which is not meant for this, has karras's for its own.
+    """
+    if own and schedule != "lognormal":
+        sigmas = sigma_at(torch.linspace(1, 0, steps, dtype=torch.float64), schedule)
+    else:
+        u = torch.linspace(1, lowest_quantile(schedule), steps, dtype=torch.float64)
+        sigmas = sigma_at(u, "karras")
+    return [*sigmas.tolist(), 0.0]
 
 
 def precondition(prediction, sigma):
@@ -188,6 +241,8 @@ class Config(TrainingOptions):
     prediction: str = arg("edm", "what the network learns", tuple(PREDICTIONS))
     schedule: str = arg("lognormal", "which noise levels it is trained on", tuple(SCHEDULES))
     lr: float = arg(None, "learning rate (default: by data)", at_least=0, below=1)
+    min_snr_gamma: float = arg(None, "weigh the loss of each image by min(SNR, gamma) / SNR of its "
+                                     "noise, such as 5 (default: all alike)", at_least=1e-9)
     label_dropout: float = arg(0.1, "share of images shown without label, for guidance",
                                at_least=0, below=1)
 
@@ -209,9 +264,10 @@ def filled(cfg, recipes, data):
 
 
 def parse(config_class, argv=None, description=""):
-    """Make a config of the command line; every field is a flag, and nothing else is.
+    """Make a config of the command line; every field is a flag, and of training runs --config.
 
-    With --resume the checkpoint's own options apply; ValueError if a given one contradicts them.
+    Flags go before what --config has. With --resume the checkpoint's own options apply; ValueError
+    if a given one contradicts them.
     """
     parser = argparse.ArgumentParser(description=description.split("\n")[0], allow_abbrev=False,
                                      argument_default=argparse.SUPPRESS)
@@ -229,11 +285,48 @@ def parse(config_class, argv=None, description=""):
         else:
             parser.add_argument(flag(field.name), help=help, type=field.type, metavar="X")
 
+    if issubclass(config_class, TrainingOptions):
+        parser.add_argument("--config", help="the config.json of a run, whose options to take but "
+                                             "for those given", metavar="X")
+
     def error(message):
         raise ValueError(f"{message} (--help lists the options)")
     parser.error = error
     given = vars(parser.parse_args(argv))
+    if "config" in given:
+        given = {**configured(config_class, given), **given}
+        del given["config"]
     return resumed(config_class, given) if "resume" in given else config_class(**given)
+
+
+def configured(config_class, given):
+    """The options in the file of --config; ValueError if it is not of this script.
+
+    Not where that run wrote, and not that it was resumed or a profile.
+    """
+    path = Path(given["config"])
+    fields = {field.name: field for field in dataclasses.fields(config_class)}
+    try:
+        saved = json.loads(path.read_text())
+        for name, value in saved.items():
+            kind = (int, float) if fields[name].type is float else fields[name].type
+            if value is not None and (not isinstance(value, kind) or
+                                      isinstance(value, bool) != (kind is bool)):
+                raise ValueError(f"{name} is {value}")
+    except OSError as error:
+        raise ValueError(f"--config {path}: no such file that can be read; a run has config.json "
+                         "in its folder") from error
+    except (ValueError, AttributeError, LookupError) as error:
+        raise ValueError(f"--config {path}: not the config.json of a run of this script and "
+                         f"version: {error}") from error
+    if "resume" in given:
+        raise ValueError(f"--config {path}: a resumed run has its options; leave it out")
+    out = given.get("out", fields["out"].default)
+    if Path(out).resolve() == path.resolve().parent:
+        raise ValueError(f"--config {path}: a new run in {out} would replace the one that it is "
+                         "of; name another folder by --out")
+    return {name: value for name, value in saved.items()
+            if value is not None and name not in ("out", "resume", "profile")}
 
 
 def resumed(config_class, given):
@@ -490,49 +583,74 @@ def permutation(count, seed, epoch, device):
     return torch.randperm(count, generator=seeded(ORDER, seed, epoch)).to(device)
 
 
-def unit_noise(count, shape, seed, start=0):
-    """Standard normal noise [count, *shape]; number i depends on seed and start + i only."""
-    return step_noise(1, count, shape, seed, start)[0]
+def fresh_noise(count, shape, seed, start=0):
+    """Yield standard normal noise [count, *shape] without end, one for each step of a sampler.
 
-
-def step_noise(steps, count, shape, seed, start=0):
-    """Noise [steps, count, *shape] for samplers that take fresh one at each of their steps."""
+    Image i is made of seed and start + i only, so it does not depend on the batch size.
+    """
     rngs = [seeded(NOISE, seed, i) for i in range(start, start + count)]
-    return torch.stack([torch.stack([torch.randn(shape, generator=rng) for rng in rngs])
-                        for _ in range(steps)])
+    while True:
+        yield torch.stack([torch.randn(shape, generator=rng) for rng in rngs])
 
 
-# ---- network: EDM's DDPM++ (Song et al. 2021), with the names of its published checkpoints ------
+def unit_noise(count, shape, seed):
+    """The first of fresh_noise()."""
+    return next(fresh_noise(count, shape, seed))
+
+
+# ---- network: EDM's DDPM++ and ADM, with the names of its published checkpoints -----------------
+
+class Architecture(NamedTuple):
+    """The constants in which EDM's two networks differ."""
+
+    skip_scale: float   # of the sums that end a residual block and its attention
+    eps: float          # of group norms
+    head_channels: int  # of an attention head; 0 for one head of all
+    adm: bool           # the embedding scales channels, too, and what else is otherwise in ADM
+
+
+ARCHITECTURES = {
+    "SongUNet": Architecture(0.5**0.5, 1e-6, 0, adm=False),   # DDPM++, Song et al. 2021
+    "DhariwalUNet": Architecture(1, 1e-5, 64, adm=True),      # ADM, Dhariwal and Nichol 2021
+}
+
 
 class Block(nn.Module):
-    """Residual block with optional resampling and self-attention, as in EDM's networks."""
+    """Residual block with optional resampling and self-attention."""
 
-    def __init__(self, c_in, c_out, c_emb, resample=None, attention=False):
+    def __init__(self, kind, c_emb, c_in, c_out, resample=None, attention=False):
         super().__init__()
-        self.resample = resample
-        self.norm0 = group_norm(c_in)
+        self.kind, self.resample = kind, resample
+        self.heads = c_out // kind.head_channels if kind.head_channels else 1
+        has_skip = c_in != c_out or resample and not kind.adm
+        self.norm0 = group_norm(c_in, kind.eps)
         self.conv0 = nn.Conv2d(c_in, c_out, 3, padding=1)
-        self.affine = nn.Linear(c_emb, c_out)
-        self.norm1 = group_norm(c_out)
+        self.affine = nn.Linear(c_emb, 2 * c_out if kind.adm else c_out)
+        self.norm1 = group_norm(c_out, kind.eps)
         self.conv1 = scaled(nn.Conv2d(c_out, c_out, 3, padding=1), 1e-5)
-        self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out or resample else nn.Identity()
-        self.norm2 = group_norm(c_out) if attention else None
+        self.skip = nn.Conv2d(c_in, c_out, 1) if has_skip else nn.Identity()
+        self.norm2 = group_norm(c_out, kind.eps) if attention else None
         self.qkv = scaled(nn.Conv2d(c_out, 3 * c_out, 1), 0.2**0.5) if attention else None
         self.proj = scaled(nn.Conv2d(c_out, c_out, 1), 1e-5) if attention else None
 
     def forward(self, x, emb):
         """x [B, c_in, H, W], emb [B, c_emb] -> [B, c_out, H', W'], H' = H, H / 2 or 2 H"""
         h = self.conv0(self.resized(F.silu(self.norm0(x))))
-        h = self.conv1(F.silu(self.norm1(h + self.affine(emb)[:, :, None, None])))
-        x = (h + self.skip(self.resized(x))) * 0.5**0.5
+        emb = self.affine(emb)[:, :, None, None]
+        if self.kind.adm:
+            scale, shift = emb.chunk(2, dim=1)
+            h = self.norm1(h) * (1 + scale) + shift
+        else:
+            h = self.norm1(h + emb)
+        x = (self.conv1(F.silu(h)) + self.skip(self.resized(x))) * self.kind.skip_scale
         if self.norm2 is not None:
-            # EDM's qkv channels run as (head, channel, q|k|v); here as blocks q, k, v of one head.
+            # EDM's qkv channels run as (head, channel, q|k|v); here as blocks q, k, v.
             weight, bias = (p.unflatten(0, (-1, 3)).transpose(0, 1).flatten(0, 1)
                             for p in (self.qkv.weight, self.qkv.bias))
-            qkv = F.conv2d(self.norm2(x), weight, bias).unflatten(1, (3, 1, -1)).flatten(4)
+            qkv = F.conv2d(self.norm2(x), weight, bias).unflatten(1, (3, self.heads, -1)).flatten(4)
             q, k, v = (part.mT for part in qkv.unbind(1))
             attended = F.scaled_dot_product_attention(q, k, v).mT
-            x = (self.proj(attended.reshape(x.shape)) + x) * 0.5**0.5
+            x = (self.proj(attended.reshape(x.shape)) + x) * self.kind.skip_scale
         return x
 
     def resized(self, x):
@@ -541,10 +659,10 @@ class Block(nn.Module):
         return F.interpolate(x, scale_factor=2, mode="nearest") if self.resample == "up" else x
 
 
-def group_norm(channels):
+def group_norm(channels, eps=1e-6):
     """GroupNorm with the groups of EDM: of 4 channels at least, for maps of 1x1 to mean much."""
     groups = next(g for g in range(min(32, channels // 4), 0, -1) if channels % g == 0)
-    return nn.GroupNorm(groups, channels, eps=1e-6)
+    return nn.GroupNorm(groups, channels, eps)
 
 
 def scaled(layer, scale):
@@ -553,40 +671,43 @@ def scaled(layer, scale):
 
 
 class UNet(nn.Module):
-    """EDM's DDPM++ network F. Argument and parameter names are those of NVlabs/edm.
+    """EDM's network F. Argument and parameter names are those of NVlabs/edm.
+
+    model_type  of ARCHITECTURES: teacher.py trains DDPM++, ADM is for checkpoints that are loaded
 
     Raises ValueError if a level's resolution can't be halved or the channels can't be grouped.
     """
 
-    def __init__(self, img_resolution, img_channels, label_dim, model_channels=128,
-                 channel_mult=(2, 2, 2), num_blocks=4, attn_resolutions=(16,)):
+    def __init__(self, img_resolution, img_channels, label_dim, model_channels, channel_mult,
+                 num_blocks, attn_resolutions, model_type="SongUNet"):
         super().__init__()
         if img_resolution % 2 ** (len(channel_mult) - 1):
             raise ValueError(f"images of side {img_resolution}: {len(channel_mult)} levels need a "
                              f"multiple of {2 ** (len(channel_mult) - 1)}")
         if model_channels % 4:
             raise ValueError(f"width {model_channels}: must be a multiple of 4")
-        c_emb = 4 * model_channels
-        self.label_dim = label_dim
-        octaves = torch.linspace(0, 1, model_channels // 2)
+        kind = ARCHITECTURES[model_type]
+        self.label_dim, self.adm, c_emb = label_dim, kind.adm, 4 * model_channels
+        half, c_label = model_channels // 2, c_emb if self.adm else model_channels
+        octaves = torch.linspace(0, 1 - self.adm / half, half)
         self.register_buffer("freqs", 10000 ** -octaves, persistent=False)
-        self.map_label = nn.Linear(label_dim, model_channels) if label_dim else None
+        self.map_label = nn.Linear(label_dim, c_label, bias=not self.adm) if label_dim else None
         self.map_layer0 = nn.Linear(model_channels, c_emb)
         self.map_layer1 = nn.Linear(c_emb, c_emb)
 
         self.enc, self.dec = nn.ModuleDict(), nn.ModuleDict()
-        channels = model_channels
-        skips = []
+        block = functools.partial(Block, kind, c_emb)
+        channels, skips = model_channels * (channel_mult[0] if self.adm else 1), []
         for level, mult in enumerate(channel_mult):
             res = img_resolution >> level
             if level == 0:
                 self.enc[f"{res}x{res}_conv"] = nn.Conv2d(img_channels, channels, 3, padding=1)
             else:
-                self.enc[f"{res}x{res}_down"] = Block(channels, channels, c_emb, "down")
+                self.enc[f"{res}x{res}_down"] = block(channels, channels, "down")
             skips.append(channels)
             for i in range(num_blocks):
-                self.enc[f"{res}x{res}_block{i}"] = Block(
-                    channels, mult * model_channels, c_emb, attention=res in attn_resolutions)
+                self.enc[f"{res}x{res}_block{i}"] = block(
+                    channels, mult * model_channels, attention=res in attn_resolutions)
                 channels = mult * model_channels
                 skips.append(channels)
         self.bottleneck = channels, res  # channels and side of the encoder's output
@@ -594,18 +715,21 @@ class UNet(nn.Module):
         for level, mult in reversed(list(enumerate(channel_mult))):
             res = img_resolution >> level
             if level == len(channel_mult) - 1:
-                self.dec[f"{res}x{res}_in0"] = Block(channels, channels, c_emb, attention=True)
-                self.dec[f"{res}x{res}_in1"] = Block(channels, channels, c_emb)
+                self.dec[f"{res}x{res}_in0"] = block(channels, channels, attention=True)
+                self.dec[f"{res}x{res}_in1"] = block(channels, channels)
             else:
-                self.dec[f"{res}x{res}_up"] = Block(channels, channels, c_emb, "up")
+                self.dec[f"{res}x{res}_up"] = block(channels, channels, "up")
             for i in range(num_blocks + 1):
-                self.dec[f"{res}x{res}_block{i}"] = Block(
-                    channels + skips.pop(), mult * model_channels, c_emb,
-                    attention=i == num_blocks and res in attn_resolutions)
+                attends = res in attn_resolutions and (self.adm or i == num_blocks)
+                self.dec[f"{res}x{res}_block{i}"] = block(
+                    channels + skips.pop(), mult * model_channels, attention=attends)
                 channels = mult * model_channels
-        self.dec[f"{res}x{res}_aux_norm"] = group_norm(channels)
-        last = nn.Conv2d(channels, img_channels, 3, padding=1)
-        self.dec[f"{res}x{res}_aux_conv"] = scaled(last, 1e-5)
+        norm = group_norm(channels, kind.eps)
+        conv = scaled(nn.Conv2d(channels, img_channels, 3, padding=1), 1e-5)
+        if self.adm:
+            self.out_norm, self.out_conv = norm, conv
+        else:
+            self.dec[f"{res}x{res}_aux_norm"], self.dec[f"{res}x{res}_aux_conv"] = norm, conv
         self.apply(initialise)
 
     def forward(self, x, c_noise, label, decode=True):
@@ -614,35 +738,42 @@ class UNet(nn.Module):
         returns F [B, C, H, W], or without decode None; and the output of the encoder's last block
         [B, c, h, w], the bottleneck
         """
-        phase = c_noise[:, None] * self.freqs
-        emb = torch.cat([phase.sin(), phase.cos()], dim=1)
-        if self.map_label is not None:
-            # EDM multiplies one-hot vectors of length sqrt(label_dim); no label is the zero vector.
-            columns = F.pad(self.map_label.weight, (0, 1)).T * self.label_dim**0.5
-            emb = emb + F.embedding(label, columns) + self.map_label.bias
-        emb = emb.to(x.dtype)
-        emb = F.silu(self.map_layer1(F.silu(self.map_layer0(emb))))
-
-        skips = []
+        emb, skips = self.embedding(c_noise, label, x.dtype), []
         for layer in self.enc.values():
             x = layer(x, emb) if isinstance(layer, Block) else layer(x)
             skips.append(x)
         features = x
         if not decode:
             return None, features
-        *blocks, norm, conv = self.dec.values()
+        *blocks, norm, conv = ((*self.dec.values(), self.out_norm, self.out_conv) if self.adm else
+                               self.dec.values())
         for block in blocks:
             if x.shape[1] != block.conv0.in_channels:
                 x = torch.cat([x, skips.pop()], dim=1)
             x = block(x, emb)
         return conv(F.silu(norm(x))), features
 
+    def embedding(self, c_noise, label, dtype):
+        """What blocks are told of noise level and label: [B, 4 * model_channels]"""
+        phase = c_noise[:, None] * self.freqs
+        waves = [phase.cos(), phase.sin()] if self.adm else [phase.sin(), phase.cos()]
+        emb, of_label = torch.cat(waves, dim=1), 0
+        if self.map_label is not None:  # EDM has one-hot vectors; no label is the zero vector
+            of_label = F.embedding(label, F.pad(self.map_label.weight, (0, 1)).T)
+        if self.adm:
+            emb = self.map_layer1(F.silu(self.map_layer0(emb.to(dtype))))
+            return F.silu(emb + of_label)
+        if self.map_label is not None:  # here these are of length sqrt(label_dim)
+            emb = emb + of_label * self.label_dim**0.5 + self.map_label.bias
+        return F.silu(self.map_layer1(F.silu(self.map_layer0(emb.to(dtype)))))
+
 
 def initialise(layer):
     """EDM's initialisation of DDPM++: Xavier uniform, residual branches ending near zero."""
     if isinstance(layer, (nn.Conv2d, nn.Linear)):
         nn.init.xavier_uniform_(layer.weight, gain=getattr(layer, "init_scale", 1))
-        nn.init.zeros_(layer.bias)
+        if layer.bias is not None:
+            nn.init.zeros_(layer.bias)
 
 
 # ---- denoiser and loss --------------------------------------------------------------------------
@@ -671,7 +802,7 @@ class Denoiser(nn.Module):
         return c_skip * x + c_out * f.float() if decode else None, features.float()
 
 
-def denoising_loss(denoiser, x0, sigma, label, noise):
+def denoising_loss(denoiser, x0, sigma, label, noise, min_snr_gamma=None):
     """unit_error of the estimate of x0 from x0 + sigma * noise (EDM Eq. 8).
 
     x0, noise  [B, C, H, W]
@@ -679,18 +810,25 @@ def denoising_loss(denoiser, x0, sigma, label, noise):
     label      [B]           int64
     """
     x0_hat = denoiser(x0 + sigma.view(-1, 1, 1, 1) * noise, sigma, label)
-    return unit_error(denoiser.prediction, x0_hat, x0, sigma)
+    return unit_error(denoiser.prediction, x0_hat, x0, sigma, min_snr_gamma)
 
 
-def unit_error(prediction, x0_hat, x0, sigma):
+def unit_error(prediction, x0_hat, x0, sigma, min_snr_gamma=None):
     """Squared error of an estimate x0_hat [B, C, H, W] in the network's units: of F, not of x0.
 
         mean(((x0_hat - x0) / c_out)^2)         1 / c_out^2 is EDM's weight lambda(sigma)
+        mean(min(SNR, gamma) (x0_hat - x0)^2)   with min_snr_gamma; SNR = 1 / sigma^2
 
-    returns a scalar; 1 for an edm network that has learnt nothing
+    returns a scalar; the first is 1 for an edm network that has learnt nothing. The second, of Hang
+    et al. 2023, "Efficient Diffusion Training via Min-SNR Weighting Strategy", is the same for
+    every prediction.
     """
-    _, c_out, _ = precondition(prediction, sigma.view(-1, 1, 1, 1))
-    return ((x0_hat - x0) / c_out).square().mean()
+    sigma = sigma.view(-1, 1, 1, 1)
+    _, c_out, _ = precondition(prediction, sigma)
+    error = ((x0_hat - x0) / c_out).square()
+    if min_snr_gamma is not None:
+        error = error * c_out**2 * (1 / sigma**2).clamp(max=min_snr_gamma)
+    return error.mean()
 
 
 # ---- optimisation -------------------------------------------------------------------------------
@@ -830,16 +968,23 @@ def prepare(cfg, device, *denoisers):
 # ---- sampling and pictures, as far as training needs them; the rest is in sample.py -------------
 
 @torch.no_grad()
-def heun(denoiser, x, label, steps=HEUN_STEPS):
-    """EDM's deterministic sampler (Algorithm 1): 2 steps - 1 evaluations of the denoiser.
+def heun(denoiser, x, sigmas, label, noises=(), churn=0.0, s_min=0.0, s_max=math.inf, s_noise=1.0):
+    """EDM's sampler (Algorithm 2, without churn Algorithm 1): 2 steps - 1 evaluations.
 
-    x      [B, C, H, W]  standard normal noise, float32 or float64, which is kept
-    label  [B]           int64
+    x       [B, C, H, W]  noise of level sigmas[0], float32 or float64, which is kept
+    sigmas  falling noise levels, floats, the last of them 0
+    label   [B]           int64
+    noises  standard normal [B, C, H, W], one for each step, if there is churn
+    churn, s_min, s_max, s_noise  S_churn and so on: how much noise is added before a step, at which
+                                  levels, and its standard deviation
     returns x0 [B, C, H, W]
     """
-    sigmas = sigma_at(torch.linspace(1, 0, steps, dtype=x.dtype), "karras").tolist() + [0]
-    x = sigmas[0] * x
-    for sigma, sigma_next in zip(sigmas[:-1], sigmas[1:]):
+    steps, noises = len(sigmas) - 1, iter(noises)
+    for sigma, sigma_next in itertools.pairwise(sigmas):
+        if churn > 0 and s_min <= sigma <= s_max:
+            raised = sigma * (1 + min(churn / steps, 2**0.5 - 1))
+            x = x + (raised**2 - sigma**2) ** 0.5 * s_noise * next(noises)
+            sigma = raised
         slope = (x - denoiser(x, x.new_full(x.shape[:1], sigma), label)) / sigma
         x_next = x + (sigma_next - sigma) * slope
         if sigma_next > 0:
@@ -893,9 +1038,9 @@ def load(path, resume=False):
     """Read a checkpoint of this project without executing anything from it.
 
     returns its dictionary: kind ("teacher" or "generator"), config, step, data (name, data_dir,
-    size, shape, classes), network (arguments of UNet), prediction, model (the EMA weights); of a
-    generator sigmas, figures, best, teacher_figures, teacher_sha256, and in generator.pt
-    fake_score; training (weights and optimizers) where --resume can go on from it
+    size, shape, classes), network (arguments of UNet), prediction, schedule, model (the EMA
+    weights); of a generator sigmas, figures, best, teacher_figures, teacher_sha256, and in
+    generator.pt fake_score; training (weights and optimizers) where --resume can go on from it
     Raises ValueError if the file is missing, foreign or damaged, or can't be resumed from.
     """
     if not Path(path).is_file():
@@ -928,9 +1073,11 @@ def fits(checkpoint):
     sigmas = checkpoint["sigmas"] if checkpoint["kind"] == "generator" else [SIGMA_MAX]
     return (checkpoint["kind"] in ("teacher", "generator") and checkpoint["step"] > 0
             and tuple(data["shape"]) == (channels, side, side)
-            and len(data["classes"]) == network["label_dim"] and {"name", "size"} <= data.keys()
+            and network["label_dim"] in (0, len(data["classes"]))
+            and {"name", "size"} <= data.keys()
             and len(sigmas) > 0 and all(SIGMA_MIN <= sigma <= SIGMA_MAX for sigma in sigmas)
-            and checkpoint["prediction"] in PREDICTIONS and len(checkpoint["model"]) > 0
+            and checkpoint["prediction"] in PREDICTIONS and checkpoint["schedule"] in SCHEDULES
+            and len(checkpoint["model"]) > 0
             and isinstance(checkpoint["config"], dict))
 
 
@@ -1237,7 +1384,7 @@ def train(cfg):
             x0, label = data.batch(step, cfg.batch, cfg.seed, part)
             label = torch.where(draw.uniform() < cfg.label_dropout, num_classes, label)
             sigma = sigma_at(draw.uniform(), cfg.schedule)
-            loss = denoising_loss(model, x0, sigma, label, draw.normal())
+            loss = denoising_loss(model, x0, sigma, label, draw.normal(), cfg.min_snr_gamma)
             descent.add(loss)
             log.note(loss=loss)
         norm = descent.step(rate_at(step, cfg.lr, cfg.warmup, cfg.decay_after))
@@ -1250,12 +1397,12 @@ def train(cfg):
             loss = validation_loss(ema, held_out, cfg)
             log.write(step + 1, validation_loss=loss)
             log.say(f"step {step + 1}: validation loss {loss:.4f}")
-            preview(ema, shape, data.classes, out / f"samples_{step + 1:06d}.png")
+            preview(ema, cfg.schedule, shape, data.classes, out / f"samples_{step + 1:06d}.png")
         if due(step, cfg.save_every, cfg.steps):
             log.check()
             plot_log(log.path)
             save(dict(kind="teacher", config=dataclasses.asdict(cfg), step=step + 1,
-                      network=network, prediction=cfg.prediction,
+                      network=network, prediction=cfg.prediction, schedule=cfg.schedule,
                       data=dict(name=name, data_dir=where, size=cfg.size, shape=shape,
                                 classes=data.classes),
                       model=ema.state_dict(),
@@ -1277,14 +1424,16 @@ def validation_loss(denoiser, held_out, cfg, count=512):
     noise = unit_noise(len(images), images.shape[1:], 0).to(images.device)
     u = (torch.arange(len(images), device=images.device) + 0.5) / len(images)
     sigma = sigma_at(u, cfg.schedule)
-    return denoising_loss(denoiser, to_float(images), sigma, label, noise).item()
+    return denoising_loss(denoiser, to_float(images), sigma, label, noise,
+                          cfg.min_snr_gamma).item()
 
 
-def preview(denoiser, shape, classes, path, columns=8):
+def preview(denoiser, schedule, shape, classes, path, columns=8):
     """Picture the denoiser's samples, a row per class (the first 10), the same noise each time."""
     label = torch.arange(min(len(classes), 10)).repeat_interleave(columns)
     device = next(denoiser.parameters()).device
-    images = heun(denoiser, unit_noise(len(label), shape, 0).to(device), label.to(device))
+    noise, sigmas = unit_noise(len(label), shape, 0), sampling_sigmas(HEUN_STEPS, schedule)
+    images = heun(denoiser, sigmas[0] * noise.to(device), sigmas, label.to(device))
     save_grid(to_uint8(images).unflatten(0, (-1, columns)), classes[:10], path)
 
 

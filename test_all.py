@@ -144,11 +144,72 @@ def test_lognormal_schedule_has_edm_s_quantiles():
     torch.testing.assert_close(teacher.sigma_at(u, "lognormal"), expected)
 
 
+@pytest.mark.parametrize("schedule, low, high", [
+    ("lognormal", 0.002, 80), ("karras", 0.002, 80), ("linear", 0.0100, 157.407),
+    ("cosine", 0.006427, 20291), ("sigmoid", 0.01733, 1825), ("flow", 0.001001, 999)])
+def test_schedules_rise_from_end_to_end_of_their_noise_ranges(schedule, low, high):
+    for dtype in (torch.float32, torch.float64):
+        sigma = teacher.sigma_at(torch.linspace(0, 1, 5001, dtype=dtype), schedule)
+        assert sigma.dtype == dtype and (sigma.diff() >= 0).all()
+        assert [sigma[0].item(), sigma[-1].item()] == pytest.approx([low, high], rel=1e-3)
+
+
+@pytest.mark.parametrize("schedule, alpha_bars", [
+    ("linear", {0: 0.9999, 499: 0.0786, 999: 4.0358e-5}),        # Ho et al. 2020
+    ("cosine", {0: 0.999959, 499: 0.493844, 989: 2.4287e-4}),    # f(t) / f(0), by hand
+    ("sigmoid", {0: 0.9997, 249: 0.850853, 499: 0.5, 749: 0.149147})])
+def test_schedules_of_ddpm_have_their_alpha_bars(schedule, alpha_bars):
+    for step, alpha_bar in alpha_bars.items():
+        sigma = teacher.sigma_at(torch.tensor(step / 999, dtype=torch.float64), schedule).item()
+        assert 1 / (1 + sigma**2) == pytest.approx(alpha_bar, rel=2e-4), step
+
+
+@pytest.mark.parametrize("schedule, name", [("linear", "linear"), ("cosine", "squaredcos_cap_v2")])
+def test_levels_are_those_of_diffusers(schedule, name):
+    u = torch.arange(1000, dtype=torch.float64) / 999
+    torch.testing.assert_close(teacher.sigma_at(u, schedule), vectors("samplers")[f"{name}_sigmas"],
+                               rtol=1e-3, atol=0)  # its betas are float32
+
+
+def test_flow_s_quantiles_are_its_time():
+    u = torch.tensor([0.0, 0.25, 0.5, 1.0], dtype=torch.float64)
+    sigma = teacher.sigma_at(u, "flow")
+    torch.testing.assert_close(sigma / (1 + sigma), 0.001 + 0.998 * u)
+
+
 @pytest.mark.parametrize("schedule", teacher.SCHEDULES)
-def test_schedules_rise_from_end_to_end_within_the_noise_range(schedule):
-    sigma = teacher.sigma_at(torch.linspace(0, 1, 101), schedule)
-    assert (sigma.diff() >= 0).all()
-    assert sigma[0] >= teacher.SIGMA_MIN and sigma[-1] <= teacher.SIGMA_MAX
+@pytest.mark.parametrize("prediction", teacher.PREDICTIONS)
+def test_every_prediction_is_finite_at_both_ends_of_every_schedule(prediction, schedule):
+    torch.manual_seed(0)
+    denoiser = teacher.Denoiser(teacher.UNet(8, 1, 10, 8, (1, 2), 1, (4,)), prediction)
+    sigma, label = teacher.sigma_at(torch.tensor([0.0, 1.0]), schedule), torch.tensor([0, 10])
+    x0, noise = torch.rand(2, 1, 8, 8) * 2 - 1, torch.randn(2, 1, 8, 8)
+    for gamma in (None, 5.0):
+        loss = teacher.denoising_loss(denoiser, x0, sigma, label, noise, gamma)
+        gradients = torch.autograd.grad(loss, list(denoiser.parameters()))
+        assert loss.isfinite() and all(gradient.isfinite().all() for gradient in gradients)
+    assert denoiser(x0 + sigma.view(-1, 1, 1, 1) * noise, sigma, label).isfinite().all()
+
+
+@pytest.mark.parametrize("prediction, target", [
+    ("eps", lambda x0, noise, s: noise), ("x0", lambda x0, noise, s: x0),
+    ("v", lambda x0, noise, s: (noise - s * x0) / (1 + s**2).sqrt()),
+    ("flow", lambda x0, noise, s: noise - x0)])
+def test_f_learns_what_the_field_calls_the_prediction(prediction, target):
+    x0, noise = torch.randn(2, 3, 1, 4, 4, dtype=torch.float64)
+    sigma = torch.tensor([0.002, 0.5, 80.0], dtype=torch.float64).view(-1, 1, 1, 1)
+    c_skip, c_out, _ = teacher.precondition(prediction, sigma)
+    x = x0 + sigma * noise
+    torch.testing.assert_close((x0 - c_skip * x) / c_out, target(x0, noise, sigma))
+
+
+@pytest.mark.parametrize("prediction", teacher.PREDICTIONS)
+def test_min_snr_weighs_the_error_of_x0_by_the_clamped_snr(prediction):
+    x0, x0_hat = torch.randn(2, 3, 1, 4, 4, dtype=torch.float64)
+    sigma = torch.tensor([0.1, 0.5, 10.0], dtype=torch.float64)  # SNR 100, 4, 0.01
+    errors = (x0_hat - x0).square().mean((1, 2, 3))
+    expected = (errors * torch.tensor([5.0, 4.0, 0.01], dtype=torch.float64)).mean()
+    torch.testing.assert_close(teacher.unit_error(prediction, x0_hat, x0, sigma, 5.0), expected)
 
 
 @pytest.mark.parametrize("prediction", teacher.PREDICTIONS)
@@ -191,22 +252,35 @@ def test_exact_denoiser_has_the_lowest_loss():
 
 # ---- network ------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("name, shape, arguments", [
-    ("edm_ddpmpp_tiny", (16, 3, 10), dict(channel_mult=(1, 2), attn_resolutions=(8,))),
-    ("edm_ddpmpp_tiny_uncond", (8, 1, 0), dict(channel_mult=(1, 1), attn_resolutions=())),
-])
-def test_unet_is_edm_s_ddpmpp(name, shape, arguments):
-    v = vectors(name)
-    denoiser = teacher.Denoiser(teacher.UNet(*shape, model_channels=16, num_blocks=1, **arguments))
-    state = {key.removeprefix("state/model."): value for key, value in v.items() if "state/" in key}
-    denoiser.net.load_state_dict({key: value for key, value in state.items()
+TINY_EDM = {  # of ../shared/vectors: what made these networks
+    "edm_ddpmpp_tiny": dict(img_resolution=16, img_channels=3, label_dim=10, model_channels=16,
+                            channel_mult=[1, 2], num_blocks=1, attn_resolutions=[8],
+                            model_type="SongUNet"),
+    "edm_ddpmpp_tiny_uncond": dict(img_resolution=8, img_channels=1, label_dim=0, model_channels=16,
+                                   channel_mult=[1, 1], num_blocks=1, attn_resolutions=[],
+                                   model_type="SongUNet"),
+    "edm_adm_tiny": dict(img_resolution=16, img_channels=3, label_dim=5, model_channels=64,
+                         channel_mult=[1, 2], num_blocks=1, attn_resolutions=[8],
+                         model_type="DhariwalUNet"),
+}
+
+
+def edm_state(v):
+    return {key.removeprefix("state/model."): value for key, value in v.items() if "state/" in key}
+
+
+@pytest.mark.parametrize("name", TINY_EDM)
+def test_unet_is_edm_s(name):
+    v, label_dim = vectors(name), TINY_EDM[name]["label_dim"]
+    denoiser = teacher.Denoiser(teacher.UNet(**TINY_EDM[name]))
+    denoiser.net.load_state_dict({key: value for key, value in edm_state(v).items()
                                   if not key.endswith("resample_filter") and "augment" not in key})
     label = v.get("in/label", torch.zeros(len(v["in/x"]), dtype=torch.long))
     with torch.no_grad():
         torch.testing.assert_close(denoiser(v["in/x"], v["in/sigma"], label), v["out/denoised"],
                                    rtol=0, atol=1e-5)
-        if shape[2]:
-            no_label = torch.full_like(label, shape[2])
+        if label_dim:
+            no_label = torch.full_like(label, label_dim)
             torch.testing.assert_close(denoiser(v["in/x"], v["in/sigma"], no_label),
                                        v["out/denoised_no_label"], rtol=0, atol=1e-5)
 
@@ -238,16 +312,101 @@ def test_unet_names_the_sides_that_work():
 @pytest.mark.parametrize("steps", [5, 18])
 def test_heun_is_edm_s_sampler(steps):
     v = vectors("samplers")
-    x0 = teacher.heun(Gaussian(v["mu"], v["s"]).double(), v["latents"], None, steps)
+    sigmas = teacher.sampling_sigmas(steps, "lognormal")
+    x0 = teacher.heun(Gaussian(v["mu"], v["s"]).double(), sigmas[0] * v["latents"], sigmas, None)
     torch.testing.assert_close(x0, v[f"edm_heun_{steps}"], rtol=0, atol=1e-6)
 
 
-def test_heun_is_of_second_order():
+@pytest.mark.parametrize("function, ratio", [(teacher.heun, 4), (sample.ddim, 2)])
+def test_order_of_convergence(function, ratio):
     noise = torch.tensor([1.0], dtype=torch.float64).view(1, 1, 1, 1)
     exact = 80 * 0.5 / math.sqrt(80**2 + 0.5**2)  # of the probability flow of N(0, 0.5^2)
-    errors = [abs(teacher.heun(Gaussian(0, 0.5).double(), noise, None, steps).item() - exact)
-              for steps in (100, 200)]
-    assert 3.5 < errors[0] / errors[1] < 4.5
+    errors = []
+    for steps in (100, 200):
+        sigmas = teacher.sampling_sigmas(steps, "lognormal")
+        x0 = function(Gaussian(0, 0.5).double(), sigmas[0] * noise, sigmas, None)
+        errors.append(abs(x0.item() - exact))
+    assert 0.85 * ratio < errors[0] / errors[1] < 1.15 * ratio
+
+
+@pytest.mark.parametrize("name", ["linear", "squaredcos_cap_v2"])
+def test_ddim_is_that_of_diffusers(name):
+    v = vectors("samplers")
+    sigmas = v[f"{name}_sigmas"][v[f"{name}_ddim50_timesteps"]].tolist() + [0.0]
+    x = v["latents"] * (1 + sigmas[0] ** 2) ** 0.5  # out of variance-preserving coordinates
+    x0 = sample.ddim(Gaussian(v["mu"], v["s"]).double(), x, sigmas, None)
+    torch.testing.assert_close(x0, v[f"{name}_ddim50_eta0"], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["linear", "squaredcos_cap_v2"])
+def test_ddim_with_eta_1_is_ddpm(name):
+    v = vectors("samplers")
+    levels, denoiser = v[f"{name}_sigmas"].tolist(), Gaussian(v["mu"], v["s"]).double()
+    for t, mean, var in zip(v[f"{name}_ddpm_t"].tolist(), v[f"{name}_ddpm_mean_vp"],
+                            v[f"{name}_ddpm_var"]):
+        sigma, sigma_next = levels[t], levels[t - 1]
+        x, scale = v["latents"] * (1 + sigma**2) ** 0.5, (1 + sigma_next**2) ** 0.5
+        at_0, at_1 = (sample.ddim(denoiser, x, [sigma, sigma_next], None, [noise], eta=1.0) / scale
+                      for noise in (torch.zeros_like(x), torch.ones_like(x)))
+        torch.testing.assert_close(at_0, mean, rtol=0, atol=1e-5)
+        torch.testing.assert_close((at_1 - at_0) ** 2, var.expand_as(x), rtol=1e-3, atol=0)
+
+
+def test_samplers_with_noise_keep_the_data_s_moments():
+    torch.manual_seed(0)
+    denoiser, noise = Gaussian(0.3, 0.5), torch.randn(4000, 1, 4, 4)
+    sigmas = teacher.sampling_sigmas(60, "lognormal")
+    fresh = (torch.randn_like(noise) for _ in range(300))
+    for x0 in (sample.ddim(denoiser, 80 * noise, sigmas, None, fresh, eta=1.0),
+               sample.ddim(denoiser, 80 * noise, sigmas, None, fresh, eta=0.5),
+               teacher.heun(denoiser, 80 * noise, sigmas, None, fresh, churn=30.0)):
+        assert x0.mean().item() == pytest.approx(0.3, abs=0.02)
+        assert x0.std().item() == pytest.approx(0.5, abs=0.03)
+        assert abs((x0 * noise).mean().item()) < 0.1  # a deterministic sampler has 0.5
+
+
+def test_churn_is_limited_to_its_levels_and_scaled():
+    def denoiser(x, sigma, label):
+        levels.append(sigma[0].item())
+        return x  # which ends the steps where they began, but for the noise that is added
+
+    levels, x = [], torch.zeros(1, 1, 1, 1)
+    ones = (torch.ones_like(x) for _ in range(9))
+    x0 = teacher.heun(denoiser, x, [8.0, 4.0, 2.0, 0.0], None, ones, 3 * 0.1, 3.0, 5.0, 2.0)
+    assert levels == pytest.approx([8, 4, 4.4, 2, 2])
+    assert x0.item() == pytest.approx(2 * (4.4**2 - 4**2) ** 0.5)
+    levels.clear()
+    teacher.heun(denoiser, x, [4.0, 0.0], None, iter([x + 1]), 9.0)
+    assert levels == pytest.approx([4 * 2**0.5])  # EDM's limit
+
+
+@pytest.mark.parametrize("schedule", teacher.SCHEDULES)
+def test_levels_of_a_sampler_stay_in_the_teacher_s_range_and_end_at_0(schedule):
+    ends = teacher.sigma_at(torch.tensor([0.0, 1.0], dtype=torch.float64), schedule).tolist()
+    sigmas = teacher.sampling_sigmas(18, schedule)
+    assert len(sigmas) == 19 and sigmas[0] == pytest.approx(80) and sigmas[-1] == 0
+    assert sigmas[-2] == pytest.approx(max(0.002, ends[0]))
+    own = teacher.sampling_sigmas(18, schedule, own=True)
+    assert own[0] == pytest.approx(ends[1]) and own[-2] == pytest.approx(ends[0])
+    assert all((np.diff(levels) < 0).all() for levels in (sigmas, own))
+
+
+@pytest.mark.parametrize("flags, evaluations, says", [
+    ("", 35, "18 Heun steps"), ("--steps 5", 9, "5 Heun steps"),
+    ("--sampler euler", 35, "35 Euler steps"), ("--sampler ddim", 50, "50 DDIM steps"),
+    ("--sampler ddim --eta 0.5 --steps 7", 7, "7 DDIM steps, eta 0.5"),
+    ("--sampler ddpm --steps 9", 9, "9 DDPM steps"),
+    ("--churn 40 --s-min 0.05 --s-max 50 --s-noise 1.003", 35, "churn 40, s_min 0.05, s_max 50"),
+    ("--guidance 2 --steps 4", 14, "4 Heun steps, guidance 2")])
+def test_samplers_of_a_teacher(flags, evaluations, says, tiny_teacher):
+    cfg = teacher.parse(sample.Config, [tiny_teacher, *flags.split()])
+    sampler = sample.load_sampler(tiny_teacher, cfg=cfg)
+    assert sampler.evaluations == evaluations and says in sampler.name
+    label = torch.arange(10)
+    images = sample.generate(sampler, label, seed=1)
+    assert images.float().std() > 10
+    assert torch.equal(sample.generate(sampler, label[:3], seed=1), images[:3])
+    assert not torch.equal(sample.generate(sampler, label, seed=2), images)
 
 
 def test_few_step_gives_each_level_the_last_estimate_and_fresh_noise():
@@ -265,7 +424,7 @@ def test_few_step_gives_each_level_the_last_estimate_and_fresh_noise():
 def test_same_seed_and_label_give_the_same_images_at_any_batch_size(tiny_teacher, tiny_generator):
     label = torch.arange(10).repeat(4)
     for path in (tiny_teacher, tiny_generator):
-        sampler = sample.load_sampler(path, None, "cpu")
+        sampler = sample.load_sampler(path)
         images = sample.generate(sampler, label, seed=3)
         for batch in (1, 7):
             assert torch.equal(sample.generate(sampler, label, 3, batch), images)
@@ -517,9 +676,11 @@ def test_guidance_moves_the_estimate_away_from_that_without_label(tiny_teacher):
 def test_pairs_are_the_teacher_s_images_and_kept_until_it_changes(tiny_teacher, tmp_path, capsys):
     checkpoint, path = teacher.load(tiny_teacher), tmp_path / "pairs.pt"
     denoiser = teacher.build(checkpoint)
-    sampler = sample.teacher_sampler(denoiser, checkpoint["data"], torch.device("cpu"))
+    sampler = sample.teacher_sampler(denoiser, "karras", checkpoint["data"],
+                                     torch.device("cpu"))
     pairs = dmd2.load_pairs(sampler, "a", 12, path)
-    expected = teacher.heun(denoiser, pairs.noise, pairs.label)
+    sigmas = teacher.sampling_sigmas(18, "karras")
+    expected = teacher.heun(denoiser, sigmas[0] * pairs.noise, sigmas, pairs.label)
     torch.testing.assert_close(pairs.images, expected, rtol=0, atol=1e-5)
     noise, label, images = pairs.batch(3, 5, seed=0)
     assert images.shape == noise.shape == (5, 1, 8, 8) and label.shape == (5,)
@@ -527,7 +688,8 @@ def test_pairs_are_the_teacher_s_images_and_kept_until_it_changes(tiny_teacher, 
     unused = sampler._replace(images=None)  # fails if it is called
     again = dmd2.load_pairs(unused, "a", 12, path)
     assert all(map(torch.equal, pairs, again)) and not capsys.readouterr().err
-    guided = sample.teacher_sampler(sample.Guided(denoiser, 1.5), checkpoint["data"], None)
+    denoiser = sample.Guided(denoiser, 1.5)
+    guided = sample.teacher_sampler(denoiser, "karras", checkpoint["data"], None)
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 0xFF
     (tmp_path / "flipped.pt").write_bytes(content)
@@ -1061,7 +1223,7 @@ def test_weights_that_do_not_fit_or_are_not_finite_are_refused(tiny_generator):
 
 @pytest.mark.parametrize("change", [
     dict(kind="other"), dict(data=None), dict(sigmas=[]), dict(network={}), dict(model={}),
-    dict(prediction="v"), dict(config=None), dict(step=-1), dict(sigmas=[math.nan]),
+    dict(prediction="w"), dict(schedule="w"), dict(config=None), dict(step=-1), dict(sigmas=[math.nan]),
     dict(data=dict(name="digits", size=32, shape=(1, 16, 16), classes=tuple("0123456789")))])
 def test_checkpoint_whose_fields_do_not_fit_is_refused(change, tiny_generator, tmp_path):
     torch.save(dict(teacher.load(tiny_generator), **change), tmp_path / "changed.pt")
