@@ -307,6 +307,217 @@ def test_unet_names_the_sides_that_work():
         teacher.UNet(30, 1, 10, 8, (1, 2, 2), 1, ())
 
 
+# ---- EDM's checkpoints --------------------------------------------------------------------------
+
+class Persistent:
+    """An object as EDM's torch_utils.persistence pickles them."""
+
+    def __init__(self, class_name, **state):
+        self.meta = dict(type="class", version=6, module_src="raise SystemExit('executed')",
+                         class_name=class_name, state=state)
+
+    def __reduce__(self):
+        return sys.modules["torch_utils.persistence"]._reconstruct_persistent_obj, (self.meta,)
+
+
+class Reduced:
+    """An object that is pickled as a call."""
+
+    def __init__(self, function, *args):
+        self.call = function, args
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.fixture
+def persistence(monkeypatch):
+    def _reconstruct_persistent_obj(meta):
+        raise AssertionError("called")
+
+    module = types.ModuleType("torch_utils.persistence")
+    _reconstruct_persistent_obj.__module__ = "torch_utils.persistence"
+    _reconstruct_persistent_obj.__qualname__ = "_reconstruct_persistent_obj"
+    module._reconstruct_persistent_obj = _reconstruct_persistent_obj
+    monkeypatch.setitem(sys.modules, "torch_utils", types.ModuleType("torch_utils"))
+    monkeypatch.setitem(sys.modules, "torch_utils.persistence", module)
+
+
+def persistent_module(state, class_name="Conv2d", **attributes):
+    """A module with the parameters of a state dict, those of its parts in parts."""
+    parts, parameters, buffers = {}, {}, {}
+    for name, value in state.items():
+        first, _, rest = name.partition(".")
+        if rest:
+            parts.setdefault(first, {})[rest] = value
+        elif first == "resample_filter":
+            buffers[first] = value
+        else:
+            parameters[first] = nn.Parameter(value)
+    modules = {}
+    for name, part in parts.items():
+        if name in ("enc", "dec"):
+            modules[name] = nn.ModuleDict()
+            modules[name]._modules.update(persistent_module(part).meta["state"]["_modules"])
+        else:
+            modules[name] = persistent_module(part)
+    return Persistent(class_name, training=False, _parameters={"bias": None, **parameters},
+                      _buffers=buffers, _modules=modules, skip_scale=np.sqrt(0.5), **attributes)
+
+
+def edm_checkpoint(network, state, extra=(), precond="EDMPrecond", **kwargs):
+    """What EDM pickles of a network with the arguments of UNet and EDM's state dict."""
+    kwargs = {**network, **kwargs}
+    channels = kwargs.pop("img_channels")
+    net = persistent_module(state, kwargs.pop("model_type", "SongUNet"),
+                            _init_kwargs=dict(kwargs, in_channels=channels, out_channels=channels))
+    net = Persistent(precond, sigma_data=0.5, _parameters={}, _buffers={}, _modules=dict(model=net))
+    return dict(ema=net, loss_fn=None, dataset_kwargs=dict(path="a.zip"), **dict(extra))
+
+
+@pytest.fixture
+def edm_pkl(persistence, tmp_path):
+    """A small conditional network of the digits' shape as an EDM checkpoint."""
+    torch.manual_seed(0)
+    network = dict(img_resolution=8, img_channels=1, label_dim=10, model_channels=16,
+                   channel_mult=[1, 2], num_blocks=1, attn_resolutions=[4])
+    net = teacher.UNet(**network)
+    state = {name: value + 0.1 * torch.randn_like(value) for name, value in
+             net.state_dict().items()}
+    path = tmp_path / "edm.pkl"
+    path.write_bytes(pickle.dumps(edm_checkpoint(network, state)))
+    return types.SimpleNamespace(path=str(path), network=network, state=state)
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+@pytest.mark.parametrize("name", TINY_EDM)
+def test_pickle_of_edm_is_its_denoiser(name, protocol, persistence, tmp_path):
+    v = vectors(name)
+    content = pickle.dumps(edm_checkpoint(TINY_EDM[name], edm_state(v)), protocol)
+    (tmp_path / "edm.pkl").write_bytes(content)
+    checkpoint = sample.open_checkpoint(tmp_path / "edm.pkl")
+    assert checkpoint["network"] == TINY_EDM[name]
+    label = v.get("in/label", torch.zeros(len(v["in/x"]), dtype=torch.long))
+    x0_hat = teacher.build(checkpoint)(v["in/x"], v["in/sigma"], label)
+    torch.testing.assert_close(x0_hat, v["out/denoised"], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("network, parameters, keys, shapes", [
+    (dict(img_resolution=32, label_dim=10, model_channels=128, channel_mult=[2, 2, 2],
+          num_blocks=4, attn_resolutions=[16]), 55_735_299 - 128 * 9, 427 - 8 - 1,
+     {"map_label.weight": [128, 10], "map_layer0.weight": [512, 128],
+      "enc.32x32_conv.weight": [128, 3, 3, 3], "enc.32x32_block0.skip.weight": [256, 128, 1, 1],
+      "enc.16x16_down.skip.weight": [256, 256, 1, 1], "enc.16x16_block3.qkv.weight":
+      [768, 256, 1, 1], "dec.16x16_block4.proj.weight": [256, 256, 1, 1],
+      "dec.32x32_block4.conv0.weight": [256, 384, 3, 3], "dec.32x32_aux_conv.weight":
+      [3, 256, 3, 3]}),
+    (dict(img_resolution=64, label_dim=1000, model_channels=192, channel_mult=[1, 2, 3, 4],
+          num_blocks=3, attn_resolutions=[32, 16, 8], model_type="DhariwalUNet"), 295_899_267,
+     553 - 12,
+     {"map_label.weight": [768, 1000], "map_layer0.weight": [768, 192],
+      "enc.64x64_conv.weight": [192, 3, 3, 3], "enc.8x8_block2.affine.weight": [1536, 768],
+      "dec.8x8_block3.conv0.weight": [768, 1344, 3, 3], "dec.16x16_block0.qkv.weight":
+      [1728, 576, 1, 1], "dec.64x64_block3.conv0.weight": [192, 384, 3, 3],
+      "out_conv.weight": [3, 192, 3, 3]})])
+def test_networks_of_full_size_have_the_published_names_and_shapes(network, parameters, keys,
+                                                                   shapes):
+    """Without EDM's resampling filters, which are constants, and its map_augment."""
+    with torch.device("meta"):
+        state = teacher.UNet(img_channels=3, **network).state_dict()
+    assert len(state) == keys and sum(value.numel() for value in state.values()) == parameters
+    assert {name: list(state[name].shape) for name in shapes} == shapes
+
+
+def test_edm_checkpoint_is_sampled_distilled_and_exported(edm_pkl, tmp_path, capsys):
+    sample.main([edm_pkl.path, "--n", "10", "--steps", "3", "--out", str(tmp_path / "a.png")])
+    sample.main([edm_pkl.path, "--data", "digits", "--evaluate", "--n", "100", "--seeds", "1",
+                 "--sampler", "ddim", "--steps", "3"])
+    assert "teacher, 3 DDIM steps" in capsys.readouterr().out
+    dmd2.main([*TINY_DMD, "--teacher", edm_pkl.path, "--data", "digits", "--out",
+               str(tmp_path / "run")])
+    dmd2.main(["--resume", str(tmp_path / "run" / "last.pt"), "--steps", "6"])
+    export.main([str(tmp_path / "run" / "generator.pt")])
+    sample.main([str(tmp_path / "run" / "generator.onnx"), "--out", str(tmp_path / "b.png")])
+    assert teacher.load(tmp_path / "run" / "last.pt")["data"]["name"] == "digits"
+
+
+def test_unconditional_edm_checkpoint_goes_the_whole_way(edm_pkl, tmp_path):
+    network = dict(edm_pkl.network, label_dim=0)
+    state = {name: value for name, value in edm_pkl.state.items() if "map_label" not in name}
+    Path(edm_pkl.path).write_bytes(pickle.dumps(edm_checkpoint(network, state)))
+    dmd2.main([*TINY_DMD, "--teacher", edm_pkl.path, "--data", "digits", "--out",
+               str(tmp_path / "run")])
+    export.main([str(tmp_path / "run" / "generator.pt")])
+    for name in ("generator.pt", "generator.onnx"):
+        sample.main([str(tmp_path / "run" / name), "--n", "5", "--out", f"{tmp_path}/{name}.npz"])
+    a, b = (np.load(f"{tmp_path}/generator.{kind}.npz")["images"].astype(int)
+            for kind in ("pt", "onnx"))
+    assert len(a) == 5 and abs(a - b).max() <= 1
+
+
+def test_planted_call_in_an_edm_pickle_is_refused_by_name_and_not_made(edm_pkl, tmp_path):
+    planted = Reduced(os.system, f"touch {tmp_path}/executed")
+    in_storage = Reduced(torch.storage._load_from_bytes, pickle.dumps(planted))
+    hostile = [planted, dict(ema=planted), edm_checkpoint(edm_pkl.network, edm_pkl.state,
+                                                          [("more", planted)])]
+    for name, value in (("channel_mult", planted), ("num_blocks", in_storage)):
+        hostile.append(edm_checkpoint(dict(edm_pkl.network, **{name: value}), edm_pkl.state))
+    for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
+        name = "copy_reg._reconstructor|" * (protocol < 2) + f"{os.system.__module__}.system"
+        for content in hostile:
+            Path(edm_pkl.path).write_bytes(pickle.dumps(content, protocol))
+            with pytest.raises(ValueError, match=f"edm.pkl: .*names ({name}), .* refused"):
+                sample.load_edm(edm_pkl.path)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_names_that_an_edm_pickle_may_have_stand_for_nothing_that_acts():
+    harmless = {dict, set, sample.Ignored, types.SimpleNamespace, sample.read_tensor,
+                sample.read_storage}
+    for name, thing in sample.EDM_GLOBALS.items():
+        assert thing in harmless or thing.__name__ == "<lambda>", name
+        assert thing.__module__ in ("builtins", "types", "sample"), name
+
+
+def test_damaged_edm_pickles_are_one_line(edm_pkl):
+    def tensor(size, stride, offset=0):
+        storage = torch.storage.TypedStorage(wrap_storage=torch.zeros(1).untyped_storage(),
+                                             dtype=torch.float32, _internal=True)
+        return Reduced(torch._utils._rebuild_tensor_v2, storage, offset, size, stride, False, {})
+
+    def changed(extra=(), **options):
+        return pickle.dumps(edm_checkpoint(network, state, extra, **options))
+
+    whole, path = Path(edm_pkl.path).read_bytes(), Path(edm_pkl.path)
+    network, state = edm_pkl.network, edm_pkl.state
+    cyclic = edm_checkpoint(network, state)
+    inner = cyclic["ema"].meta["state"]["_modules"]["model"].meta["state"]["_modules"]
+    inner["enc"] = cyclic["ema"]
+    contents = {
+        "truncated": whole[:len(whole) // 2], "empty": b"", "text": b"not a pickle",
+        "another pickle": pickle.dumps([1]), "no ema": pickle.dumps(dict(net=1)),
+        "cyclic": pickle.dumps(cyclic), "another class": changed(precond="VPPrecond"),
+        "NCSN++": changed(embedding_type="fourier"),
+        "a type": changed(dict(x=torch.zeros(1).double())),
+        "a size": changed(dict(x=tensor((2**40,), (0,)))),
+        "beyond": changed(dict(x=tensor((1,), (1,), 1))),
+        "before": changed(dict(x=tensor((2,), (-1,), 1))),
+        "long": b"\x80\x04\x8e" + b"\xff" * 6 + b"\x0f\x00" + b"bytes that are not there",
+    }
+    for name, content in contents.items():
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="edm.pkl: not a checkpoint of NVlabs/edm"):
+            sample.load_edm(edm_pkl.path)
+    for change in (dict(model_channels=32), dict(num_blocks=2), dict(label_dim=5)):
+        path.write_bytes(pickle.dumps(edm_checkpoint(dict(network, **change), state)))
+        with pytest.raises(ValueError, match="don't fit"):
+            teacher.build(sample.load_edm(edm_pkl.path))
+    state = dict(state, **{"map_layer0.bias": torch.full((64,), math.nan)})
+    path.write_bytes(pickle.dumps(edm_checkpoint(network, state)))
+    with pytest.raises(ValueError, match="not finite"):
+        teacher.build(sample.load_edm(edm_pkl.path))
+
+
 # ---- samplers -----------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("steps", [5, 18])
@@ -468,6 +679,84 @@ def test_an_epoch_shows_every_image_once():
     indices = torch.cat([teacher.batch_at(step, 100, 20, seed=0) for step in range(5)])
     assert sorted(indices.tolist()) == list(range(100))
     assert not torch.equal(teacher.batch_at(5, 100, 20, 0), indices[:20])
+
+
+# ---- every kind of teacher, from training to images ---------------------------------------------
+
+@pytest.mark.parametrize("schedule", teacher.SCHEDULES)
+@pytest.mark.parametrize("prediction", teacher.PREDICTIONS)
+def test_every_prediction_and_schedule_trains_samples_and_distils(prediction, schedule, tmp_path):
+    flags = f"--prediction {prediction} --schedule {schedule} --min-snr-gamma 5 --batch 8"
+    teacher.main([*TINY, *flags.split(), "--steps", "2", "--out", f"{tmp_path}/teacher"])
+    dmd2.main([*TINY_DMD, "--teacher", f"{tmp_path}/teacher/teacher.pt", "--batch", "8", "--steps",
+               "2", "--evaluate-every", "0", "--out", f"{tmp_path}/dmd2"])
+    for path, flags in (("teacher/teacher.pt", dict(sampler="heun", steps=3)),
+                        ("teacher/teacher.pt", dict(sampler="ddpm", steps=3)),
+                        ("dmd2/generator.pt", {})):
+        cfg = sample.Config(checkpoint=f"{tmp_path}/{path}", **flags)
+        sampler = sample.load_sampler(cfg.checkpoint, cfg=cfg)
+        assert sample.generate(sampler, torch.arange(10), seed=0).float().std() > 10
+    assert all(math.isfinite(value) for folder in ("teacher", "dmd2")
+               for line in log_of(tmp_path / folder) for value in line.values())
+
+
+def test_min_snr_reaches_the_teacher_s_loss(tmp_path):
+    losses = []
+    for flags in ([], ["--min-snr-gamma", "5"]):
+        teacher.main([*TINY, "--steps", "1", "--out", str(tmp_path), *flags])
+        losses.append(log_of(tmp_path)[0]["loss"])
+    assert 0 < losses[1] < 0.6 * losses[0]  # c_out^2 min(SNR, 5) is at most 0.56
+
+
+@pytest.mark.parametrize("schedule, lowest", [("linear", 0.01), ("lognormal", 0.002)])
+def test_teacher_is_asked_at_the_levels_of_its_schedule_only(schedule, lowest, tmp_path,
+                                                             monkeypatch):
+    def seen(self, x, sigma, *args, **options):
+        sigmas.append(sigma)
+        return original(self, x, sigma, *args, **options)
+
+    teacher.main([*TINY, "--schedule", schedule, "--out", f"{tmp_path}/teacher"])
+    sigmas, original = [], teacher.Denoiser.estimate
+    monkeypatch.setattr(teacher.Denoiser, "estimate", seen)
+    dmd2.main([*TINY_DMD, "--teacher", f"{tmp_path}/teacher/teacher.pt", "--batch", "256",
+               "--out", f"{tmp_path}/dmd2"])
+    assert lowest * 0.999 < torch.cat(sigmas).min() < lowest * 1.5
+
+
+def test_config_of_a_run_gives_the_same_run_and_flags_go_before_it(tmp_path, tiny_teacher):
+    for script, flags, name in ((teacher, [*TINY, "--min-snr-gamma", "3"], "teacher.pt"),
+                                (dmd2, [*TINY_DMD, "--teacher", tiny_teacher, "--lr", "1e-3"],
+                                 "last.pt")):
+        first, again, other = (tmp_path / script.__name__ / part for part in "abc")
+        script.main([*flags, "--out", str(first)])
+        config = str(first / "config.json")
+        script.main(["--config", config, "--out", str(again)])
+        script.main(["--config", config, "--out", str(other), "--seed", "1", "--steps", "2"])
+        a, b, c = (teacher.load(folder / name) for folder in (first, again, other))
+        assert equal(a["training"], b["training"]) and equal(a["model"], b["model"])
+        assert dict(b["config"], out="") == dict(a["config"], out="")
+        assert dict(c["config"], out="") == dict(a["config"], out="", seed=1, steps=2)
+        assert not equal(a["model"], c["model"])
+
+
+@pytest.mark.parametrize("content, says", [
+    (None, "no such file"), ("{", "not the config.json"), ("[1]", "not the config.json"),
+    ('{"width": "8"}', "width is 8"), ('{"width": true}', "width is True"),
+    ('{"wide": 8}', "'wide'"), ('{"teacher": "t.pt"}', "'teacher'"), ("\ud800", "not the config")])
+def test_config_that_does_not_fit_is_refused(content, says, tmp_path, capsys):
+    path = tmp_path / "config.json"
+    if content is not None:
+        path.write_bytes(content.encode("utf-8", "surrogatepass"))
+    line = fails(teacher.main, ["--config", str(path), "--out", str(tmp_path / "run")], capsys)
+    assert f"--config {path}: " in line and says in line and not (tmp_path / "run").exists()
+
+
+def test_config_of_the_run_in_the_same_folder_is_refused(tiny, tiny_teacher, capsys):
+    config, before = str(tiny / "teacher" / "config.json"), Path(tiny_teacher).read_bytes()
+    line = fails(teacher.main, ["--config", config, "--out", str(tiny / "teacher")], capsys)
+    assert "would replace" in line and Path(tiny_teacher).read_bytes() == before
+    line = fails(teacher.main, ["--config", config, "--resume", tiny_teacher], capsys)
+    assert "leave it out" in line
 
 
 # ---- distribution matching ----------------------------------------------------------------------
@@ -1223,7 +1512,8 @@ def test_weights_that_do_not_fit_or_are_not_finite_are_refused(tiny_generator):
 
 @pytest.mark.parametrize("change", [
     dict(kind="other"), dict(data=None), dict(sigmas=[]), dict(network={}), dict(model={}),
-    dict(prediction="w"), dict(schedule="w"), dict(config=None), dict(step=-1), dict(sigmas=[math.nan]),
+    dict(prediction="w"), dict(config=None), dict(schedule="w"), dict(step=-1),
+    dict(sigmas=[math.nan]),
     dict(data=dict(name="digits", size=32, shape=(1, 16, 16), classes=tuple("0123456789")))])
 def test_checkpoint_whose_fields_do_not_fit_is_refused(change, tiny_generator, tmp_path):
     torch.save(dict(teacher.load(tiny_generator), **change), tmp_path / "changed.pt")
@@ -1530,7 +1820,19 @@ def fails(main, argv, capsys):
     (sample.main, "FOREIGN", "not a checkpoint of this project"),
     (sample.main, "GENERATOR --labels 3,10", "'10' is no class; there are 0 to 9"),
     (sample.main, "GENERATOR --labels 3,,7", "'' is no class"),
-    (sample.main, "GENERATOR --steps 4", "--steps 4"),
+    (sample.main, "GENERATOR --steps 4", "--steps 4: is for teachers"),
+    (sample.main, "GENERATOR --sampler ddim", "--sampler ddim: is for teachers"),
+    (sample.main, "GENERATOR --guidance 2", "--guidance 2.0: is for teachers"),
+    (sample.main, "TEACHER --eta 1", "--eta 1.0: is not for --sampler heun"),
+    (sample.main, "TEACHER --sampler ddpm --churn 9", "--churn 9.0: is not for --sampler ddpm"),
+    (sample.main, "TEACHER --sampler plms", "choose from heun, euler, ddim, ddpm"),
+    (sample.main, "NO_NULL --guidance 2", "knows no images without label"),
+    (sample.main, "TEACHER --data mnist", "was trained on digits; leave it out"),
+    (sample.main, "nowhere.pkl", "nowhere.pkl: no such checkpoint"),
+    (sample.main, "PLAIN", "not a checkpoint of NVlabs/edm"),
+    (dmd2.main, "--teacher PLAIN", "not a checkpoint of NVlabs/edm"),
+    (dmd2.main, "--teacher TEACHER --data mnist", "was trained on digits; leave it out"),
+    (teacher.main, "--min-snr-gamma 0", "--min-snr-gamma 0.0: must be at least"),
     (sample.main, "GENERATOR --out /dev/null/x.png", "/dev/null"),
     (sample.main, "GENERATOR --evaluate --out x.png", "leave out"),
     (sample.main, "GENERATOR --evaluate --n 50", "at least 100"),
@@ -1547,7 +1849,8 @@ def test_mistake_of_the_user_is_one_line_and_status_2(main, argv, says, tiny, ti
                                                       capsys):
     monkeypatch.chdir(tmp_path)
     torch.save({"weights": torch.zeros(3)}, tmp_path / "foreign.pt")
-    paths = dict(TEACHER=tiny_teacher, GENERATOR=tiny_generator,
+    (tiny / "plain.pkl").write_bytes(pickle.dumps("text"))
+    paths = dict(PLAIN=str(tiny / "plain.pkl"), TEACHER=tiny_teacher, GENERATOR=tiny_generator,
                  LAST=str(tiny / "dmd2" / "last.pt"), README=str(ROOT / "README.md"),
                  FOREIGN=str(tmp_path / "foreign.pt"), FOLDER=str(tiny / "dmd2"),
                  TEACHER_S=str(tiny / "teacher"),
