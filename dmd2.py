@@ -45,6 +45,8 @@ RECIPES["fashion"] = RECIPES["mnist"]
 
 # Other noise than `sample.py --evaluate` takes: to choose the best by, and for the pairs.
 EVALUATION_SEED, PAIRS_SEED = 1_000_000, 2_000_000
+# An eps network's error counts sigma-fold in its estimate of x0, so it is no use in one step at 80.
+EPS_SIGMA = 5.0
 RECALL_SHARE = 0.97  # of the teacher's recall: below it a generator is not the best of a run
 
 
@@ -62,17 +64,19 @@ class Config(TrainingOptions):
     lr: float = arg(None, "learning rate of the generator (default: by data)", at_least=0, below=1)
     fake_lr: float = arg(None, "learning rate of the fake score (default: by data)", at_least=0,
                          below=1)
-    conditioning_sigma: float = arg(80.0, "noise level at which the generator begins",
-                                    at_least=SIGMA_MIN)
+    conditioning_sigma: float = arg(None, "noise level at which the generator begins, and up to "
+                                          "which distribution matching goes (default: "
+                                          f"{SIGMA_MAX:g}, of an eps teacher {EPS_SIGMA:g})",
+                                    at_least=SIGMA_MIN, below=SIGMA_MAX + 1e-9)
     student_steps: int = arg(1, "steps in which the generator makes an image", (1, 2, 4))
     backward_simulation: bool = arg(True, "with several steps: train each on what the steps before "
                                           "it make of noise, not on real images with noise")
     dm_weight: float = arg(1.0, "weight of the distribution-matching loss; 0 for the GAN only",
                            at_least=0)
     dm_range: str = arg("0.02,0.98", "noise levels of the distribution-matching loss, as quantiles "
-                                     "of the karras schedule")
+                                     "of the karras schedule up to --conditioning-sigma")
     fake_weight: float = arg(1.0, "weight of the fake score's loss", at_least=0)
-    fake_range: str = arg("0,1", "noise levels of the fake score's loss, likewise")
+    fake_range: str = arg("0,1", "noise levels of the fake score's loss, as quantiles of all of it")
     guidance: float = arg(1.0, "classifier-free guidance of the teacher; 1 is none", at_least=0)
     gan_weight: float = arg(0.001, "weight of the generator's GAN loss; 0 turns the GAN off",
                             at_least=0)
@@ -224,9 +228,9 @@ def discriminator_loss(real_logits, fake_logits):
 # ---- the steps of a generator --------------------------------------------------------------------
 
 def generator_sigmas(steps, highest=SIGMA_MAX):
-    """Noise levels at evenly spread quantiles of the karras schedule: 80, 17.5, 2.52, 0.170 of 4.
+    """Noise levels at evenly spread quantiles of the karras schedule up to `highest`.
 
-    As DMD2 spreads its timesteps, 999, 749, 499, 249.
+    Of 4 up to 80: 80, 17.5, 2.52, 0.170, as DMD2 spreads its timesteps, 999, 749, 499, 249.
     """
     u = quantile_of(highest) * torch.linspace(1, 1 / steps, steps, dtype=torch.float64)
     return sigma_at(u, "karras").tolist()
@@ -484,8 +488,10 @@ def read_teacher(cfg):
             raise ValueError(f"--out {cfg.out}: a new run there would remove {path}; name another "
                              "folder")
     cfg = filled(cfg, RECIPES, name)
+    highest = EPS_SIGMA if parent["prediction"] == "eps" else SIGMA_MAX
     return parent, dataclasses.replace(cfg, teacher=str(Path(cfg.teacher).resolve()),
-                                       data=cfg.data and name)
+                                       data=cfg.data and name,
+                                       conditioning_sigma=cfg.conditioning_sigma or highest)
 
 
 def initial(cfg, parent, device):
@@ -540,9 +546,10 @@ def train(cfg):
     num_classes, shape = len(data["classes"]), data["shape"]
     real_batch = real_batches(cfg, data, device)
     distance = distance_function(cfg.regression_distance, device) if cfg.regression_weight else None
-    lowest = lowest_quantile(parent["schedule"])
-    dm_range, fake_range, gan_range = (tuple(max(u, lowest) for u in interval(text)) for text in
-                                       (cfg.dm_range, cfg.fake_range, cfg.gan_range))
+    lowest, highest = lowest_quantile(parent["schedule"]), quantile_of(cfg.conditioning_sigma)
+    dm_range, fake_range, gan_range = (
+        [max(lowest, u * high) for u in interval(text)] for text, high in
+        ((cfg.dm_range, highest), (cfg.fake_range, 1), (cfg.gan_range, 1)))
     gan_range = gan_range if cfg.gan_noise else None
     # The discriminator may see the generator's images in the pass by which the fake score learns.
     shares_pass = cfg.gan_features == "fake" and gan_range == fake_range

@@ -3,13 +3,16 @@
     python teacher.py                       # 1,797 real 8x8 digits, no download
     python teacher.py --data mnist          # or fashion, cifar10, a folder of images
 
-In reading order: noise levels, options, several GPUs, data, random numbers, network, denoiser and
-loss, optimisation, sampling, checkpoints, logging, profile, training. The method is EDM (Karras et
-al. 2022, "Elucidating the Design Space of Diffusion-Based Generative Models"). After this file a
-diffusion model is a function and no more:
+After this file a diffusion model, of whatever dialect, is a function and no more:
 
     x = x0 + sigma * noise                  x0 in [-1, 1], noise standard normal
     denoiser(x, sigma, label) -> x0_hat     the mean of all the x0 that x may have come from
+
+The first half is diffusion, in the terms of EDM (Karras et al. 2022, "Elucidating the Design Space
+of Diffusion-Based Generative Models"): noise levels, denoiser and loss, sampling, the training
+loop, the network. The second half is what any training script needs, and the others import from
+here: options, several GPUs, data, random numbers, optimisation, checkpoints, logging, --profile,
+pictures.
 """
 
 import argparse
@@ -66,12 +69,12 @@ LOW, HIGH = SIGMA_MIN ** (1 / RHO), SIGMA_MAX ** (1 / RHO)
 
 # Quantile functions: the noise level below which a share u of the training draws lies.
 SCHEDULES = {
-    "lognormal": lambda u: torch.exp(-1.2 + 1.2 * 2**0.5 * torch.erfinv(2 * u - 1)),  # EDM
+    "lognormal": lambda u: torch.exp(-1.2 + 1.2 * 2**0.5 * torch.erfinv(2 * u - 1)),  # EDM Table 1
     "karras": lambda u: (LOW + u * (HIGH - LOW)) ** RHO,                              # EDM Eq. 5
-    "linear": lambda u: ddpm_level(u, "linear"),                           # Ho et al. 2020
-    "cosine": lambda u: ddpm_level(u, "cosine"),                           # Nichol, Dhariwal 2021
-    "sigmoid": lambda u: ddpm_level(u, "sigmoid"),                         # Jabri et al. 2022
-    "flow": lambda u: (0.001 + 0.998 * u) / (0.999 - 0.998 * u),           # t / (1 - t)
+    "linear": lambda u: timestep_sigma(u, "linear"),        # DDPM, Ho et al. 2020
+    "cosine": lambda u: timestep_sigma(u, "cosine"),        # Nichol and Dhariwal 2021
+    "sigmoid": lambda u: timestep_sigma(u, "sigmoid"),      # Jabri et al. 2022
+    "flow": lambda u: (0.001 + 0.998 * u) / (0.999 - 0.998 * u),  # t / (1 - t), t even in [0, 1]
 }
 
 # Rows (c_skip, c_out, c_in) that make of a network F a denoiser c_skip x + c_out F(c_in x).
@@ -79,8 +82,8 @@ PREDICTIONS = {
     "edm": lambda s: (SIGMA_DATA**2 / (s**2 + SIGMA_DATA**2),
                       s * SIGMA_DATA / (s**2 + SIGMA_DATA**2).sqrt(),
                       1 / (s**2 + SIGMA_DATA**2).sqrt()),
-    "eps": lambda s: (1 + 0 * s, -s, 1 / (1 + s**2).sqrt()),
-    "x0": lambda s: (0 * s, 1 + 0 * s, 1 / (1 + s**2).sqrt()),
+    "eps": lambda s: (torch.ones_like(s), -s, 1 / (1 + s**2).sqrt()),
+    "x0": lambda s: (torch.zeros_like(s), torch.ones_like(s), 1 / (1 + s**2).sqrt()),
     "v": lambda s: (1 / (1 + s**2), -s / (1 + s**2).sqrt(), 1 / (1 + s**2).sqrt()),
     "flow": lambda s: (1 / (1 + s), -s / (1 + s), 1 / (1 + s)),
 }
@@ -98,22 +101,23 @@ def sigma_at(u, schedule):
 
 
 @functools.cache
-def ddpm_levels(schedule):
-    """The noise levels [1000], float64, of DDPM's 1000 timesteps: sqrt(1 / alpha_bar - 1)."""
+def timestep_sigmas(schedule):
+    """The noise levels [1000], float64, of DDPM's timesteps: sqrt(1 / alpha_bar - 1)."""
     t = torch.linspace(0, 1, 1001, dtype=torch.float64)
-    left = dict(cosine=torch.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2,
-                sigmoid=torch.sigmoid(3 + 0 * t) - torch.sigmoid(6 * t - 3))
-    betas = (torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64) if schedule == "linear" else
-             (1 - left[schedule][1:] / left[schedule][:-1]).clamp(max=0.999))
+    if schedule == "linear":
+        betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
+    else:  # given by alpha_bar, but for a factor
+        signal = {"cosine": torch.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2,
+                  "sigmoid": torch.sigmoid(torch.full_like(t, 3)) - torch.sigmoid(6 * t - 3)}
+        betas = (1 - signal[schedule][1:] / signal[schedule][:-1]).clamp(max=0.999)
     return (1 / (1 - betas).cumprod(0) - 1).sqrt()
 
 
-def ddpm_level(u, schedule):
-    """Noise level at u of DDPM's timesteps, 0 the first and 1 the last; between two in ln sigma."""
-    log_levels = ddpm_levels(schedule).log().to(u.device)
-    step = (999 * u.double()).floor().clamp(max=998)
-    low, high = log_levels[step.long()], log_levels[step.long() + 1]
-    return torch.lerp(low, high, 999 * u.double() - step).exp().to(u.dtype)
+def timestep_sigma(u, schedule):
+    """The noise level at u of the way from the first timestep to the last; ln sigma is linear."""
+    log_sigmas, place = timestep_sigmas(schedule).log().to(u.device), 999 * u.double()
+    step = place.long().clamp(max=998)
+    return torch.lerp(log_sigmas[step], log_sigmas[step + 1], place - step).exp().to(u.dtype)
 
 
 def quantile_of(sigma):
@@ -125,6 +129,68 @@ def lowest_quantile(schedule):
     """The quantile of karras where a schedule's range of noise levels begins."""
     return quantile_of(sigma_at(torch.zeros((), dtype=torch.float64), schedule).item())
 
+
+def precondition(prediction, sigma):
+    """The coefficients c_skip, c_out, c_in of a prediction, each of sigma's shape (EDM Table 1)."""
+    return PREDICTIONS[prediction](sigma)
+
+
+# ---- denoiser and loss --------------------------------------------------------------------------
+
+class Denoiser(nn.Module):
+    """A network F, preconditioned (EDM Eq. 7): c_skip x + c_out F(c_in x, ln(sigma) / 4, label)."""
+
+    def __init__(self, net, prediction="edm"):
+        super().__init__()
+        self.net, self.prediction, self.dtype = net, prediction, torch.float32
+
+    def forward(self, x, sigma, label):
+        """x [B, C, H, W], sigma [B], label [B] int64 -> x0_hat [B, C, H, W] float32"""
+        return self.estimate(x, sigma, label)[0]
+
+    def features(self, x, sigma, label):
+        """The same inputs -> [B, c, h, w] float32, the output of the network's encoder"""
+        return self.estimate(x, sigma, label, decode=False)[1]
+
+    def estimate(self, x, sigma, label, decode=True):
+        """Both in one pass, x0_hat and features; x0_hat None without decode."""
+        x, sigma_ = x.float(), sigma.float().view(-1, 1, 1, 1)
+        c_skip, c_out, c_in = precondition(self.prediction, sigma_)
+        with torch.autocast(x.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            f, features = self.net(c_in * x, sigma.float().log() / 4, label, decode)
+        return c_skip * x + c_out * f.float() if decode else None, features.float()
+
+
+def denoising_loss(denoiser, x0, sigma, label, noise, min_snr_gamma=None):
+    """unit_error of the estimate of x0 from x0 + sigma * noise (EDM Eq. 8).
+
+    x0, noise  [B, C, H, W]
+    sigma      [B]           one level per image
+    label      [B]           int64
+    """
+    x0_hat = denoiser(x0 + sigma.view(-1, 1, 1, 1) * noise, sigma, label)
+    return unit_error(denoiser.prediction, x0_hat, x0, sigma, min_snr_gamma)
+
+
+def unit_error(prediction, x0_hat, x0, sigma, min_snr_gamma=None):
+    """Squared error of an estimate x0_hat [B, C, H, W] in the network's units: of F, not of x0.
+
+        mean(((x0_hat - x0) / c_out)^2)         1 / c_out^2 is EDM's weight lambda(sigma)
+        mean(min(SNR, gamma) (x0_hat - x0)^2)   with min_snr_gamma; SNR = 1 / sigma^2
+
+    returns a scalar; the first is 1 for an edm network that has learnt nothing. The second, of Hang
+    et al. 2023, "Efficient Diffusion Training via Min-SNR Weighting Strategy", is the same for
+    every prediction.
+    """
+    sigma = sigma.view(-1, 1, 1, 1)
+    _, c_out, _ = precondition(prediction, sigma)
+    error = ((x0_hat - x0) / c_out).square()
+    if min_snr_gamma is not None:
+        error = error * c_out**2 * (1 / sigma**2).clamp(max=min_snr_gamma)
+    return error.mean()
+
+
+# ---- sampling, as far as training needs it; the rest is in sample.py ----------------------------
 
 def sampling_sigmas(steps, schedule, own=False):
     """Levels for a sampler, falling, and then 0: of the schedule's range, SIGMA_MAX at most.
@@ -140,10 +206,306 @@ def sampling_sigmas(steps, schedule, own=False):
     return [*sigmas.tolist(), 0.0]
 
 
-def precondition(prediction, sigma):
-    """The coefficients c_skip, c_out, c_in of a prediction, each of sigma's shape (EDM Table 1)."""
-    return PREDICTIONS[prediction](sigma)
+@torch.no_grad()
+def heun(denoiser, x, sigmas, label, noises=(), churn=0.0, s_min=0.0, s_max=math.inf, s_noise=1.0):
+    """EDM's sampler (Algorithm 2, without churn Algorithm 1): 2 steps - 1 evaluations.
 
+    x       [B, C, H, W]  noise of level sigmas[0], float32 or float64, which is kept
+    sigmas  falling noise levels, floats, the last of them 0
+    label   [B]           int64
+    noises  standard normal [B, C, H, W], one for each step, if there is churn
+    churn, s_min, s_max, s_noise  S_churn and so on: how much noise is added before a step, at which
+                                  levels, and its standard deviation
+    returns x0 [B, C, H, W]
+    """
+    steps, noises = len(sigmas) - 1, iter(noises)
+    for sigma, sigma_next in itertools.pairwise(sigmas):
+        if churn > 0 and s_min <= sigma <= s_max:
+            raised = sigma * (1 + min(churn / steps, 2**0.5 - 1))
+            x = x + (raised**2 - sigma**2) ** 0.5 * s_noise * next(noises)
+            sigma = raised
+        slope = (x - denoiser(x, x.new_full(x.shape[:1], sigma), label)) / sigma
+        x_next = x + (sigma_next - sigma) * slope
+        if sigma_next > 0:
+            x0_hat = denoiser(x_next, x.new_full(x.shape[:1], sigma_next), label)
+            x_next = x + (sigma_next - sigma) * (slope + (x_next - x0_hat) / sigma_next) / 2
+        x = x_next
+    return x
+
+
+# ---- training -----------------------------------------------------------------------------------
+
+def train(cfg):
+    """Train a teacher; returns the path of its checkpoint."""
+    device, cfg = pick_device(cfg.device), filled(cfg, RECIPES, cfg.data)
+    parts, out = parts_of(cfg), Path(cfg.out)
+    where = str(Path(cfg.data_dir or DATA_DIR).resolve())
+    name = cfg.data if cfg.data in KNOWN_DATA else str(Path(cfg.data).resolve())
+    cfg = dataclasses.replace(cfg, data=name, data_dir=where)
+    data, held_out = (load_data(name, split, where, cfg.size) for split in ("train", "test"))
+    check_batch(cfg.batch, data, name)
+    data, held_out, num_classes = data.to(device), held_out.to(device), len(data.classes)
+    shape = tuple(data.images.shape[1:])
+    mults = tuple(int(mult) for mult in cfg.mults.split(","))
+    network = dict(img_resolution=shape[-1], img_channels=shape[0], label_dim=num_classes,
+                   model_channels=cfg.width, channel_mult=mults, num_blocks=cfg.blocks,
+                   attn_resolutions=(shape[-1] >> len(mults) - 1,))
+    torch.manual_seed(cfg.seed)
+    model = place(Denoiser(UNet(**network), cfg.prediction), device)
+    ema = frozen(model)
+    optimizer = torch.optim.Adam(model.parameters(), fused=device.type != "mps")
+    descent = Descent(optimizer, cfg, device)
+    start = 0
+    if cfg.resume:
+        checkpoint = load(cfg.resume, resume=True)
+        start = checkpoint["step"]
+        restore(dict(ema=ema, model=model, descent=descent),
+                dict(checkpoint["training"], ema=checkpoint["model"]), cfg.resume)
+    prepare(cfg, device, model)  # not ema: samples and validation are always float32
+    make_run_folder(cfg)
+    log = Log(cfg, start)
+    millions = sum(p.numel() for p in model.parameters()) / 1e6
+    log.say(f"{cfg.data}: {len(data.images)} images; {millions:.2f} M parameters; on {device}")
+
+    for step in training_steps(start, cfg, device, dict(denoiser=model)):
+        for part in parts:
+            draw = Draw(TEACHER, cfg.seed, step, cfg.batch, shape, device, part)
+            x0, label = data.batch(step, cfg.batch, cfg.seed, part)
+            label = torch.where(draw.uniform() < cfg.label_dropout, num_classes, label)
+            sigma = sigma_at(draw.uniform(), cfg.schedule)
+            loss = denoising_loss(model, x0, sigma, label, draw.normal(), cfg.min_snr_gamma)
+            descent.add(loss)
+            log.note(loss=loss)
+        norm = descent.step(rate_at(step, cfg.lr, cfg.warmup, cfg.decay_after))
+        update_ema(ema, model, cfg.ema, step)
+
+        log.note(gradient_norm=norm)
+        log.step()
+        if due(step, cfg.sample_every, cfg.steps):
+            log.check()
+            loss = validation_loss(ema, held_out, cfg)
+            log.write(step + 1, validation_loss=loss)
+            log.say(f"step {step + 1}: validation loss {loss:.4f}")
+            preview(ema, cfg.schedule, shape, data.classes, out / f"samples_{step + 1:06d}.png")
+        if due(step, cfg.save_every, cfg.steps):
+            log.check()
+            plot_log(log.path)
+            save(dict(kind="teacher", config=dataclasses.asdict(cfg), step=step + 1,
+                      network=network, prediction=cfg.prediction, schedule=cfg.schedule,
+                      data=dict(name=name, data_dir=where, size=cfg.size, shape=shape,
+                                classes=data.classes),
+                      model=ema.state_dict(),
+                      training=dict(model=model.state_dict(), descent=descent.state_dict())),
+                 out / "teacher.pt")
+    log.close()
+    return out / "teacher.pt"
+
+
+def due(step, every, steps):
+    """Whether what is done every so many steps, and at the last, is due after this; 0: never."""
+    return every > 0 and ((step + 1) % every == 0 or step + 1 == steps)
+
+
+@torch.no_grad()
+def validation_loss(denoiser, held_out, cfg, count=512):
+    """Denoising loss on held-out images, at fixed noise and evenly spread quantiles of sigma."""
+    images, label = held_out.images[:count], held_out.labels[:count]
+    noise = unit_noise(len(images), images.shape[1:], 0).to(images.device)
+    u = (torch.arange(len(images), device=images.device) + 0.5) / len(images)
+    sigma = sigma_at(u, cfg.schedule)
+    return denoising_loss(denoiser, to_float(images), sigma, label, noise,
+                          cfg.min_snr_gamma).item()
+
+
+def preview(denoiser, schedule, shape, classes, path, columns=8):
+    """Picture the denoiser's samples, a row per class (the first 10), the same noise each time."""
+    label = torch.arange(min(len(classes), 10)).repeat_interleave(columns)
+    device = next(denoiser.parameters()).device
+    noise, sigmas = unit_noise(len(label), shape, 0), sampling_sigmas(HEUN_STEPS, schedule)
+    images = heun(denoiser, sigmas[0] * noise.to(device), sigmas, label.to(device))
+    save_grid(to_uint8(images).unflatten(0, (-1, columns)), classes[:10], path)
+
+
+# ---- network: EDM's DDPM++ and ADM, with the names of its published checkpoints -----------------
+
+class Architecture(NamedTuple):
+    """The constants in which EDM's two networks differ."""
+
+    skip_scale: float   # of the sums that end a residual block and its attention
+    eps: float          # of group norms
+    head_channels: int  # of an attention head; 0 for one head of all
+    adm: bool           # the embedding scales channels, too, and what else is otherwise in ADM
+
+
+ARCHITECTURES = {
+    "SongUNet": Architecture(0.5**0.5, 1e-6, 0, adm=False),   # DDPM++, Song et al. 2021
+    "DhariwalUNet": Architecture(1, 1e-5, 64, adm=True),      # ADM, Dhariwal and Nichol 2021
+}
+
+
+class Block(nn.Module):
+    """Residual block with optional resampling and self-attention."""
+
+    def __init__(self, kind, c_emb, c_in, c_out, resample=None, attention=False):
+        super().__init__()
+        self.kind, self.resample = kind, resample
+        self.heads = c_out // kind.head_channels if kind.head_channels else 1
+        has_skip = c_in != c_out or resample and not kind.adm
+        self.norm0 = group_norm(c_in, kind.eps)
+        self.conv0 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.affine = nn.Linear(c_emb, 2 * c_out if kind.adm else c_out)
+        self.norm1 = group_norm(c_out, kind.eps)
+        self.conv1 = scaled(nn.Conv2d(c_out, c_out, 3, padding=1), 1e-5)
+        self.skip = nn.Conv2d(c_in, c_out, 1) if has_skip else nn.Identity()
+        self.norm2 = group_norm(c_out, kind.eps) if attention else None
+        self.qkv = scaled(nn.Conv2d(c_out, 3 * c_out, 1), 0.2**0.5) if attention else None
+        self.proj = scaled(nn.Conv2d(c_out, c_out, 1), 1e-5) if attention else None
+
+    def forward(self, x, emb):
+        """x [B, c_in, H, W], emb [B, c_emb] -> [B, c_out, H', W'], H' = H, H / 2 or 2 H"""
+        h = self.conv0(self.resized(F.silu(self.norm0(x))))
+        emb = self.affine(emb)[:, :, None, None]
+        if self.kind.adm:
+            scale, shift = emb.chunk(2, dim=1)
+            h = self.norm1(h) * (1 + scale) + shift
+        else:
+            h = self.norm1(h + emb)
+        x = (self.conv1(F.silu(h)) + self.skip(self.resized(x))) * self.kind.skip_scale
+        if self.norm2 is not None:
+            # EDM's qkv channels run as (head, channel, q|k|v); here as blocks q, k, v.
+            weight, bias = (p.unflatten(0, (-1, 3)).transpose(0, 1).flatten(0, 1)
+                            for p in (self.qkv.weight, self.qkv.bias))
+            qkv = F.conv2d(self.norm2(x), weight, bias).unflatten(1, (3, self.heads, -1)).flatten(4)
+            q, k, v = (part.mT for part in qkv.unbind(1))
+            attended = F.scaled_dot_product_attention(q, k, v).mT
+            x = (self.proj(attended.reshape(x.shape)) + x) * self.kind.skip_scale
+        return x
+
+    def resized(self, x):
+        if self.resample == "down":
+            return F.avg_pool2d(x, 2)
+        return F.interpolate(x, scale_factor=2, mode="nearest") if self.resample == "up" else x
+
+
+def group_norm(channels, eps=1e-6):
+    """GroupNorm with the groups of EDM: of 4 channels at least, for maps of 1x1 to mean much."""
+    groups = next(g for g in range(min(32, channels // 4), 0, -1) if channels % g == 0)
+    return nn.GroupNorm(groups, channels, eps)
+
+
+def scaled(layer, scale):
+    layer.init_scale = scale
+    return layer
+
+
+class UNet(nn.Module):
+    """EDM's network F. Argument and parameter names are those of NVlabs/edm.
+
+    model_type  of ARCHITECTURES: teacher.py trains DDPM++, ADM is for checkpoints that are loaded
+
+    Raises ValueError if a level's resolution can't be halved or the channels can't be grouped.
+    """
+
+    def __init__(self, img_resolution, img_channels, label_dim, model_channels, channel_mult,
+                 num_blocks, attn_resolutions, model_type="SongUNet"):
+        super().__init__()
+        if img_resolution % 2 ** (len(channel_mult) - 1):
+            raise ValueError(f"images of side {img_resolution}: {len(channel_mult)} levels need a "
+                             f"multiple of {2 ** (len(channel_mult) - 1)}")
+        if model_channels % 4:
+            raise ValueError(f"width {model_channels}: must be a multiple of 4")
+        kind = ARCHITECTURES[model_type]
+        self.label_dim, self.adm, c_emb = label_dim, kind.adm, 4 * model_channels
+        half, c_label = model_channels // 2, c_emb if self.adm else model_channels
+        octaves = torch.linspace(0, 1 - self.adm / half, half)
+        self.register_buffer("freqs", 10000 ** -octaves, persistent=False)
+        self.map_label = nn.Linear(label_dim, c_label, bias=not self.adm) if label_dim else None
+        self.map_layer0 = nn.Linear(model_channels, c_emb)
+        self.map_layer1 = nn.Linear(c_emb, c_emb)
+
+        self.enc, self.dec = nn.ModuleDict(), nn.ModuleDict()
+        block = functools.partial(Block, kind, c_emb)
+        channels, skips = model_channels * (channel_mult[0] if self.adm else 1), []
+        for level, mult in enumerate(channel_mult):
+            res = img_resolution >> level
+            if level == 0:
+                self.enc[f"{res}x{res}_conv"] = nn.Conv2d(img_channels, channels, 3, padding=1)
+            else:
+                self.enc[f"{res}x{res}_down"] = block(channels, channels, "down")
+            skips.append(channels)
+            for i in range(num_blocks):
+                self.enc[f"{res}x{res}_block{i}"] = block(
+                    channels, mult * model_channels, attention=res in attn_resolutions)
+                channels = mult * model_channels
+                skips.append(channels)
+        self.bottleneck = channels, res  # channels and side of the encoder's output
+
+        for level, mult in reversed(list(enumerate(channel_mult))):
+            res = img_resolution >> level
+            if level == len(channel_mult) - 1:
+                self.dec[f"{res}x{res}_in0"] = block(channels, channels, attention=True)
+                self.dec[f"{res}x{res}_in1"] = block(channels, channels)
+            else:
+                self.dec[f"{res}x{res}_up"] = block(channels, channels, "up")
+            for i in range(num_blocks + 1):
+                attends = res in attn_resolutions and (self.adm or i == num_blocks)
+                self.dec[f"{res}x{res}_block{i}"] = block(
+                    channels + skips.pop(), mult * model_channels, attention=attends)
+                channels = mult * model_channels
+        norm = group_norm(channels, kind.eps)
+        conv = scaled(nn.Conv2d(channels, img_channels, 3, padding=1), 1e-5)
+        if self.adm:
+            self.out_norm, self.out_conv = norm, conv
+        else:
+            self.dec[f"{res}x{res}_aux_norm"], self.dec[f"{res}x{res}_aux_conv"] = norm, conv
+        self.apply(initialise)
+
+    def forward(self, x, c_noise, label, decode=True):
+        """x [B, C, H, W], c_noise [B], label [B] int64, label_dim for "no label"
+
+        returns F [B, C, H, W], or without decode None; and the output of the encoder's last block
+        [B, c, h, w], the bottleneck
+        """
+        emb, skips = self.embedding(c_noise, label, x.dtype), []
+        for layer in self.enc.values():
+            x = layer(x, emb) if isinstance(layer, Block) else layer(x)
+            skips.append(x)
+        features = x
+        if not decode:
+            return None, features
+        *blocks, norm, conv = ((*self.dec.values(), self.out_norm, self.out_conv) if self.adm else
+                               self.dec.values())
+        for block in blocks:
+            if x.shape[1] != block.conv0.in_channels:
+                x = torch.cat([x, skips.pop()], dim=1)
+            x = block(x, emb)
+        return conv(F.silu(norm(x))), features
+
+    def embedding(self, c_noise, label, dtype):
+        """What blocks are told of noise level and label: [B, 4 * model_channels]"""
+        phase = c_noise[:, None] * self.freqs
+        waves = [phase.cos(), phase.sin()] if self.adm else [phase.sin(), phase.cos()]
+        emb, of_label = torch.cat(waves, dim=1), 0
+        if self.map_label is not None:  # EDM has one-hot vectors; no label is the zero vector
+            of_label = F.embedding(label, F.pad(self.map_label.weight, (0, 1)).T)
+        if self.adm:
+            emb = self.map_layer1(F.silu(self.map_layer0(emb.to(dtype))))
+            return F.silu(emb + of_label)
+        if self.map_label is not None:  # here these are of length sqrt(label_dim)
+            emb = emb + of_label * self.label_dim**0.5 + self.map_label.bias
+        return F.silu(self.map_layer1(F.silu(self.map_layer0(emb.to(dtype)))))
+
+
+def initialise(layer):
+    """EDM's initialisation of DDPM++: Xavier uniform, residual branches ending near zero."""
+    if isinstance(layer, (nn.Conv2d, nn.Linear)):
+        nn.init.xavier_uniform_(layer.weight, gain=getattr(layer, "init_scale", 1))
+        if layer.bias is not None:
+            nn.init.zeros_(layer.bias)
+
+
+# =================================================================================================
+# From here on nothing is about diffusion.
 
 # ---- options: one frozen dataclass per script, whose fields are its flags -----------------------
 
@@ -598,239 +960,6 @@ def unit_noise(count, shape, seed):
     return next(fresh_noise(count, shape, seed))
 
 
-# ---- network: EDM's DDPM++ and ADM, with the names of its published checkpoints -----------------
-
-class Architecture(NamedTuple):
-    """The constants in which EDM's two networks differ."""
-
-    skip_scale: float   # of the sums that end a residual block and its attention
-    eps: float          # of group norms
-    head_channels: int  # of an attention head; 0 for one head of all
-    adm: bool           # the embedding scales channels, too, and what else is otherwise in ADM
-
-
-ARCHITECTURES = {
-    "SongUNet": Architecture(0.5**0.5, 1e-6, 0, adm=False),   # DDPM++, Song et al. 2021
-    "DhariwalUNet": Architecture(1, 1e-5, 64, adm=True),      # ADM, Dhariwal and Nichol 2021
-}
-
-
-class Block(nn.Module):
-    """Residual block with optional resampling and self-attention."""
-
-    def __init__(self, kind, c_emb, c_in, c_out, resample=None, attention=False):
-        super().__init__()
-        self.kind, self.resample = kind, resample
-        self.heads = c_out // kind.head_channels if kind.head_channels else 1
-        has_skip = c_in != c_out or resample and not kind.adm
-        self.norm0 = group_norm(c_in, kind.eps)
-        self.conv0 = nn.Conv2d(c_in, c_out, 3, padding=1)
-        self.affine = nn.Linear(c_emb, 2 * c_out if kind.adm else c_out)
-        self.norm1 = group_norm(c_out, kind.eps)
-        self.conv1 = scaled(nn.Conv2d(c_out, c_out, 3, padding=1), 1e-5)
-        self.skip = nn.Conv2d(c_in, c_out, 1) if has_skip else nn.Identity()
-        self.norm2 = group_norm(c_out, kind.eps) if attention else None
-        self.qkv = scaled(nn.Conv2d(c_out, 3 * c_out, 1), 0.2**0.5) if attention else None
-        self.proj = scaled(nn.Conv2d(c_out, c_out, 1), 1e-5) if attention else None
-
-    def forward(self, x, emb):
-        """x [B, c_in, H, W], emb [B, c_emb] -> [B, c_out, H', W'], H' = H, H / 2 or 2 H"""
-        h = self.conv0(self.resized(F.silu(self.norm0(x))))
-        emb = self.affine(emb)[:, :, None, None]
-        if self.kind.adm:
-            scale, shift = emb.chunk(2, dim=1)
-            h = self.norm1(h) * (1 + scale) + shift
-        else:
-            h = self.norm1(h + emb)
-        x = (self.conv1(F.silu(h)) + self.skip(self.resized(x))) * self.kind.skip_scale
-        if self.norm2 is not None:
-            # EDM's qkv channels run as (head, channel, q|k|v); here as blocks q, k, v.
-            weight, bias = (p.unflatten(0, (-1, 3)).transpose(0, 1).flatten(0, 1)
-                            for p in (self.qkv.weight, self.qkv.bias))
-            qkv = F.conv2d(self.norm2(x), weight, bias).unflatten(1, (3, self.heads, -1)).flatten(4)
-            q, k, v = (part.mT for part in qkv.unbind(1))
-            attended = F.scaled_dot_product_attention(q, k, v).mT
-            x = (self.proj(attended.reshape(x.shape)) + x) * self.kind.skip_scale
-        return x
-
-    def resized(self, x):
-        if self.resample == "down":
-            return F.avg_pool2d(x, 2)
-        return F.interpolate(x, scale_factor=2, mode="nearest") if self.resample == "up" else x
-
-
-def group_norm(channels, eps=1e-6):
-    """GroupNorm with the groups of EDM: of 4 channels at least, for maps of 1x1 to mean much."""
-    groups = next(g for g in range(min(32, channels // 4), 0, -1) if channels % g == 0)
-    return nn.GroupNorm(groups, channels, eps)
-
-
-def scaled(layer, scale):
-    layer.init_scale = scale
-    return layer
-
-
-class UNet(nn.Module):
-    """EDM's network F. Argument and parameter names are those of NVlabs/edm.
-
-    model_type  of ARCHITECTURES: teacher.py trains DDPM++, ADM is for checkpoints that are loaded
-
-    Raises ValueError if a level's resolution can't be halved or the channels can't be grouped.
-    """
-
-    def __init__(self, img_resolution, img_channels, label_dim, model_channels, channel_mult,
-                 num_blocks, attn_resolutions, model_type="SongUNet"):
-        super().__init__()
-        if img_resolution % 2 ** (len(channel_mult) - 1):
-            raise ValueError(f"images of side {img_resolution}: {len(channel_mult)} levels need a "
-                             f"multiple of {2 ** (len(channel_mult) - 1)}")
-        if model_channels % 4:
-            raise ValueError(f"width {model_channels}: must be a multiple of 4")
-        kind = ARCHITECTURES[model_type]
-        self.label_dim, self.adm, c_emb = label_dim, kind.adm, 4 * model_channels
-        half, c_label = model_channels // 2, c_emb if self.adm else model_channels
-        octaves = torch.linspace(0, 1 - self.adm / half, half)
-        self.register_buffer("freqs", 10000 ** -octaves, persistent=False)
-        self.map_label = nn.Linear(label_dim, c_label, bias=not self.adm) if label_dim else None
-        self.map_layer0 = nn.Linear(model_channels, c_emb)
-        self.map_layer1 = nn.Linear(c_emb, c_emb)
-
-        self.enc, self.dec = nn.ModuleDict(), nn.ModuleDict()
-        block = functools.partial(Block, kind, c_emb)
-        channels, skips = model_channels * (channel_mult[0] if self.adm else 1), []
-        for level, mult in enumerate(channel_mult):
-            res = img_resolution >> level
-            if level == 0:
-                self.enc[f"{res}x{res}_conv"] = nn.Conv2d(img_channels, channels, 3, padding=1)
-            else:
-                self.enc[f"{res}x{res}_down"] = block(channels, channels, "down")
-            skips.append(channels)
-            for i in range(num_blocks):
-                self.enc[f"{res}x{res}_block{i}"] = block(
-                    channels, mult * model_channels, attention=res in attn_resolutions)
-                channels = mult * model_channels
-                skips.append(channels)
-        self.bottleneck = channels, res  # channels and side of the encoder's output
-
-        for level, mult in reversed(list(enumerate(channel_mult))):
-            res = img_resolution >> level
-            if level == len(channel_mult) - 1:
-                self.dec[f"{res}x{res}_in0"] = block(channels, channels, attention=True)
-                self.dec[f"{res}x{res}_in1"] = block(channels, channels)
-            else:
-                self.dec[f"{res}x{res}_up"] = block(channels, channels, "up")
-            for i in range(num_blocks + 1):
-                attends = res in attn_resolutions and (self.adm or i == num_blocks)
-                self.dec[f"{res}x{res}_block{i}"] = block(
-                    channels + skips.pop(), mult * model_channels, attention=attends)
-                channels = mult * model_channels
-        norm = group_norm(channels, kind.eps)
-        conv = scaled(nn.Conv2d(channels, img_channels, 3, padding=1), 1e-5)
-        if self.adm:
-            self.out_norm, self.out_conv = norm, conv
-        else:
-            self.dec[f"{res}x{res}_aux_norm"], self.dec[f"{res}x{res}_aux_conv"] = norm, conv
-        self.apply(initialise)
-
-    def forward(self, x, c_noise, label, decode=True):
-        """x [B, C, H, W], c_noise [B], label [B] int64, label_dim for "no label"
-
-        returns F [B, C, H, W], or without decode None; and the output of the encoder's last block
-        [B, c, h, w], the bottleneck
-        """
-        emb, skips = self.embedding(c_noise, label, x.dtype), []
-        for layer in self.enc.values():
-            x = layer(x, emb) if isinstance(layer, Block) else layer(x)
-            skips.append(x)
-        features = x
-        if not decode:
-            return None, features
-        *blocks, norm, conv = ((*self.dec.values(), self.out_norm, self.out_conv) if self.adm else
-                               self.dec.values())
-        for block in blocks:
-            if x.shape[1] != block.conv0.in_channels:
-                x = torch.cat([x, skips.pop()], dim=1)
-            x = block(x, emb)
-        return conv(F.silu(norm(x))), features
-
-    def embedding(self, c_noise, label, dtype):
-        """What blocks are told of noise level and label: [B, 4 * model_channels]"""
-        phase = c_noise[:, None] * self.freqs
-        waves = [phase.cos(), phase.sin()] if self.adm else [phase.sin(), phase.cos()]
-        emb, of_label = torch.cat(waves, dim=1), 0
-        if self.map_label is not None:  # EDM has one-hot vectors; no label is the zero vector
-            of_label = F.embedding(label, F.pad(self.map_label.weight, (0, 1)).T)
-        if self.adm:
-            emb = self.map_layer1(F.silu(self.map_layer0(emb.to(dtype))))
-            return F.silu(emb + of_label)
-        if self.map_label is not None:  # here these are of length sqrt(label_dim)
-            emb = emb + of_label * self.label_dim**0.5 + self.map_label.bias
-        return F.silu(self.map_layer1(F.silu(self.map_layer0(emb.to(dtype)))))
-
-
-def initialise(layer):
-    """EDM's initialisation of DDPM++: Xavier uniform, residual branches ending near zero."""
-    if isinstance(layer, (nn.Conv2d, nn.Linear)):
-        nn.init.xavier_uniform_(layer.weight, gain=getattr(layer, "init_scale", 1))
-        if layer.bias is not None:
-            nn.init.zeros_(layer.bias)
-
-
-# ---- denoiser and loss --------------------------------------------------------------------------
-
-class Denoiser(nn.Module):
-    """A network F, preconditioned (EDM Eq. 7): c_skip x + c_out F(c_in x, ln(sigma) / 4, label)."""
-
-    def __init__(self, net, prediction="edm"):
-        super().__init__()
-        self.net, self.prediction, self.dtype = net, prediction, torch.float32
-
-    def forward(self, x, sigma, label):
-        """x [B, C, H, W], sigma [B], label [B] int64 -> x0_hat [B, C, H, W] float32"""
-        return self.estimate(x, sigma, label)[0]
-
-    def features(self, x, sigma, label):
-        """The same inputs -> [B, c, h, w] float32, the output of the network's encoder"""
-        return self.estimate(x, sigma, label, decode=False)[1]
-
-    def estimate(self, x, sigma, label, decode=True):
-        """Both in one pass, x0_hat and features; x0_hat None without decode."""
-        x, sigma_ = x.float(), sigma.float().view(-1, 1, 1, 1)
-        c_skip, c_out, c_in = precondition(self.prediction, sigma_)
-        with torch.autocast(x.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            f, features = self.net(c_in * x, sigma.float().log() / 4, label, decode)
-        return c_skip * x + c_out * f.float() if decode else None, features.float()
-
-
-def denoising_loss(denoiser, x0, sigma, label, noise, min_snr_gamma=None):
-    """unit_error of the estimate of x0 from x0 + sigma * noise (EDM Eq. 8).
-
-    x0, noise  [B, C, H, W]
-    sigma      [B]           one level per image
-    label      [B]           int64
-    """
-    x0_hat = denoiser(x0 + sigma.view(-1, 1, 1, 1) * noise, sigma, label)
-    return unit_error(denoiser.prediction, x0_hat, x0, sigma, min_snr_gamma)
-
-
-def unit_error(prediction, x0_hat, x0, sigma, min_snr_gamma=None):
-    """Squared error of an estimate x0_hat [B, C, H, W] in the network's units: of F, not of x0.
-
-        mean(((x0_hat - x0) / c_out)^2)         1 / c_out^2 is EDM's weight lambda(sigma)
-        mean(min(SNR, gamma) (x0_hat - x0)^2)   with min_snr_gamma; SNR = 1 / sigma^2
-
-    returns a scalar; the first is 1 for an edm network that has learnt nothing. The second, of Hang
-    et al. 2023, "Efficient Diffusion Training via Min-SNR Weighting Strategy", is the same for
-    every prediction.
-    """
-    sigma = sigma.view(-1, 1, 1, 1)
-    _, c_out, _ = precondition(prediction, sigma)
-    error = ((x0_hat - x0) / c_out).square()
-    if min_snr_gamma is not None:
-        error = error * c_out**2 * (1 / sigma**2).clamp(max=min_snr_gamma)
-    return error.mean()
-
-
 # ---- optimisation -------------------------------------------------------------------------------
 
 class Descent:
@@ -963,59 +1092,6 @@ def prepare(cfg, device, *denoisers):
         if compile != "off":
             mode = "reduce-overhead" if compile == "graphs" else None
             denoiser.net.compile(dynamic=False, mode=mode)
-
-
-# ---- sampling and pictures, as far as training needs them; the rest is in sample.py -------------
-
-@torch.no_grad()
-def heun(denoiser, x, sigmas, label, noises=(), churn=0.0, s_min=0.0, s_max=math.inf, s_noise=1.0):
-    """EDM's sampler (Algorithm 2, without churn Algorithm 1): 2 steps - 1 evaluations.
-
-    x       [B, C, H, W]  noise of level sigmas[0], float32 or float64, which is kept
-    sigmas  falling noise levels, floats, the last of them 0
-    label   [B]           int64
-    noises  standard normal [B, C, H, W], one for each step, if there is churn
-    churn, s_min, s_max, s_noise  S_churn and so on: how much noise is added before a step, at which
-                                  levels, and its standard deviation
-    returns x0 [B, C, H, W]
-    """
-    steps, noises = len(sigmas) - 1, iter(noises)
-    for sigma, sigma_next in itertools.pairwise(sigmas):
-        if churn > 0 and s_min <= sigma <= s_max:
-            raised = sigma * (1 + min(churn / steps, 2**0.5 - 1))
-            x = x + (raised**2 - sigma**2) ** 0.5 * s_noise * next(noises)
-            sigma = raised
-        slope = (x - denoiser(x, x.new_full(x.shape[:1], sigma), label)) / sigma
-        x_next = x + (sigma_next - sigma) * slope
-        if sigma_next > 0:
-            x0_hat = denoiser(x_next, x.new_full(x.shape[:1], sigma_next), label)
-            x_next = x + (sigma_next - sigma) * (slope + (x_next - x0_hat) / sigma_next) / 2
-        x = x_next
-    return x
-
-
-@on_rank_0
-def save_grid(rows, names, path, titles=()):
-    """Write rows of images as one PNG, the name of each row at its left, small images enlarged.
-
-    rows    [R, K, C, H, W]  uint8, C 1 or 3
-    names   R strings; titles, above the columns, if there are some
-    """
-    zoom = max(1, round(56 / rows.shape[-1]))
-    side, font = rows.shape[-1] * zoom, ImageFont.load_default(14)
-    step, top = side + 4, 22 if titles else 4
-    left = 8 + max([round(font.getlength(name)) for name in names], default=0)
-    sheet = Image.new("RGB", (left + rows.shape[1] * step, top + len(rows) * step), "white")
-    draw = ImageDraw.Draw(sheet)
-    for column, title in enumerate(titles):
-        draw.text((left + (column + 0.5) * step, 3), title, "black", font, anchor="ma")
-    for r, (row, name) in enumerate(zip(rows.cpu().numpy(), names)):
-        draw.text((left - 6, top + r * step + side // 2), name, "black", font, anchor="rm")
-        for k, pixels in enumerate(row):
-            pixels = pixels.transpose(1, 2, 0).repeat(zoom, 0).repeat(zoom, 1)
-            sheet.paste(Image.fromarray(pixels.squeeze()), (left + k * step, top + r * step))
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path)
 
 
 # ---- checkpoints --------------------------------------------------------------------------------
@@ -1344,98 +1420,33 @@ def device_name(device):
     return torch.cuda.get_device_name() if device.type == "cuda" else f"{device.type}, {threads}"
 
 
-# ---- training -----------------------------------------------------------------------------------
+# ---- pictures: samples in a grid ----------------------------------------------------------------
 
-def train(cfg):
-    """Train a teacher; returns the path of its checkpoint."""
-    device, cfg = pick_device(cfg.device), filled(cfg, RECIPES, cfg.data)
-    parts, out = parts_of(cfg), Path(cfg.out)
-    where = str(Path(cfg.data_dir or DATA_DIR).resolve())
-    name = cfg.data if cfg.data in KNOWN_DATA else str(Path(cfg.data).resolve())
-    cfg = dataclasses.replace(cfg, data=name, data_dir=where)
-    data, held_out = (load_data(name, split, where, cfg.size) for split in ("train", "test"))
-    check_batch(cfg.batch, data, name)
-    data, held_out, num_classes = data.to(device), held_out.to(device), len(data.classes)
-    shape = tuple(data.images.shape[1:])
-    mults = tuple(int(mult) for mult in cfg.mults.split(","))
-    network = dict(img_resolution=shape[-1], img_channels=shape[0], label_dim=num_classes,
-                   model_channels=cfg.width, channel_mult=mults, num_blocks=cfg.blocks,
-                   attn_resolutions=(shape[-1] >> len(mults) - 1,))
-    torch.manual_seed(cfg.seed)
-    model = place(Denoiser(UNet(**network), cfg.prediction), device)
-    ema = frozen(model)
-    optimizer = torch.optim.Adam(model.parameters(), fused=device.type != "mps")
-    descent = Descent(optimizer, cfg, device)
-    start = 0
-    if cfg.resume:
-        checkpoint = load(cfg.resume, resume=True)
-        start = checkpoint["step"]
-        restore(dict(ema=ema, model=model, descent=descent),
-                dict(checkpoint["training"], ema=checkpoint["model"]), cfg.resume)
-    prepare(cfg, device, model)  # not ema: samples and validation are always float32
-    make_run_folder(cfg)
-    log = Log(cfg, start)
-    millions = sum(p.numel() for p in model.parameters()) / 1e6
-    log.say(f"{cfg.data}: {len(data.images)} images; {millions:.2f} M parameters; on {device}")
+@on_rank_0
+def save_grid(rows, names, path, titles=()):
+    """Write rows of images as one PNG, the name of each row at its left, small images enlarged.
 
-    for step in training_steps(start, cfg, device, dict(denoiser=model)):
-        for part in parts:
-            draw = Draw(TEACHER, cfg.seed, step, cfg.batch, shape, device, part)
-            x0, label = data.batch(step, cfg.batch, cfg.seed, part)
-            label = torch.where(draw.uniform() < cfg.label_dropout, num_classes, label)
-            sigma = sigma_at(draw.uniform(), cfg.schedule)
-            loss = denoising_loss(model, x0, sigma, label, draw.normal(), cfg.min_snr_gamma)
-            descent.add(loss)
-            log.note(loss=loss)
-        norm = descent.step(rate_at(step, cfg.lr, cfg.warmup, cfg.decay_after))
-        update_ema(ema, model, cfg.ema, step)
-
-        log.note(gradient_norm=norm)
-        log.step()
-        if due(step, cfg.sample_every, cfg.steps):
-            log.check()
-            loss = validation_loss(ema, held_out, cfg)
-            log.write(step + 1, validation_loss=loss)
-            log.say(f"step {step + 1}: validation loss {loss:.4f}")
-            preview(ema, cfg.schedule, shape, data.classes, out / f"samples_{step + 1:06d}.png")
-        if due(step, cfg.save_every, cfg.steps):
-            log.check()
-            plot_log(log.path)
-            save(dict(kind="teacher", config=dataclasses.asdict(cfg), step=step + 1,
-                      network=network, prediction=cfg.prediction, schedule=cfg.schedule,
-                      data=dict(name=name, data_dir=where, size=cfg.size, shape=shape,
-                                classes=data.classes),
-                      model=ema.state_dict(),
-                      training=dict(model=model.state_dict(), descent=descent.state_dict())),
-                 out / "teacher.pt")
-    log.close()
-    return out / "teacher.pt"
+    rows    [R, K, C, H, W]  uint8, C 1 or 3
+    names   R strings; titles, above the columns, if there are some
+    """
+    zoom = max(1, round(56 / rows.shape[-1]))
+    side, font = rows.shape[-1] * zoom, ImageFont.load_default(14)
+    step, top = side + 4, 22 if titles else 4
+    left = 8 + max([round(font.getlength(name)) for name in names], default=0)
+    sheet = Image.new("RGB", (left + rows.shape[1] * step, top + len(rows) * step), "white")
+    draw = ImageDraw.Draw(sheet)
+    for column, title in enumerate(titles):
+        draw.text((left + (column + 0.5) * step, 3), title, "black", font, anchor="ma")
+    for r, (row, name) in enumerate(zip(rows.cpu().numpy(), names)):
+        draw.text((left - 6, top + r * step + side // 2), name, "black", font, anchor="rm")
+        for k, pixels in enumerate(row):
+            pixels = pixels.transpose(1, 2, 0).repeat(zoom, 0).repeat(zoom, 1)
+            sheet.paste(Image.fromarray(pixels.squeeze()), (left + k * step, top + r * step))
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path)
 
 
-def due(step, every, steps):
-    """Whether what is done every so many steps, and at the last, is due after this; 0: never."""
-    return every > 0 and ((step + 1) % every == 0 or step + 1 == steps)
-
-
-@torch.no_grad()
-def validation_loss(denoiser, held_out, cfg, count=512):
-    """Denoising loss on held-out images, at fixed noise and evenly spread quantiles of sigma."""
-    images, label = held_out.images[:count], held_out.labels[:count]
-    noise = unit_noise(len(images), images.shape[1:], 0).to(images.device)
-    u = (torch.arange(len(images), device=images.device) + 0.5) / len(images)
-    sigma = sigma_at(u, cfg.schedule)
-    return denoising_loss(denoiser, to_float(images), sigma, label, noise,
-                          cfg.min_snr_gamma).item()
-
-
-def preview(denoiser, schedule, shape, classes, path, columns=8):
-    """Picture the denoiser's samples, a row per class (the first 10), the same noise each time."""
-    label = torch.arange(min(len(classes), 10)).repeat_interleave(columns)
-    device = next(denoiser.parameters()).device
-    noise, sigmas = unit_noise(len(label), shape, 0), sampling_sigmas(HEUN_STEPS, schedule)
-    images = heun(denoiser, sigmas[0] * noise.to(device), sigmas, label.to(device))
-    save_grid(to_uint8(images).unflatten(0, (-1, columns)), classes[:10], path)
-
+# ---- main ---------------------------------------------------------------------------------------
 
 def main(argv=None):
     cfg = parse(Config, argv, __doc__)
