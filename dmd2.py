@@ -25,7 +25,8 @@ from torch import nn
 from tqdm import tqdm
 
 from sample import (BATCH, EVALUATE_AT_LEAST, TITLES, few_step, generator_sampler, guided,
-                    load_reference, measure, open_checkpoint, steps_of, summary, teacher_sampler)
+                    load_reference, measure, name_of, open_checkpoint, steps_of, summary,
+                    teacher_sampler)
 from teacher import (GENERATOR, SIGMA_MAX, SIGMA_MIN, TRAINED_STEP, Descent, Draw, Log,
                      TrainingOptions, arg, batch_at, build, check_batch, due, filled, flag,
                      frozen, group_norm, load, load_data, lowest_quantile, make_run_folder, parse,
@@ -67,7 +68,7 @@ class Config(TrainingOptions):
     conditioning_sigma: float = arg(None, "noise level at which the generator begins, and up to "
                                           "which distribution matching goes (default: "
                                           f"{SIGMA_MAX:g}, of an eps teacher {EPS_SIGMA:g})",
-                                    at_least=SIGMA_MIN, below=SIGMA_MAX + 1e-9)
+                                    at_least=SIGMA_MIN, at_most=SIGMA_MAX)
     student_steps: int = arg(1, "steps in which the generator makes an image", (1, 2, 4))
     backward_simulation: bool = arg(True, "with several steps: train each on what the steps before "
                                           "it make of noise, not on real images with noise")
@@ -478,10 +479,7 @@ def read_teacher(cfg):
     if parent["kind"] != "teacher":
         raise ValueError(f"--teacher {cfg.teacher}: holds a {parent['kind']}; give a checkpoint of "
                          "teacher.py")
-    name = parent["data"]["name"]
-    if name is None:
-        raise ValueError(f"--data is missing: {cfg.teacher} does not tell what images it was "
-                         "trained on; give it, such as --data cifar10")
+    name = name_of(parent["data"], cfg.teacher)
     for path in filter(None, (cfg.teacher, cfg.init_from)):
         same = Path(path).resolve().parent == Path(cfg.out).resolve()
         if same and not (cfg.resume or cfg.profile):

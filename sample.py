@@ -84,18 +84,16 @@ class SamplerKind(NamedTuple):
 
     function: Callable
     title: str
-    steps: int       # by default
-    evaluations: Callable  # of the denoiser, of the number of steps
-    options: tuple = ()
-    own: bool = False  # whether its levels are those of the teacher's schedule
+    steps: int           # by default
+    options: tuple = ()  # of the function, and flags
+    own: bool = False    # whether its levels are those of the teacher's schedule
 
 
 SAMPLERS = {
-    "heun": SamplerKind(heun, "Heun", HEUN_STEPS, lambda steps: 2 * steps - 1,
-                        ("churn", "s_min", "s_max", "s_noise")),
-    "euler": SamplerKind(ddim, "Euler", 2 * HEUN_STEPS - 1, int),
-    "ddim": SamplerKind(ddim, "DDIM", 50, int, ("eta",), own=True),
-    "ddpm": SamplerKind(functools.partial(ddim, eta=1.0), "DDPM", 1000, int, own=True),
+    "heun": SamplerKind(heun, "Heun", HEUN_STEPS, ("churn", "s_min", "s_max", "s_noise")),
+    "euler": SamplerKind(ddim, "Euler", 2 * HEUN_STEPS - 1),
+    "ddim": SamplerKind(ddim, "DDIM", 50, ("eta",), own=True),
+    "ddpm": SamplerKind(functools.partial(ddim, eta=1.0), "DDPM", 1000, own=True),
 }
 SAMPLER_OPTIONS = [option for kind in SAMPLERS.values() for option in kind.options]
 
@@ -159,7 +157,7 @@ class Config(Options):
     steps: int = arg(None, "steps of a teacher's sampler (default: "
                            f"{', '.join(f'{k} {v.steps}' for k, v in SAMPLERS.items())})",
                      at_least=1)
-    eta: float = arg(None, "of ddim: the share of DDPM's noise (default: 0)", at_least=0)
+    eta: float = arg(None, "of ddim: the share of DDPM's noise (default: 0)", at_least=0, at_most=1)
     churn: float = arg(None, "of heun: EDM's S_churn, noise added in each step (default: 0)",
                        at_least=0)
     s_min: float = arg(None, "with --churn: the lowest noise level it is added at (default: 0)",
@@ -197,7 +195,10 @@ class Config(Options):
         kind = self.sampler or "heun"
         for name in SAMPLER_OPTIONS:
             if getattr(self, name) is not None and name not in SAMPLERS[kind].options:
-                raise ValueError(f"{flag(name)} {getattr(self, name)}: is not for --sampler {kind}")
+                value = getattr(self, name)
+                raise ValueError(f"{flag(name)} {value}: is not for --sampler {kind}")
+        if not self.churn and {self.s_min, self.s_max, self.s_noise} != {None}:
+            raise ValueError("--s-min, --s-max and --s-noise say how --churn adds noise; give it too")
         if self.beside and (self.labels or self.n):
             raise ValueError("--beside shows 5 images of each class: leave out --labels and --n")
         kinds = (".png",) if self.beside else (".png", ".npz", "")
@@ -238,9 +239,9 @@ class Reader(pickle.Unpickler):
 def read_storage(content):
     """The float32 numbers of a storage: five pickles, their count, and they themselves."""
     file = io.BytesIO(content)
-    parts = [Reader(file, {"torch.FloatStorage": np.float32}).load() for _ in range(5)]
+    parts = [Reader(file, {"torch.FloatStorage": "float32"}).load() for _ in range(5)]
     _, dtype, _, _, count, *_ = parts[3]
-    if dtype is not np.float32 or struct.unpack("<q", file.read(8)) != (count,):
+    if dtype != "float32" or struct.unpack("<q", file.read(8)) != (count,):
         raise TypeError("not a storage of float32")
     return np.frombuffer(file.read(), "<f4", count)
 
@@ -256,7 +257,7 @@ def read_tensor(storage, offset, size, stride, *_):
 # All that EDM's files name (torch_utils.persistence, version 6; NumPy 1 and 2; pickle 2 to 4).
 EDM_GLOBALS = {
     "torch_utils.persistence._reconstruct_persistent_obj": lambda meta: types.SimpleNamespace(
-        name=meta["class_name"], **meta["state"]),
+        class_name=meta["class_name"], **meta["state"]),
     "torch.nn.modules.container.ModuleDict": types.SimpleNamespace,
     "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
     "torch._utils._rebuild_parameter_with_state": lambda tensor, *_: tensor,
@@ -293,30 +294,32 @@ def load_edm(path):
     try:
         with open(path, "rb") as file:
             ema = Reader(file, EDM_GLOBALS).load()["ema"]
-        if (ema.name, ema.sigma_data) != ("EDMPrecond", SIGMA_DATA):
-            raise ValueError(f"holds a {ema.name}; only EDMPrecond is read")
         net = ema._modules["model"]
-        given = net._init_kwargs
-        network = EDM_DEFAULTS[net.name]
-        for name, fixed in EDM_FIXED.items():
-            if given.get(name, fixed) != fixed:
-                raise ValueError(f"its network has {name} {given[name]}; only {fixed} is read")
-        network = dict(model_type=net.name, img_resolution=given["img_resolution"],
-                       img_channels=given["in_channels"],
-                       **{name: given.get(name, network[name]) for name in network})
+        given, names = net._init_kwargs, (ema.class_name, net.class_name)
+        if names not in (("EDMPrecond", name) for name in EDM_DEFAULTS):
+            raise ValueError(f"holds a {' of a '.join(names)}; only EDMPrecond of a SongUNet or "
+                             "DhariwalUNet is read")
+        for name, fixed in dict(EDM_FIXED, sigma_data=SIGMA_DATA).items():
+            found = ema.sigma_data if name == "sigma_data" else given.get(name, fixed)
+            if found != fixed:
+                raise ValueError(f"its {name} is {found}; only {fixed} is read")
+        channels, side = given["in_channels"], given["img_resolution"]
+        network = dict(model_type=net.class_name, img_resolution=side, img_channels=channels)
+        for name, default in EDM_DEFAULTS[net.class_name].items():
+            network[name] = given.get(name, default)
         weights = {f"net.{name}": torch.from_numpy(array.copy())
                    for name, array in arrays(net) if not name.endswith("resample_filter")}
-        weights.pop("net.map_augment.weight", None)  # of EDM's augmentations; samples have none
-        side = network["img_resolution"]
-        classes = tuple(map(str, range(network["label_dim"]))) or ("all",)
-        return dict(kind="teacher", step=1, config={}, network=network, prediction="edm",
-                    schedule="lognormal", model=weights,
-                    data=dict(name=None, data_dir=DATA_DIR, size=side, classes=classes,
-                              shape=(network["img_channels"], side, side)))
     except (pickle.UnpicklingError, struct.error, EOFError, LookupError, TypeError, ValueError,
             AttributeError, OverflowError, MemoryError, RecursionError) as error:
         raise ValueError(f"{path}: not a checkpoint of NVlabs/edm that can be read, or damaged: "
                          f"{error}") from error
+    weights.pop("net.map_augment.weight", None)  # of EDM's augmentations; samples have none
+    columns = weights["net.map_label.weight"].shape[1] if "net.map_label.weight" in weights else 0
+    classes = tuple(map(str, range(columns))) or ("all",)
+    return dict(kind="teacher", step=1, config={}, network=network, prediction="edm",
+                schedule="lognormal", model=weights,
+                data=dict(name=None, data_dir=DATA_DIR, size=side, classes=classes,
+                          shape=(channels, side, side)))
 
 
 def arrays(module, prefix=""):
@@ -382,17 +385,28 @@ def load_sampler(path, device=torch.device("cpu"), cfg=None):
             return teacher_sampler(denoiser, checkpoint["schedule"], checkpoint["data"], device,
                                    **how)
         sampler = generator_sampler(denoiser, checkpoint["sigmas"], checkpoint["data"], device)
-    for name, value in how.items():
-        raise ValueError(f"{flag(name)} {value}: is for teachers; {path} is a generator, whose "
-                         f"steps are its own, {sampler.evaluations}")
+    if how and not cfg.beside:  # where the other may be a teacher
+        name, value = how.popitem()
+        raise ValueError(f"{flag(name)} {value}: is for teachers; {path} is a generator of "
+                         f"{steps_of(range(sampler.evaluations))}")
     return sampler
+
+
+def name_of(data, path):
+    """The name of a checkpoint's data; ValueError if it doesn't tell and --data doesn't either."""
+    if data["name"] is None:
+        raise ValueError(f"--data is missing: {path} does not tell what images it was trained on; "
+                         "give it, such as --data cifar10")
+    return data["name"]
 
 
 def teacher_sampler(denoiser, schedule, data, device, sampler="heun", steps=None, **options):
     """A sampler of a teacher, which may be Guided; options are those of the kind of sampler."""
     kind = SAMPLERS[sampler]
     steps = steps or kind.steps
-    name, evaluations = f"teacher, {steps} {kind.title} steps", kind.evaluations(steps)
+    name, evaluations = f"teacher, {steps} {kind.title} steps", steps
+    if kind.function is heun:
+        evaluations = 2 * steps - 1
     name += "".join(f", {option} {value:g}" for option, value in options.items())
     if isinstance(denoiser, Guided):
         name, evaluations = f"{name}, guidance {denoiser.guidance:g}", 2 * evaluations
@@ -742,7 +756,8 @@ def compare(cfg, sampler, out):
     if any(tuple(other.data[key]) != tuple(data[key]) for key in ("shape", "classes")):
         raise ValueError(f"--beside {cfg.beside}: has images of other shape or classes than "
                          f"{cfg.checkpoint}")
-    real = load_data(data["name"], "train", data_dir_of(cfg, data), data["size"])
+    name = name_of(data, cfg.checkpoint)
+    real = load_data(name, "train", data_dir_of(cfg, data), data["size"])
     classes, columns = real.classes[:10], 5
     label = torch.arange(len(classes)).repeat_interleave(columns)
     shown = [real.images[real.labels == c][:columns] for c in range(len(classes))]
@@ -764,10 +779,11 @@ def main(argv=None):
         return
     on_cpu = cfg.device == "auto" and Path(cfg.checkpoint).suffix == ".onnx"
     device = pick_device("cpu" if on_cpu else cfg.device)
-    sampler = load_sampler(cfg.checkpoint, device, None if cfg.beside else cfg)
+    sampler = load_sampler(cfg.checkpoint, device, cfg)
     data, out = sampler.data, cfg.out or "samples.png"
     if cfg.evaluate:
-        reference = load_reference(data["name"], data_dir_of(cfg, data), data["size"], device)
+        name = name_of(data, cfg.checkpoint)
+        reference = load_reference(name, data_dir_of(cfg, data), data["size"], device)
         seeds = range(cfg.seed, cfg.seed + cfg.seeds)
         result = report(sampler, reference, cfg.n or EVALUATE_N, seeds, cfg.batch)
         tell(table(result), json.dumps(result), sep="\n")

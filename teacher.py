@@ -417,7 +417,7 @@ class UNet(nn.Module):
         kind = ARCHITECTURES[model_type]
         self.label_dim, self.adm, c_emb = label_dim, kind.adm, 4 * model_channels
         half, c_label = model_channels // 2, c_emb if self.adm else model_channels
-        octaves = torch.linspace(0, 1 - self.adm / half, half)
+        octaves = torch.linspace(0, 1 - self.adm / half, half, device="cpu")  # build() has meta
         self.register_buffer("freqs", 10000 ** -octaves, persistent=False)
         self.map_label = nn.Linear(label_dim, c_label, bias=not self.adm) if label_dim else None
         self.map_layer0 = nn.Linear(model_channels, c_emb)
@@ -509,10 +509,11 @@ def initialise(layer):
 
 # ---- options: one frozen dataclass per script, whose fields are its flags -----------------------
 
-def arg(default, help, choices=None, at_least=None, below=None, free=False, positional=False):
+def arg(default, help, choices=None, at_least=None, at_most=None, below=None, free=False,
+        positional=False):
     """A dataclass field that is also a flag. A `free` one may change when a run is resumed."""
-    metadata = dict(help=help, choices=choices, at_least=at_least, below=below, free=free,
-                    positional=positional)
+    metadata = dict(help=help, choices=choices, at_least=at_least, at_most=at_most, below=below,
+                    free=free, positional=positional)
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -531,7 +532,7 @@ class Options:
     def __post_init__(self):
         for field in dataclasses.fields(self):
             value, choices = getattr(self, field.name), field.metadata["choices"]
-            low, high = field.metadata["at_least"], field.metadata["below"]
+            low, top, high = (field.metadata[name] for name in ("at_least", "at_most", "below"))
             if value is None:
                 continue
             if value == "":
@@ -543,6 +544,8 @@ class Options:
                                  f"{', '.join(map(str, choices))}")
             if low is not None and not value >= low:
                 raise ValueError(f"{flag(field.name)} {value}: must be at least {low}")
+            if top is not None and not value <= top:
+                raise ValueError(f"{flag(field.name)} {value}: must be at most {top}")
             if high is not None and not value < high:
                 raise ValueError(f"{flag(field.name)} {value}: must be below {high}")
 
@@ -1172,14 +1175,17 @@ def build(checkpoint, device="cpu"):
 
     Raises ValueError if the weights don't fit the network or are not finite.
     """
+    kind, weights = checkpoint["kind"], checkpoint["model"]
     try:
-        denoiser = Denoiser(UNet(**checkpoint["network"]), checkpoint["prediction"])
-        denoiser.load_state_dict(checkpoint["model"])
-    except (RuntimeError, TypeError, LookupError, AttributeError) as error:
-        raise ValueError(f"damaged checkpoint of a {checkpoint['kind']}: its weights don't fit its "
+        with torch.device("meta"):  # takes no memory before the weights are known to fit
+            denoiser = Denoiser(UNet(**checkpoint["network"]), checkpoint["prediction"])
+        weights = {name: weight.to(torch.float32, copy=True) for name, weight in weights.items()}
+        denoiser.load_state_dict(weights, assign=True)
+    except (RuntimeError, TypeError, LookupError, AttributeError, ValueError) as error:
+        raise ValueError(f"damaged checkpoint of a {kind}: its weights don't fit its "
                          "network") from error
     if not all(weight.isfinite().all() for weight in denoiser.parameters()):
-        raise ValueError(f"damaged checkpoint of a {checkpoint['kind']}: weights are not finite")
+        raise ValueError(f"damaged checkpoint of a {kind}: weights are not finite")
     return place(denoiser, device).eval().requires_grad_(False)
 
 

@@ -430,6 +430,16 @@ def test_networks_of_full_size_have_the_published_names_and_shapes(network, para
 
 def test_edm_checkpoint_is_sampled_distilled_and_exported(edm_pkl, tmp_path, capsys):
     sample.main([edm_pkl.path, "--n", "10", "--steps", "3", "--out", str(tmp_path / "a.png")])
+    for main, flags in ((sample.main, [edm_pkl.path, "--evaluate"]),
+                        (sample.main, [edm_pkl.path, "--beside", edm_pkl.path]),
+                        (dmd2.main, ["--teacher", edm_pkl.path])):
+        with pytest.raises(ValueError, match="--data is missing: .*edm.pkl does not tell"):
+            main(flags)
+    with pytest.raises(ValueError, match="10 classes of images .1, 8, 8.; .*edm.pkl has 7"):
+        network = dict(edm_pkl.network, label_dim=7)
+        state = dict(edm_pkl.state, **{"map_label.weight": torch.zeros(16, 7)})
+        (tmp_path / "7.edm.pkl").write_bytes(pickle.dumps(edm_checkpoint(network, state)))
+        sample.main([str(tmp_path / "7.edm.pkl"), "--data", "digits"])
     sample.main([edm_pkl.path, "--data", "digits", "--evaluate", "--n", "100", "--seeds", "1",
                  "--sampler", "ddim", "--steps", "3"])
     assert "teacher, 3 DDIM steps" in capsys.readouterr().out
@@ -566,14 +576,14 @@ def test_ddim_with_eta_1_is_ddpm(name):
 def test_samplers_with_noise_keep_the_data_s_moments():
     torch.manual_seed(0)
     denoiser, noise = Gaussian(0.3, 0.5), torch.randn(4000, 1, 4, 4)
-    sigmas = teacher.sampling_sigmas(60, "lognormal")
-    fresh = (torch.randn_like(noise) for _ in range(300))
+    sigmas = teacher.sampling_sigmas(250, "lognormal")
+    fresh = (torch.randn_like(noise) for _ in range(750))
     for x0 in (sample.ddim(denoiser, 80 * noise, sigmas, None, fresh, eta=1.0),
                sample.ddim(denoiser, 80 * noise, sigmas, None, fresh, eta=0.5),
                teacher.heun(denoiser, 80 * noise, sigmas, None, fresh, churn=30.0)):
         assert x0.mean().item() == pytest.approx(0.3, abs=0.02)
         assert x0.std().item() == pytest.approx(0.5, abs=0.03)
-        assert abs((x0 * noise).mean().item()) < 0.1  # a deterministic sampler has 0.5
+        assert abs((x0 * noise).mean().item()) < 0.3  # a deterministic sampler has 0.5
 
 
 def test_churn_is_limited_to_its_levels_and_scaled():
@@ -1829,6 +1839,9 @@ def fails(main, argv, capsys):
     (sample.main, "TEACHER --sampler plms", "choose from heun, euler, ddim, ddpm"),
     (sample.main, "NO_NULL --guidance 2", "knows no images without label"),
     (sample.main, "TEACHER --data mnist", "was trained on digits; leave it out"),
+    (sample.main, "TEACHER --sampler ddim --eta 1.5", "--eta 1.5: must be at most 1"),
+    (sample.main, "TEACHER --s-noise 1.1", "say how --churn adds noise"),
+    (dmd2.main, "--teacher TEACHER --conditioning-sigma 81", "must be at most 80"),
     (sample.main, "nowhere.pkl", "nowhere.pkl: no such checkpoint"),
     (sample.main, "PLAIN", "not a checkpoint of NVlabs/edm"),
     (dmd2.main, "--teacher PLAIN", "not a checkpoint of NVlabs/edm"),
