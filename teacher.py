@@ -101,7 +101,7 @@ def sigma_at(u, schedule):
 
 
 @functools.cache
-def timestep_sigmas(schedule):
+def timestep_sigmas(schedule, device="cpu"):
     """The noise levels [1000], float64, of DDPM's timesteps: sqrt(1 / alpha_bar - 1)."""
     t = torch.linspace(0, 1, 1001, dtype=torch.float64)
     if schedule == "linear":
@@ -110,14 +110,14 @@ def timestep_sigmas(schedule):
         signal = {"cosine": torch.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2,
                   "sigmoid": torch.sigmoid(torch.full_like(t, 3)) - torch.sigmoid(6 * t - 3)}
         betas = (1 - signal[schedule][1:] / signal[schedule][:-1]).clamp(max=0.999)
-    return (1 / (1 - betas).cumprod(0) - 1).sqrt()
+    return (1 / (1 - betas).cumprod(0) - 1).sqrt().to(device)
 
 
 def timestep_sigma(u, schedule):
     """The noise level at u of the way from the first timestep to the last; ln sigma is linear."""
-    log_sigmas, place = timestep_sigmas(schedule).log().to(u.device), 999 * u.double()
+    sigmas, place = timestep_sigmas(schedule, u.device), 999 * u.double()
     step = place.long().clamp(max=998)
-    return torch.lerp(log_sigmas[step], log_sigmas[step + 1], place - step).exp().to(u.dtype)
+    return torch.lerp(sigmas[step].log(), sigmas[step + 1].log(), place - step).exp().to(u.dtype)
 
 
 def quantile_of(sigma):
