@@ -27,12 +27,12 @@ from tqdm import tqdm
 from sample import (BATCH, EVALUATE_AT_LEAST, TITLES, few_step, generator_sampler, guided,
                     load_reference, measure, name_of, open_checkpoint, steps_of, summary,
                     teacher_sampler)
-from teacher import (GENERATOR, SIGMA_MAX, SIGMA_MIN, TRAINED_STEP, Descent, Draw, Log,
-                     TrainingOptions, arg, batch_at, build, check_batch, due, filled, flag,
-                     frozen, group_norm, load, load_data, lowest_quantile, make_run_folder, parse,
-                     parts_of, pick_device, plot_log, prepare, quantile_of, rank_0_first, rate_at,
-                     read, restore, run_script, save, save_grid, seeded, sigma_at, tell, to_uint8,
-                     training_steps, unit_error, unit_noise, update_ema)
+from teacher import (GENERATOR, KNOWN_DATA, PREDICTIONS, SIGMA_MAX, SIGMA_MIN, TRAINED_STEP,
+                     Descent, Draw, Log, TrainingOptions, arg, batch_at, build, check_batch, due,
+                     filled, flag, frozen, group_norm, load, load_data, lowest_quantile,
+                     make_run_folder, parse, parts_of, pick_device, plot_log, prepare, quantile_of,
+                     rank_0_first, rate_at, read, restore, run_script, save, save_grid, seeded,
+                     sigma_at, tell, to_uint8, training_steps, unit_error, unit_noise, update_ema)
 
 # What of dmd2.py depends on the data: it fills the options that were not given.
 RECIPES = {
@@ -44,10 +44,13 @@ RECIPES = {
 }
 RECIPES["fashion"] = RECIPES["mnist"]
 
+# What depends on the teacher's prediction: where generators begin, and the range of noise levels of
+# distribution matching. An eps network's error counts sigma-fold in x0_hat: at 80 it is no use.
+RANGES = dict.fromkeys(PREDICTIONS, dict(conditioning_sigma=SIGMA_MAX, dm_range="0.02,0.98"))
+RANGES["eps"] = dict(conditioning_sigma=2.0, dm_range="0.02,0.6")
+
 # Other noise than `sample.py --evaluate` takes: to choose the best by, and for the pairs.
 EVALUATION_SEED, PAIRS_SEED = 1_000_000, 2_000_000
-# An eps network's error counts sigma-fold in its estimate of x0, so it is no use in one step at 80.
-EPS_SIGMA = 5.0
 RECALL_SHARE = 0.97  # of the teacher's recall: below it a generator is not the best of a run
 
 
@@ -65,19 +68,18 @@ class Config(TrainingOptions):
     lr: float = arg(None, "learning rate of the generator (default: by data)", at_least=0, below=1)
     fake_lr: float = arg(None, "learning rate of the fake score (default: by data)", at_least=0,
                          below=1)
-    conditioning_sigma: float = arg(None, "noise level at which the generator begins, and up to "
-                                          "which distribution matching goes (default: "
-                                          f"{SIGMA_MAX:g}, of an eps teacher {EPS_SIGMA:g})",
+    conditioning_sigma: float = arg(None, "noise level at which the generator begins (default: "
+                                          "by the teacher's prediction)",
                                     at_least=SIGMA_MIN, at_most=SIGMA_MAX)
     student_steps: int = arg(1, "steps in which the generator makes an image", (1, 2, 4))
     backward_simulation: bool = arg(True, "with several steps: train each on what the steps before "
                                           "it make of noise, not on real images with noise")
     dm_weight: float = arg(1.0, "weight of the distribution-matching loss; 0 for the GAN only",
                            at_least=0)
-    dm_range: str = arg("0.02,0.98", "noise levels of the distribution-matching loss, as quantiles "
-                                     "of the karras schedule up to --conditioning-sigma")
+    dm_range: str = arg(None, "noise levels of the distribution-matching loss, as quantiles of the "
+                              "karras schedule (default: by the teacher's prediction)")
     fake_weight: float = arg(1.0, "weight of the fake score's loss", at_least=0)
-    fake_range: str = arg("0,1", "noise levels of the fake score's loss, as quantiles of all of it")
+    fake_range: str = arg("0,1", "noise levels of the fake score's loss, likewise")
     guidance: float = arg(1.0, "classifier-free guidance of the teacher; 1 is none", at_least=0)
     gan_weight: float = arg(0.001, "weight of the generator's GAN loss; 0 turns the GAN off",
                             at_least=0)
@@ -126,14 +128,15 @@ class Config(TrainingOptions):
         if self.regression_weight and self.batch is not None and self.pairs < self.batch:
             raise ValueError(f"--pairs {self.pairs}: must be at least --batch, {self.batch}")
         for name in ("dm_range", "fake_range", "gan_range"):
+            text = getattr(self, name)
             try:
-                low, high = interval(getattr(self, name))
+                low, high = interval(text or "0,1")
                 fits = 0 <= low <= high <= 1
             except ValueError:
                 fits = False
             if not fits:
-                raise ValueError(f"{flag(name)} {getattr(self, name)}: needs two numbers from 0 to "
-                                 "1, the smaller one first, such as 0.02,0.98")
+                raise ValueError(f"{flag(name)} {text}: needs two numbers from 0 to 1, the smaller "
+                                 "one first, such as 0.02,0.98")
 
 
 def interval(text):
@@ -485,11 +488,10 @@ def read_teacher(cfg):
         if same and not (cfg.resume or cfg.profile):
             raise ValueError(f"--out {cfg.out}: a new run there would remove {path}; name another "
                              "folder")
-    cfg = filled(cfg, RECIPES, name)
-    highest = EPS_SIGMA if parent["prediction"] == "eps" else SIGMA_MAX
+    cfg = filled(cfg, RECIPES[name if name in KNOWN_DATA else "folder"],
+                 RANGES[parent["prediction"]])
     return parent, dataclasses.replace(cfg, teacher=str(Path(cfg.teacher).resolve()),
-                                       data=cfg.data and name,
-                                       conditioning_sigma=cfg.conditioning_sigma or highest)
+                                       data=cfg.data and name)
 
 
 def initial(cfg, parent, device):
@@ -511,8 +513,11 @@ def initial(cfg, parent, device):
                                  f"{cfg.teacher}; give a generator distilled from its kind")
         if len(source["sigmas"]) != cfg.student_steps:
             raise ValueError(f"--init-from {cfg.init_from}: is a generator of "
-                             f"{steps_of(source['sigmas'])}; give --student-steps "
+                             f"{steps_of(len(source['sigmas']))}; give --student-steps "
                              f"{len(source['sigmas'])}")
+        if abs(source["sigmas"][0] / cfg.conditioning_sigma - 1) > 1e-6:
+            raise ValueError(f"--init-from {cfg.init_from}: begins at another noise level; give "
+                             f"--conditioning-sigma {source['sigmas'][0]:g}")
     return tuple(build(dict(source, model=source[name]), device).requires_grad_(True)
                  for name in names)
 
@@ -544,10 +549,9 @@ def train(cfg):
     num_classes, shape = len(data["classes"]), data["shape"]
     real_batch = real_batches(cfg, data, device)
     distance = distance_function(cfg.regression_distance, device) if cfg.regression_weight else None
-    lowest, highest = lowest_quantile(parent["schedule"]), quantile_of(cfg.conditioning_sigma)
-    dm_range, fake_range, gan_range = (
-        [max(lowest, u * high) for u in interval(text)] for text, high in
-        ((cfg.dm_range, highest), (cfg.fake_range, 1), (cfg.gan_range, 1)))
+    lowest = lowest_quantile(parent["schedule"])
+    dm_range, fake_range, gan_range = ([max(lowest, u) for u in interval(text)] for text in
+                                       (cfg.dm_range, cfg.fake_range, cfg.gan_range))
     gan_range = gan_range if cfg.gan_noise else None
     # The discriminator may see the generator's images in the pass by which the fake score learns.
     shares_pass = cfg.gan_features == "fake" and gan_range == fake_range
@@ -605,7 +609,7 @@ def train(cfg):
                 generator_descent.add(weighted(losses, weights))
                 log.note(**losses)
 
-            # Fake score: the teacher's own loss, on the generator's samples, at every step.
+            # Fake score: a teacher's loss, on the generator's samples, at every step.
             # Discriminator: real images from generated ones.
             x0 = x0.detach()
             x, sigma = diffused(x0, draw, fake_range)

@@ -32,8 +32,8 @@ from onnxscript import opset18
 from torch import nn
 
 from sample import few_step, onnx_session, teacher_sampler
-from teacher import (Options, arg, build, clock, device_name, fresh_noise, load, parse,
-                     pick_device, place, run_script, to_uint8, unit_noise)
+from teacher import (Options, arg, build, clock, device_name, fresh_noise, load, parse, pick_device,
+                     place, run_script, to_uint8, unit_noise)
 
 OPSET = opset18.version  # the fewest nodes at run time, and read by every onnxruntime since 1.14
 BATCHES = (1, 16, 256)  # of the benchmark

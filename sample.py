@@ -19,6 +19,7 @@ import itertools
 import json
 import math
 import pickle
+import reprlib
 import statistics
 import struct
 import sys
@@ -35,9 +36,9 @@ from PIL import Image
 from torch import nn
 
 from teacher import (DATA_DIR, FEATURES, HEUN_STEPS, KNOWN_DATA, SIGMA_DATA, SUBSET, Options, arg,
-                     build, flag, fresh_noise, heun, load, load_data, on_rank_0, parse, pick_device,
-                     rank, rank_0_first, ranks, run_script, sampling_sigmas, save, save_grid,
-                     seeded, tell, to_float, to_uint8)
+                     build, fits, flag, fresh_noise, heun, load, load_data, on_rank_0, parse,
+                     pick_device, rank, rank_0_first, ranks, run_script, sampling_sigmas, save,
+                     save_grid, seeded, tell, to_float, to_uint8)
 
 ASSETS = Path(__file__).resolve().parent / "assets"
 DIMENSIONS = 64  # of the feature space in which quality is measured
@@ -58,7 +59,7 @@ SHA256 = {
 
 @torch.no_grad()
 def ddim(denoiser, x, sigmas, label, noises=(), eta=0.0):
-    """DDIM (Song et al. 2021, Eq. 12): estimate x0, go on to the next level with the same noise.
+    """DDIM (Song et al. 2021, Eq. 12, 16): estimate x0, go on to the next level with its noise.
 
     With eta 0 this is Euler's method on EDM's equation, and on that of flow matching. With eta 1
     all the noise of a step that can be is drawn anew, as in DDPM (Ho et al. 2020, Eq. 7).
@@ -95,6 +96,7 @@ SAMPLERS = {
     "ddim": SamplerKind(ddim, "DDIM", 50, ("eta",), own=True),
     "ddpm": SamplerKind(functools.partial(ddim, eta=1.0), "DDPM", 1000, own=True),
 }
+SAMPLER = "heun"  # by default
 SAMPLER_OPTIONS = [option for kind in SAMPLERS.values() for option in kind.options]
 
 
@@ -119,12 +121,12 @@ class Guided(nn.Module):
         x0_hat = none + guidance (with label - none)
     """
 
-    def __init__(self, denoiser, guidance):
+    def __init__(self, denoiser, guidance, no_label):
         super().__init__()
-        self.denoiser, self.guidance = denoiser, guidance
+        self.denoiser, self.guidance, self.no_label = denoiser, guidance, no_label
 
     def forward(self, x, sigma, label):
-        none = torch.full_like(label, self.denoiser.net.label_dim)
+        none = torch.full_like(label, self.no_label)
         both = self.denoiser(torch.cat([x, x]), torch.cat([sigma, sigma]), torch.cat([label, none]))
         with_label, without = both.chunk(2)
         return without + self.guidance * (with_label - without)
@@ -137,7 +139,7 @@ def guided(denoiser, guidance, checkpoint, path):
     if not checkpoint["config"].get("label_dropout"):
         raise ValueError(f"--guidance {guidance:g}: {path} was trained without --label-dropout and "
                          "knows no images without label; leave it out")
-    return Guided(denoiser, guidance)
+    return Guided(denoiser, guidance, checkpoint["network"]["label_dim"])
 
 
 # ---- options ------------------------------------------------------------------------------------
@@ -152,8 +154,8 @@ class Config(Options):
                  at_least=1)
     labels: str = arg(None, "the classes to sample, such as 3,3,7 (default: all, evenly)")
     sampler: str = arg(None, "of a teacher: Heun's method or Euler's, at EDM's noise levels, or "
-                             "DDIM or DDPM, at those of the teacher's schedule (default: heun)",
-                       tuple(SAMPLERS))
+                             "DDIM or DDPM, at those of the teacher's schedule unless that is "
+                             f"lognormal (default: {SAMPLER})", tuple(SAMPLERS))
     steps: int = arg(None, "steps of a teacher's sampler (default: "
                            f"{', '.join(f'{k} {v.steps}' for k, v in SAMPLERS.items())})",
                      at_least=1)
@@ -192,13 +194,13 @@ class Config(Options):
                              "images: leave out --labels, --beside and --out")
         if self.evaluate and self.n is not None and self.n < EVALUATE_AT_LEAST:
             raise ValueError(f"--n {self.n}: --evaluate needs at least {EVALUATE_AT_LEAST} images")
-        kind = self.sampler or "heun"
+        kind = self.sampler or SAMPLER
         for name in SAMPLER_OPTIONS:
             if getattr(self, name) is not None and name not in SAMPLERS[kind].options:
                 value = getattr(self, name)
-                raise ValueError(f"{flag(name)} {value}: is not for --sampler {kind}")
+                raise ValueError(f"{flag(name)} {value}: not an option of --sampler {kind}")
         if not self.churn and {self.s_min, self.s_max, self.s_noise} != {None}:
-            raise ValueError("--s-min, --s-max and --s-noise say how --churn adds noise; give it too")
+            raise ValueError("--s-min, --s-max and --s-noise say how --churn adds noise: give it")
         if self.beside and (self.labels or self.n):
             raise ValueError("--beside shows 5 images of each class: leave out --labels and --n")
         kinds = (".png",) if self.beside else (".png", ".npz", "")
@@ -220,38 +222,48 @@ class Ignored:
         pass
 
 
-class Reader(pickle.Unpickler):
-    """Reads a pickle of which every global must be in `table`, which gives a harmless stand-in."""
+class Reader(pickle._Unpickler):
+    """Reads a pickle of which every global must be in `table`, which gives a harmless stand-in.
+
+    It is the one in Python, for that in C reserves as much memory as a file asks for.
+    """
 
     def __init__(self, file, table):
         super().__init__(file)
         self.table = table
 
     def find_class(self, module, name):
-        if f"{module}.{name}" not in self.table:
-            raise ValueError(f"names {module}.{name}, which no EDM checkpoint does; refused")
-        return self.table[f"{module}.{name}"]
+        name = f"{module}.{name}"
+        if name not in self.table:
+            raise ValueError(f"names {name!r:.200}, which no EDM checkpoint does; refused")
+        return self.table[name]
 
     def persistent_load(self, parts):
         return parts
 
+    def load_build(self):  # changes an object, so not the stand-ins themselves
+        if type(self.stack[-2]) not in (types.SimpleNamespace, Ignored):
+            raise ValueError("gives a state to what has none in an EDM checkpoint; refused")
+        super().load_build()
+
+    dispatch = {**pickle._Unpickler.dispatch, pickle.BUILD[0]: load_build}
+
 
 def read_storage(content):
-    """The float32 numbers of a storage: five pickles, their count, and they themselves."""
+    """The float32 numbers of a storage, an array: behind five pickles and their count."""
     file = io.BytesIO(content)
     parts = [Reader(file, {"torch.FloatStorage": "float32"}).load() for _ in range(5)]
     _, dtype, _, _, count, *_ = parts[3]
     if dtype != "float32" or struct.unpack("<q", file.read(8)) != (count,):
         raise TypeError("not a storage of float32")
-    return np.frombuffer(file.read(), "<f4", count)
+    return np.frombuffer(content, "<f4", count, file.tell()).copy()
 
 
 def read_tensor(storage, offset, size, stride, *_):
-    """An array that lies in a storage; ValueError if it would reach out of it."""
-    last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
-    if min(offset, *size, *stride, 0) < 0 or last >= len(storage) or math.prod(size) > len(storage):
+    """A tensor that lies in a storage; RuntimeError or ValueError if it would reach out of it."""
+    if not isinstance(storage, np.ndarray) or not 0 < math.prod(size) <= len(storage):
         raise ValueError("holds a tensor that does not fit its storage")
-    return np.lib.stride_tricks.as_strided(storage[offset:], size, [4 * step for step in stride])
+    return torch.as_strided(torch.from_numpy(storage), size, stride, offset)
 
 
 # All that EDM's files name (torch_utils.persistence, version 6; NumPy 1 and 2; pickle 2 to 4).
@@ -285,9 +297,9 @@ EDM_DEFAULTS = {
 def load_edm(path):
     """A checkpoint of NVlabs/edm as the dictionary that load() returns, executing nothing from it.
 
-    Only the EMA network's constructor arguments and float32 arrays are taken out of the pickle; the
-    program text that it carries too is passed over. Raises ValueError if the file is missing, of
-    another kind or damaged.
+    Only the EMA network's constructor arguments and float32 weights are taken out of the pickle;
+    the program text that it carries too is passed over. Raises ValueError if the file is missing,
+    of another kind or damaged.
     """
     if not Path(path).is_file():
         raise ValueError(f"{path}: no such checkpoint file; NVlabs/edm publishes them")
@@ -297,39 +309,44 @@ def load_edm(path):
         net = ema._modules["model"]
         given, names = net._init_kwargs, (ema.class_name, net.class_name)
         if names not in (("EDMPrecond", name) for name in EDM_DEFAULTS):
-            raise ValueError(f"holds a {' of a '.join(names)}; only EDMPrecond of a SongUNet or "
-                             "DhariwalUNet is read")
+            raise ValueError(f"holds {names!r:.200}; only EDMPrecond of SongUNet or DhariwalUNet "
+                             "is read")
         for name, fixed in dict(EDM_FIXED, sigma_data=SIGMA_DATA).items():
             found = ema.sigma_data if name == "sigma_data" else given.get(name, fixed)
             if found != fixed:
-                raise ValueError(f"its {name} is {found}; only {fixed} is read")
+                raise ValueError(f"its {name} is {reprlib.repr(found)}; only {fixed} is read")
         channels, side = given["in_channels"], given["img_resolution"]
         network = dict(model_type=net.class_name, img_resolution=side, img_channels=channels)
         for name, default in EDM_DEFAULTS[net.class_name].items():
             network[name] = given.get(name, default)
-        weights = {f"net.{name}": torch.from_numpy(array.copy())
-                   for name, array in arrays(net) if not name.endswith("resample_filter")}
+        weights = {f"net.{name}": tensor for name, tensor in tensors(net)
+                   if not name.endswith("resample_filter")}
+        weights.pop("net.map_augment.weight", None)  # of EDM's augmentations; samples have none
+        if 4 * sum(map(torch.numel, weights.values())) > Path(path).stat().st_size:
+            raise ValueError("its weights share memory")
+        classes = tuple(map(str, range(network["label_dim"]))) or ("all",)
+        checkpoint = dict(kind="teacher", step=1, config={}, network=network, prediction="edm",
+                          schedule="lognormal", model=weights,
+                          data=dict(name=None, size=side, classes=classes,
+                                    shape=(channels, side, side)))
+        if not fits(checkpoint):
+            raise ValueError("its network's arguments do not fit each other")
     except (pickle.UnpicklingError, struct.error, EOFError, LookupError, TypeError, ValueError,
-            AttributeError, OverflowError, MemoryError, RecursionError) as error:
+            AttributeError, RuntimeError, OverflowError, MemoryError) as error:
+        reason = str(error) or type(error).__name__
         raise ValueError(f"{path}: not a checkpoint of NVlabs/edm that can be read, or damaged: "
-                         f"{error}") from error
-    weights.pop("net.map_augment.weight", None)  # of EDM's augmentations; samples have none
-    columns = weights["net.map_label.weight"].shape[1] if "net.map_label.weight" in weights else 0
-    classes = tuple(map(str, range(columns))) or ("all",)
-    return dict(kind="teacher", step=1, config={}, network=network, prediction="edm",
-                schedule="lognormal", model=weights,
-                data=dict(name=None, data_dir=DATA_DIR, size=side, classes=classes,
-                          shape=(channels, side, side)))
+                         f"{reason:.400}") from error
+    return checkpoint
 
 
-def arrays(module, prefix=""):
-    """Yield name and array of a module's parameters and buffers and those of all within it."""
-    for name, array in {**module._parameters, **module._buffers}.items():
-        if array is not None:
-            yield prefix + name, array
-    for name, child in module._modules.items():
+def tensors(module, prefix=""):
+    """Yield name and tensor of a module's parameters and buffers and those of all within it."""
+    for name, tensor in {**module._parameters, **module._buffers}.items():
+        if tensor is not None:
+            yield prefix + name, tensor
+    for name, child in vars(module).pop("_modules").items():  # so none is met twice
         if child is not None:
-            yield from arrays(child, f"{prefix}{name}.")
+            yield from tensors(child, f"{prefix}{name}.")
 
 
 # ---- any checkpoint as one function -------------------------------------------------------------
@@ -377,6 +394,8 @@ def load_sampler(path, device=torch.device("cpu"), cfg=None):
            if getattr(cfg, name) is not None}
     if Path(path).suffix == ".onnx":
         sampler = onnx_sampler(path, device)
+        if cfg.data and not cfg.beside:
+            raise ValueError(f"--data {cfg.data}: {path} knows its data; leave it out")
     else:
         checkpoint = open_checkpoint(path, cfg.data, cfg.data_dir)
         denoiser = build(checkpoint, device)
@@ -388,7 +407,7 @@ def load_sampler(path, device=torch.device("cpu"), cfg=None):
     if how and not cfg.beside:  # where the other may be a teacher
         name, value = how.popitem()
         raise ValueError(f"{flag(name)} {value}: is for teachers; {path} is a generator of "
-                         f"{steps_of(range(sampler.evaluations))}")
+                         f"{steps_of(sampler.evaluations)}")
     return sampler
 
 
@@ -400,9 +419,9 @@ def name_of(data, path):
     return data["name"]
 
 
-def teacher_sampler(denoiser, schedule, data, device, sampler="heun", steps=None, **options):
+def teacher_sampler(denoiser, schedule, data, device, sampler=None, steps=None, **options):
     """A sampler of a teacher, which may be Guided; options are those of the kind of sampler."""
-    kind = SAMPLERS[sampler]
+    kind = SAMPLERS[sampler or SAMPLER]
     steps = steps or kind.steps
     name, evaluations = f"teacher, {steps} {kind.title} steps", steps
     if kind.function is heun:
@@ -424,12 +443,13 @@ def generator_sampler(generator, sigmas, data, device):
     def images(noises, label):
         x = sigmas[0] * next(noises)
         return few_step(generator, x, sigmas, label, itertools.islice(noises, len(sigmas) - 1))
-    return Sampler(images, f"generator, {steps_of(sigmas)}", len(sigmas), data, device)
+    steps = len(sigmas)
+    return Sampler(images, f"generator, {steps_of(steps)}", steps, data, device)
 
 
-def steps_of(sigmas):
-    """How many steps a generator of these noise levels takes, in words."""
-    return "1 step" if len(sigmas) == 1 else f"{len(sigmas)} steps"
+def steps_of(count):
+    """A number of steps in words."""
+    return "1 step" if count == 1 else f"{count} steps"
 
 
 def onnx_sampler(path, device):
@@ -442,8 +462,7 @@ def onnx_sampler(path, device):
         feed = {"noise": noise.cpu().numpy(), "label": label.cpu().numpy()}
         image = torch.from_numpy(session.run(["image"], feed)[0])
         return to_float(image.permute(0, 3, 1, 2)) if image.dtype == torch.uint8 else image
-    return Sampler(images, f"ONNX generator, {steps_of(facts['sigmas'])}", steps, facts["data"],
-                   device)
+    return Sampler(images, f"ONNX generator, {steps_of(steps)}", steps, facts["data"], device)
 
 
 def onnx_session(path, device, provider_options=None, batch=None):

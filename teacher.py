@@ -74,7 +74,7 @@ SCHEDULES = {
     "linear": lambda u: timestep_sigma(u, "linear"),        # DDPM, Ho et al. 2020
     "cosine": lambda u: timestep_sigma(u, "cosine"),        # Nichol and Dhariwal 2021
     "sigmoid": lambda u: timestep_sigma(u, "sigmoid"),      # Jabri et al. 2022
-    "flow": lambda u: (0.001 + 0.998 * u) / (0.999 - 0.998 * u),  # t / (1 - t), t even in [0, 1]
+    "flow": lambda u: (0.001 + 0.998 * u) / (0.999 - 0.998 * u),  # t / (1 - t), 0.001 <= t <= 0.999
 }
 
 # Rows (c_skip, c_out, c_in) that make of a network F a denoiser c_skip x + c_out F(c_in x).
@@ -101,8 +101,8 @@ def sigma_at(u, schedule):
 
 
 @functools.cache
-def timestep_sigmas(schedule, device="cpu"):
-    """The noise levels [1000], float64, of DDPM's timesteps: sqrt(1 / alpha_bar - 1)."""
+def timestep_sigmas(schedule, device="cpu", dtype=torch.float64):
+    """The noise levels [1000] of DDPM's timesteps: sqrt(1 / alpha_bar - 1)."""
     t = torch.linspace(0, 1, 1001, dtype=torch.float64)
     if schedule == "linear":
         betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
@@ -110,14 +110,14 @@ def timestep_sigmas(schedule, device="cpu"):
         signal = {"cosine": torch.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2,
                   "sigmoid": torch.sigmoid(torch.full_like(t, 3)) - torch.sigmoid(6 * t - 3)}
         betas = (1 - signal[schedule][1:] / signal[schedule][:-1]).clamp(max=0.999)
-    return (1 / (1 - betas).cumprod(0) - 1).sqrt().to(device)
+    return (1 / (1 - betas).cumprod(0) - 1).sqrt().to(device, dtype)
 
 
 def timestep_sigma(u, schedule):
     """The noise level at u of the way from the first timestep to the last; ln sigma is linear."""
-    sigmas, place = timestep_sigmas(schedule, u.device), 999 * u.double()
-    step = place.long().clamp(max=998)
-    return torch.lerp(sigmas[step].log(), sigmas[step + 1].log(), place - step).exp().to(u.dtype)
+    log_sigmas, timestep = timestep_sigmas(schedule, u.device, u.dtype).log(), 999 * u
+    below = timestep.long().clamp(max=998)
+    return torch.lerp(log_sigmas[below], log_sigmas[below + 1], timestep - below).exp()
 
 
 def quantile_of(sigma):
@@ -131,7 +131,7 @@ def lowest_quantile(schedule):
 
 
 def precondition(prediction, sigma):
-    """The coefficients c_skip, c_out, c_in of a prediction, each of sigma's shape (EDM Table 1)."""
+    """The coefficients c_skip, c_out, c_in of a prediction, each of sigma's shape."""
     return PREDICTIONS[prediction](sigma)
 
 
@@ -221,9 +221,9 @@ def heun(denoiser, x, sigmas, label, noises=(), churn=0.0, s_min=0.0, s_max=math
     steps, noises = len(sigmas) - 1, iter(noises)
     for sigma, sigma_next in itertools.pairwise(sigmas):
         if churn > 0 and s_min <= sigma <= s_max:
-            raised = sigma * (1 + min(churn / steps, 2**0.5 - 1))
-            x = x + (raised**2 - sigma**2) ** 0.5 * s_noise * next(noises)
-            sigma = raised
+            sigma_hat = sigma * (1 + min(churn / steps, 2**0.5 - 1))
+            x = x + (sigma_hat**2 - sigma**2) ** 0.5 * s_noise * next(noises)
+            sigma = sigma_hat
         slope = (x - denoiser(x, x.new_full(x.shape[:1], sigma), label)) / sigma
         x_next = x + (sigma_next - sigma) * slope
         if sigma_next > 0:
@@ -237,7 +237,8 @@ def heun(denoiser, x, sigmas, label, noises=(), churn=0.0, s_min=0.0, s_max=math
 
 def train(cfg):
     """Train a teacher; returns the path of its checkpoint."""
-    device, cfg = pick_device(cfg.device), filled(cfg, RECIPES, cfg.data)
+    recipe = RECIPES[cfg.data if cfg.data in KNOWN_DATA else "folder"]
+    device, cfg = pick_device(cfg.device), filled(cfg, recipe)
     parts, out = parts_of(cfg), Path(cfg.out)
     where = str(Path(cfg.data_dir or DATA_DIR).resolve())
     name = cfg.data if cfg.data in KNOWN_DATA else str(Path(cfg.data).resolve())
@@ -606,8 +607,9 @@ class Config(TrainingOptions):
     prediction: str = arg("edm", "what the network learns", tuple(PREDICTIONS))
     schedule: str = arg("lognormal", "which noise levels it is trained on", tuple(SCHEDULES))
     lr: float = arg(None, "learning rate (default: by data)", at_least=0, below=1)
-    min_snr_gamma: float = arg(None, "weigh the loss of each image by min(SNR, gamma) / SNR of its "
-                                     "noise, such as 5 (default: all alike)", at_least=1e-9)
+    min_snr_gamma: float = arg(None, "weigh squared errors of x0 by min(SNR, gamma), such as 5 "
+                                     "(default: by 1 / c_out^2, the prediction's own weight)",
+                               at_least=1e-9)
     label_dropout: float = arg(0.1, "share of images shown without label, for guidance",
                                at_least=0, below=1)
 
@@ -618,10 +620,10 @@ class Config(TrainingOptions):
             raise ValueError(f"--mults {self.mults}: needs positive integers such as 1,2,2")
 
 
-def filled(cfg, recipes, data):
-    """The config with the options that were not given taken from the recipe for the data."""
-    recipe = recipes[data if data in KNOWN_DATA else "folder"]
-    missing = {name: value for name, value in recipe.items() if getattr(cfg, name) is None}
+def filled(cfg, *recipes):
+    """The config with the options that were not given taken from recipes, dictionaries."""
+    missing = {name: value for recipe in recipes for name, value in recipe.items()
+               if getattr(cfg, name) is None}
     if cfg.profile:
         off = {name: 0 for name in ("sample_every", "evaluate_every") if hasattr(cfg, name)}
         missing.update(off, out=f"{cfg.out}/profile", steps=10**6, save_every=10**6, resume=None)
@@ -631,7 +633,7 @@ def filled(cfg, recipes, data):
 def parse(config_class, argv=None, description=""):
     """Make a config of the command line; every field is a flag, and of training runs --config.
 
-    Flags go before what --config has. With --resume the checkpoint's own options apply; ValueError
+    Flags override what --config has. With --resume the checkpoint's own options apply; ValueError
     if a given one contradicts them.
     """
     parser = argparse.ArgumentParser(description=description.split("\n")[0], allow_abbrev=False,
@@ -658,40 +660,34 @@ def parse(config_class, argv=None, description=""):
         raise ValueError(f"{message} (--help lists the options)")
     parser.error = error
     given = vars(parser.parse_args(argv))
-    if "config" in given:
-        given = {**configured(config_class, given), **given}
-        del given["config"]
-    return resumed(config_class, given) if "resume" in given else config_class(**given)
-
-
-def configured(config_class, given):
-    """The options in the file of --config; ValueError if it is not of this script.
-
-    Not where that run wrote, and not that it was resumed or a profile.
-    """
-    path = Path(given["config"])
-    fields = {field.name: field for field in dataclasses.fields(config_class)}
+    if "config" not in given:
+        return resumed(config_class, given) if "resume" in given else config_class(**given)
+    path = given.pop("config")
     try:
-        saved = json.loads(path.read_text())
-        for name, value in saved.items():
-            kind = (int, float) if fields[name].type is float else fields[name].type
-            if value is not None and (not isinstance(value, kind) or
-                                      isinstance(value, bool) != (kind is bool)):
-                raise ValueError(f"{name} is {value}")
-    except OSError as error:
-        raise ValueError(f"--config {path}: no such file that can be read; a run has config.json "
-                         "in its folder") from error
-    except (ValueError, AttributeError, LookupError) as error:
-        raise ValueError(f"--config {path}: not the config.json of a run of this script and "
-                         f"version: {error}") from error
-    if "resume" in given:
-        raise ValueError(f"--config {path}: a resumed run has its options; leave it out")
-    out = given.get("out", fields["out"].default)
-    if Path(out).resolve() == path.resolve().parent:
-        raise ValueError(f"--config {path}: a new run in {out} would replace the one that it is "
-                         "of; name another folder by --out")
-    return {name: value for name, value in saved.items()
-            if value is not None and name not in ("out", "resume", "profile")}
+        saved = vars(parser.parse_args(words_of(path)))
+    except ValueError as error:
+        raise ValueError(f"--config {path}: {error}") from error
+    cfg = config_class(**{**saved, **given})
+    if cfg.resume or Path(cfg.out).resolve() == Path(path).resolve().parent:
+        raise ValueError(f"--config {path}: is for a new run; give it a folder of its own by --out")
+    return cfg
+
+
+def words_of(path):
+    """The options in a run's config.json as a command line; ValueError if it is none.
+
+    Not where that run wrote, and not that it was resumed.
+    """
+    try:
+        saved = json.loads(Path(path).read_text())
+        words = [flag(name) if value is True else flag(f"no_{name}") if value is False else
+                 f"{flag(name)}={value}" for name, value in saved.items()
+                 if value is not None and name not in ("out", "resume", "profile")]
+    except (OSError, ValueError, AttributeError) as error:
+        raise ValueError(f"can't be read, or not a run's config.json: {error}") from error
+    if saved.get("profile"):
+        raise ValueError("of a --profile, not of a run")
+    return words
 
 
 def resumed(config_class, given):
@@ -1147,16 +1143,18 @@ def read(path, fits):
 
 def fits(checkpoint):
     """Whether a dictionary has the fields that load() tells of, and these fit each other."""
-    data, network = checkpoint["data"], checkpoint["network"]
+    data, network, count = checkpoint["data"], checkpoint["network"], len(checkpoint["model"])
     side, channels = network["img_resolution"], network["img_channels"]
+    mults, classes = network["channel_mult"], network["label_dim"]
+    sizes = [side, channels, network["model_channels"], network["num_blocks"], classes + 1, *mults]
     sigmas = checkpoint["sigmas"] if checkpoint["kind"] == "generator" else [SIGMA_MAX]
     return (checkpoint["kind"] in ("teacher", "generator") and checkpoint["step"] > 0
+            and all(type(size) is int and 0 < size < 2**16 for size in sizes)
+            and 0 < len(mults) * network["num_blocks"] <= count  # or building it could take long
             and tuple(data["shape"]) == (channels, side, side)
-            and network["label_dim"] in (0, len(data["classes"]))
-            and {"name", "size"} <= data.keys()
+            and classes in (0, len(data["classes"])) and {"name", "size"} <= data.keys()
             and len(sigmas) > 0 and all(SIGMA_MIN <= sigma <= SIGMA_MAX for sigma in sigmas)
             and checkpoint["prediction"] in PREDICTIONS and checkpoint["schedule"] in SCHEDULES
-            and len(checkpoint["model"]) > 0
             and isinstance(checkpoint["config"], dict))
 
 
@@ -1175,18 +1173,17 @@ def build(checkpoint, device="cpu"):
 
     Raises ValueError if the weights don't fit the network or are not finite.
     """
-    kind, weights = checkpoint["kind"], checkpoint["model"]
+    damaged = f"damaged checkpoint of a {checkpoint['kind']}: its weights"
     try:
-        with torch.device("meta"):  # takes no memory before the weights are known to fit
+        with torch.device("meta"):  # which takes no memory before the weights are known to fit
             denoiser = Denoiser(UNet(**checkpoint["network"]), checkpoint["prediction"])
-        weights = {name: weight.to(torch.float32, copy=True) for name, weight in weights.items()}
-        denoiser.load_state_dict(weights, assign=True)
+        denoiser.load_state_dict(checkpoint["model"], assign=True)
     except (RuntimeError, TypeError, LookupError, AttributeError, ValueError) as error:
-        raise ValueError(f"damaged checkpoint of a {kind}: its weights don't fit its "
-                         "network") from error
-    if not all(weight.isfinite().all() for weight in denoiser.parameters()):
-        raise ValueError(f"damaged checkpoint of a {kind}: weights are not finite")
-    return place(denoiser, device).eval().requires_grad_(False)
+        raise ValueError(f"{damaged} don't fit its network") from error
+    if not all(weight.dtype == torch.float32 and weight.isfinite().all()
+               for weight in denoiser.parameters()):
+        raise ValueError(f"{damaged} are not finite float32")
+    return place(frozen(denoiser), device)
 
 
 @on_rank_0

@@ -473,7 +473,7 @@ def test_planted_call_in_an_edm_pickle_is_refused_by_name_and_not_made(edm_pkl, 
     for name, value in (("channel_mult", planted), ("num_blocks", in_storage)):
         hostile.append(edm_checkpoint(dict(edm_pkl.network, **{name: value}), edm_pkl.state))
     for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
-        name = "copy_reg._reconstructor|" * (protocol < 2) + f"{os.system.__module__}.system"
+        name = "'copy_reg._reconstructor'|" * (protocol < 2) + f"'{os.system.__module__}.system'"
         for content in hostile:
             Path(edm_pkl.path).write_bytes(pickle.dumps(content, protocol))
             with pytest.raises(ValueError, match=f"edm.pkl: .*names ({name}), .* refused"):
@@ -490,10 +490,12 @@ def test_names_that_an_edm_pickle_may_have_stand_for_nothing_that_acts():
 
 
 def test_damaged_edm_pickles_are_one_line(edm_pkl):
-    def tensor(size, stride, offset=0):
-        storage = torch.storage.TypedStorage(wrap_storage=torch.zeros(1).untyped_storage(),
-                                             dtype=torch.float32, _internal=True)
-        return Reduced(torch._utils._rebuild_tensor_v2, storage, offset, size, stride, False, {})
+    def storage(count):
+        return torch.storage.TypedStorage(wrap_storage=torch.zeros(count).untyped_storage(),
+                                          dtype=torch.float32, _internal=True)
+
+    def tensor(size, stride, offset=0, of=storage(1)):
+        return Reduced(torch._utils._rebuild_tensor_v2, of, offset, size, stride, False, {})
 
     def changed(extra=(), **options):
         return pickle.dumps(edm_checkpoint(network, state, extra, **options))
@@ -501,8 +503,11 @@ def test_damaged_edm_pickles_are_one_line(edm_pkl):
     whole, path = Path(edm_pkl.path).read_bytes(), Path(edm_pkl.path)
     network, state = edm_pkl.network, edm_pkl.state
     cyclic = edm_checkpoint(network, state)
-    inner = cyclic["ema"].meta["state"]["_modules"]["model"].meta["state"]["_modules"]
-    inner["enc"] = cyclic["ema"]
+    sharing, block = edm_checkpoint(network, state), storage(10000)
+    inner, other = (checkpoint["ema"].meta["state"]["_modules"]["model"].meta["state"]
+                    for checkpoint in (cyclic, sharing))
+    inner["_modules"]["enc"] = cyclic["ema"]
+    other["_parameters"].update({f"w{i}": tensor((10000,), (1,), of=block) for i in range(100)})
     contents = {
         "truncated": whole[:len(whole) // 2], "empty": b"", "text": b"not a pickle",
         "another pickle": pickle.dumps([1]), "no ema": pickle.dumps(dict(net=1)),
@@ -511,6 +516,12 @@ def test_damaged_edm_pickles_are_one_line(edm_pkl):
         "a type": changed(dict(x=torch.zeros(1).double())),
         "a size": changed(dict(x=tensor((2**40,), (0,)))),
         "beyond": changed(dict(x=tensor((1,), (1,), 1))),
+        "nothing": changed(dict(x=tensor((0,), (1,)))),
+        "a list for a storage": changed(dict(x=tensor((9,), (1,), of=[True] * 9))),
+        "a tensor for a storage": changed(dict(x=tensor((1,), (1,), of=tensor((1,), (1,))))),
+        "a state": pickle.dumps(edm_checkpoint(network, state))[:-1] + b"}b.",
+        "weights of one memory": pickle.dumps(sharing),
+        "sizes": changed(num_blocks=10**9), "no levels": changed(channel_mult=[]),
         "before": changed(dict(x=tensor((2,), (-1,), 1))),
         "long": b"\x80\x04\x8e" + b"\xff" * 6 + b"\x0f\x00" + b"bytes that are not there",
     }
@@ -518,7 +529,8 @@ def test_damaged_edm_pickles_are_one_line(edm_pkl):
         path.write_bytes(content)
         with pytest.raises(ValueError, match="edm.pkl: not a checkpoint of NVlabs/edm"):
             sample.load_edm(edm_pkl.path)
-    for change in (dict(model_channels=32), dict(num_blocks=2), dict(label_dim=5)):
+    for change in (dict(model_channels=32), dict(num_blocks=2), dict(label_dim=5),
+                   dict(channel_mult=[0 + 1])):
         path.write_bytes(pickle.dumps(edm_checkpoint(dict(network, **change), state)))
         with pytest.raises(ValueError, match="don't fit"):
             teacher.build(sample.load_edm(edm_pkl.path))
@@ -751,9 +763,11 @@ def test_config_of_a_run_gives_the_same_run_and_flags_go_before_it(tmp_path, tin
 
 
 @pytest.mark.parametrize("content, says", [
-    (None, "no such file"), ("{", "not the config.json"), ("[1]", "not the config.json"),
-    ('{"width": "8"}', "width is 8"), ('{"width": true}', "width is True"),
-    ('{"wide": 8}', "'wide'"), ('{"teacher": "t.pt"}', "'teacher'"), ("\ud800", "not the config")])
+    (None, "No such file"), ("{", "not a run's config.json"), ("[1]", "not a run's config.json"),
+    ('{"width": "x"}', "invalid int value: 'x'"), ('{"width": true}', "--width"),
+    ('{"lr": [1]}', "invalid float value"), ('{"wide": 8}', "unrecognized arguments: --wide=8"),
+    ('{"teacher": "t.pt"}', "unrecognized arguments: --teacher=t.pt"),
+    ("\ud800", "not a run's config.json"), ('{"profile": true}', "of a --profile")])
 def test_config_that_does_not_fit_is_refused(content, says, tmp_path, capsys):
     path = tmp_path / "config.json"
     if content is not None:
@@ -765,9 +779,9 @@ def test_config_that_does_not_fit_is_refused(content, says, tmp_path, capsys):
 def test_config_of_the_run_in_the_same_folder_is_refused(tiny, tiny_teacher, capsys):
     config, before = str(tiny / "teacher" / "config.json"), Path(tiny_teacher).read_bytes()
     line = fails(teacher.main, ["--config", config, "--out", str(tiny / "teacher")], capsys)
-    assert "would replace" in line and Path(tiny_teacher).read_bytes() == before
+    assert "a folder of its own" in line and Path(tiny_teacher).read_bytes() == before
     line = fails(teacher.main, ["--config", config, "--resume", tiny_teacher], capsys)
-    assert "leave it out" in line
+    assert "is for a new run" in line
 
 
 # ---- distribution matching ----------------------------------------------------------------------
@@ -966,7 +980,7 @@ def test_trained_step_is_drawn_evenly():
 def test_guidance_moves_the_estimate_away_from_that_without_label(tiny_teacher):
     denoiser = teacher.build(teacher.load(tiny_teacher))
     x, sigma, label = torch.randn(4, 1, 8, 8), torch.full((4,), 0.5), torch.arange(4)
-    guided = [sample.Guided(denoiser, guidance)(x, sigma, label) for guidance in (0, 1, 2)]
+    guided = [sample.Guided(denoiser, guidance, 10)(x, sigma, label) for guidance in (0, 1, 2)]
     torch.testing.assert_close(guided[0], denoiser(x, sigma, torch.full((4,), 10)))
     torch.testing.assert_close(guided[1], denoiser(x, sigma, label))
     torch.testing.assert_close(guided[2], 2 * guided[1] - guided[0])
@@ -988,7 +1002,7 @@ def test_pairs_are_the_teacher_s_images_and_kept_until_it_changes(tiny_teacher, 
     unused = sampler._replace(images=None)  # fails if it is called
     again = dmd2.load_pairs(unused, "a", 12, path)
     assert all(map(torch.equal, pairs, again)) and not capsys.readouterr().err
-    denoiser = sample.Guided(denoiser, 1.5)
+    denoiser = sample.Guided(denoiser, 1.5, 10)
     guided = sample.teacher_sampler(denoiser, "karras", checkpoint["data"], None)
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 0xFF
@@ -1808,6 +1822,7 @@ def fails(main, argv, capsys):
     (dmd2.main, "--teacher OTHER --init-from GENERATOR", "has another data than --teacher"),
     (dmd2.main, "--teacher TEACHER --init-from GENERATOR --student-steps 4", "--student-steps 1"),
     (dmd2.main, "--teacher TEACHER --init-from GENERATOR --out FOLDER", "name another folder"),
+    (dmd2.main, "--teacher TEACHER --init-from GENERATOR --conditioning-sigma 9", "another noise"),
     (dmd2.main, "--teacher TEACHER --out TEACHER_S", "name another folder"),
     (dmd2.main, "--teacher TEACHER --dm-weight inf", "--dm-weight inf: must be below inf"),
     (dmd2.main, "--teacher TEACHER --fake-weight 0", "needs a fake score that learns"),
@@ -1834,8 +1849,8 @@ def fails(main, argv, capsys):
     (sample.main, "GENERATOR --steps 4", "--steps 4: is for teachers"),
     (sample.main, "GENERATOR --sampler ddim", "--sampler ddim: is for teachers"),
     (sample.main, "GENERATOR --guidance 2", "--guidance 2.0: is for teachers"),
-    (sample.main, "TEACHER --eta 1", "--eta 1.0: is not for --sampler heun"),
-    (sample.main, "TEACHER --sampler ddpm --churn 9", "--churn 9.0: is not for --sampler ddpm"),
+    (sample.main, "TEACHER --eta 1", "--eta 1.0: not an option of --sampler heun"),
+    (sample.main, "TEACHER --sampler ddpm --churn 9", "--churn 9.0: not an option of"),
     (sample.main, "TEACHER --sampler plms", "choose from heun, euler, ddim, ddpm"),
     (sample.main, "NO_NULL --guidance 2", "knows no images without label"),
     (sample.main, "TEACHER --data mnist", "was trained on digits; leave it out"),
