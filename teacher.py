@@ -664,7 +664,7 @@ def parse(config_class, argv=None, description=""):
         return resumed(config_class, given) if "resume" in given else config_class(**given)
     path = given.pop("config")
     try:
-        saved = vars(parser.parse_args(words_of(path)))
+        saved = vars(parser.parse_args(words_of(path, config_class)))
     except ValueError as error:
         raise ValueError(f"--config {path}: {error}") from error
     cfg = config_class(**{**saved, **given})
@@ -673,7 +673,7 @@ def parse(config_class, argv=None, description=""):
     return cfg
 
 
-def words_of(path):
+def words_of(path, config_class):
     """The options in a run's config.json as a command line; ValueError if it is none.
 
     Not where that run wrote, and not that it was resumed.
@@ -685,8 +685,10 @@ def words_of(path):
                  if value is not None and name not in ("out", "resume", "profile")]
     except (OSError, ValueError, AttributeError) as error:
         raise ValueError(f"can't be read, or not a run's config.json: {error}") from error
-    if saved.get("profile"):
-        raise ValueError("of a --profile, not of a run")
+    unknown = saved.keys() - {field.name for field in dataclasses.fields(config_class)}
+    if unknown or saved.get("profile"):
+        raise ValueError(f"has {', '.join(sorted(unknown))}, no option of this script" if unknown
+                         else "of a --profile, not of a run")
     return words
 
 
