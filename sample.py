@@ -19,11 +19,11 @@ import itertools
 import json
 import math
 import pickle
+import pickletools
 import reprlib
 import statistics
 import struct
 import sys
-import types
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -47,6 +47,8 @@ EVALUATE_N, EVALUATE_AT_LEAST = 10000, 100
 BATCH = 256  # images at a time; changes the speed only
 TITLES = dict(frechet_distance="Fréchet distance", accuracy="classified as asked",
               precision="precision", recall="recall")
+
+OPCODES = 10**7  # of a pickle at most; those of EDM have less than 10**5
 
 # SHA-256 of the feature networks in assets/; `python sample.py --train-features digits` makes one.
 SHA256 = {
@@ -212,80 +214,135 @@ class Config(Options):
 
 # ---- EDM's published checkpoints: pickles, read without executing anything from them ------------
 
-class Ignored:
-    """Stands for an object of which nothing is needed."""
+class Call(NamedTuple):
+    """What a pickle asks to be called. Here nothing is: it is kept as a description."""
 
-    def __init__(self, *args):
-        pass
-
-    def __setstate__(self, state):
-        pass
-
-
-class Reader(pickle._Unpickler):
-    """Reads a pickle of which every global must be in `table`, which gives a harmless stand-in.
-
-    It is the one in Python, for that in C reserves as much memory as a file asks for.
-    """
-
-    def __init__(self, file, table):
-        super().__init__(file)
-        self.table = table
-
-    def find_class(self, module, name):
-        name = f"{module}.{name}"
-        if name not in self.table:
-            raise ValueError(f"names {name!r:.200}, which no EDM checkpoint does; refused")
-        return self.table[name]
-
-    def persistent_load(self, parts):
-        return parts
-
-    def load_build(self):  # changes an object, so not the stand-ins themselves
-        if type(self.stack[-2]) not in (types.SimpleNamespace, Ignored):
-            raise ValueError("gives a state to what has none in an EDM checkpoint; refused")
-        super().load_build()
-
-    dispatch = {**pickle._Unpickler.dispatch, pickle.BUILD[0]: load_build}
-
-
-def read_storage(content):
-    """The float32 numbers of a storage, an array: behind five pickles and their count."""
-    file = io.BytesIO(content)
-    parts = [Reader(file, {"torch.FloatStorage": "float32"}).load() for _ in range(5)]
-    _, dtype, _, _, count, *_ = parts[3]
-    if dtype != "float32" or struct.unpack("<q", file.read(8)) != (count,):
-        raise TypeError("not a storage of float32")
-    return np.frombuffer(content, "<f4", count, file.tell()).copy()
-
-
-def read_tensor(storage, offset, size, stride, *_):
-    """A tensor that lies in a storage; RuntimeError or ValueError if it would reach out of it."""
-    if not isinstance(storage, np.ndarray) or not 0 < math.prod(size) <= len(storage):
-        raise ValueError("holds a tensor that does not fit its storage")
-    return torch.as_strided(torch.from_numpy(storage), size, stride, offset)
+    name: str    # of EDM_NAMES
+    args: tuple
+    state: dict  # what the result is to be updated with
 
 
 # All that EDM's files name (torch_utils.persistence, version 6; NumPy 1 and 2; pickle 2 to 4).
-EDM_GLOBALS = {
-    "torch_utils.persistence._reconstruct_persistent_obj": lambda meta: types.SimpleNamespace(
-        class_name=meta["class_name"], **meta["state"]),
-    "torch.nn.modules.container.ModuleDict": types.SimpleNamespace,
-    "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
-    "torch._utils._rebuild_parameter_with_state": lambda tensor, *_: tensor,
-    "torch._utils._rebuild_tensor_v2": read_tensor,
-    "torch.storage._load_from_bytes": read_storage,
-    "_codecs.encode": lambda text, encoding: text.encode("latin1"),
-    "collections.OrderedDict": dict,
-    "dnnlib.util.EasyDict": dict,
-    **dict.fromkeys(("builtins.set", "__builtin__.set"), set),
-    **dict.fromkeys(("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar",
-                     "numpy.dtype"), Ignored),
-}
+EDM_NAMES = {
+    "torch_utils.persistence._reconstruct_persistent_obj", "torch.nn.modules.container.ModuleDict",
+    "torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state",
+    "torch._utils._rebuild_tensor_v2", "torch.storage._load_from_bytes", "torch.FloatStorage",
+    "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar", "numpy.dtype",
+    "collections.OrderedDict", "dnnlib.util.EasyDict", "builtins.set", "__builtin__.set",
+    "_codecs.encode"}
+DICTIONARIES = {"collections.OrderedDict", "dnnlib.util.EasyDict"}
+
+
+def read_pickle(file):
+    """The contents of a pickle: dictionaries, lists, tuples, strings, numbers, bytes, and Calls.
+
+    It does what the few opcodes of EDM's files say about such data, and nothing else: no function
+    or method that a file names is looked up or called, and no object of another kind is made.
+    Raises ValueError, LookupError, TypeError or AttributeError for any other file.
+    """
+    stack, marks, memo = [], [], {}
+    for count, (opcode, value, _) in enumerate(pickletools.genops(file)):
+        kind = opcode.name
+        if kind in ("MARK", "TUPLE", "APPENDS", "ADDITEMS", "SETITEMS"):
+            if kind == "MARK":
+                marks.append(len(stack))
+                continue
+            mark = marks.pop()
+            items, stack[mark:] = stack[mark:], []
+        if kind in ("PROTO", "FRAME", "STOP", "BINPERSID"):
+            pass
+        elif kind in ("MEMOIZE", "BINPUT", "LONG_BINPUT"):
+            memo[len(memo) if value is None else value] = stack[-1]
+        elif kind in ("BINGET", "LONG_BINGET"):
+            stack.append(memo[value])
+        elif kind in ("NONE", "NEWTRUE", "NEWFALSE"):
+            stack.append(dict(NONE=None, NEWTRUE=True, NEWFALSE=False)[kind])
+        elif kind in ("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "SHORT_BINUNICODE",
+                      "BINUNICODE", "SHORT_BINBYTES", "BINBYTES", "BINBYTES8"):
+            stack.append(value)
+        elif kind in ("EMPTY_DICT", "EMPTY_LIST", "EMPTY_SET", "EMPTY_TUPLE"):
+            stack.append({} if kind == "EMPTY_DICT" else () if kind == "EMPTY_TUPLE" else [])
+        elif kind in ("TUPLE1", "TUPLE2", "TUPLE3"):
+            stack[-int(kind[5:]):] = [tuple(stack[-int(kind[5:]):])]
+        elif kind == "TUPLE":
+            stack.append(tuple(items))
+        elif kind in ("APPEND", "APPENDS", "ADDITEMS"):
+            items = [stack.pop()] if kind == "APPEND" else items
+            list.extend(stack[-1], items)
+        elif kind in ("SETITEM", "SETITEMS"):
+            if kind == "SETITEM":
+                items, stack[-2:] = stack[-2:], []
+            if not all(type(key) is str and len(key) < 100 for key in items[::2]):
+                raise ValueError("has a dictionary of other keys than names")
+            dict.update(stack[-1], zip(items[::2], items[1::2], strict=True))
+        elif kind in ("GLOBAL", "STACK_GLOBAL"):
+            if value is None:
+                value, stack[-2:] = " ".join(stack[-2:]), []
+            name = value.replace(" ", ".")
+            if name not in EDM_NAMES:
+                raise ValueError(f"names {name!r:.200}, which no EDM checkpoint does; refused")
+            stack.append(Call(name, (), {}))
+        elif kind in ("REDUCE", "NEWOBJ"):
+            (name, _, _), args = stack[-2:]
+            if type(args) is not tuple:
+                raise TypeError("calls with something else than arguments")
+            stack[-2:] = [{} if name in DICTIONARIES and args == () else Call(name, args, {})]
+        elif kind == "BUILD":
+            stack[-2].state.update(state=stack.pop())
+        else:
+            raise ValueError(f"has the opcode {kind}, which no EDM checkpoint does; refused")
+        if count > OPCODES:
+            raise ValueError("is longer than any EDM checkpoint")
+    return stack.pop()
+
+
+def state_of(module):
+    """Class name (of EDM's own) and state of a module."""
+    if module.name == "torch.nn.modules.container.ModuleDict":
+        return None, module.state["state"]
+    if module.name != "torch_utils.persistence._reconstruct_persistent_obj":
+        raise ValueError(f"has a {module.name} for a module")
+    meta, = module.args
+    return meta["class_name"], meta["state"]
+
+
+def tensor_of(call):
+    """The float32 tensor of a Call to make one; ValueError if it would reach out of its storage."""
+    while call.name.startswith("torch._utils._rebuild_parameter"):
+        call = call.args[0]
+    (kind, (content,), _), offset, size, stride, *_ = call.args
+    if (call.name, kind) != ("torch._utils._rebuild_tensor_v2", "torch.storage._load_from_bytes"):
+        raise ValueError(f"has a {call.name} of a {kind} for a tensor")
+    if type(content) is Call and content.name == "_codecs.encode":
+        content = content.args[0].encode("latin1")  # pickle 2 has no bytes
+    file = io.BytesIO(content)
+    *_, (_, dtype, _, _, count, _), _ = (read_pickle(file) for _ in range(5))
+    if dtype.name != "torch.FloatStorage" or struct.unpack("<q", file.read(8)) != (count,):
+        raise ValueError("has a storage of another type than float32")
+    if not all(type(n) is int and 0 <= n < 2**31 for n in (offset, *size, *stride)):
+        raise ValueError("has a tensor with no possible shape")
+    storage = np.frombuffer(content, "<f4", count, file.tell())
+    if len(size) > 4 or not 0 < math.prod(size) <= count:
+        raise ValueError("has a tensor that does not fit its storage")
+    return torch.as_strided(torch.from_numpy(storage.copy()), size, stride, offset)
+
+
+def tensors_of(module, prefix=""):
+    """Yield name and tensor of a module's parameters and buffers and those of all within it."""
+    _, state = state_of(module)
+    for part in ("_parameters", "_buffers", "_modules"):
+        while state[part]:  # taken out, so that none is met twice
+            name, value = state[part].popitem()
+            if value is not None and part == "_modules":
+                yield from tensors_of(value, f"{prefix}{name}.")
+            elif value is not None:
+                yield prefix + name, tensor_of(value)
+
 
 # What both of EDM's networks are made of here, and what each is by default.
 EDM_FIXED = dict(embedding_type="positional", encoder_type="standard", decoder_type="standard",
-                 resample_filter=[1, 1], channel_mult_noise=1, channel_mult_emb=4)
+                 resample_filter=[1, 1], channel_mult_noise=1, channel_mult_emb=4,
+                 sigma_data=SIGMA_DATA)
 EDM_DEFAULTS = {
     "SongUNet": dict(label_dim=0, model_channels=128, channel_mult=[1, 2, 2, 2], num_blocks=4,
                      attn_resolutions=[16]),
@@ -305,48 +362,42 @@ def load_edm(path):
         raise ValueError(f"{path}: no such checkpoint file; NVlabs/edm publishes them")
     try:
         with open(path, "rb") as file:
-            ema = Reader(file, EDM_GLOBALS).load()["ema"]
-        net = ema._modules["model"]
-        given, names = net._init_kwargs, (ema.class_name, net.class_name)
-        if names not in (("EDMPrecond", name) for name in EDM_DEFAULTS):
-            raise ValueError(f"holds {names!r:.200}; only EDMPrecond of SongUNet or DhariwalUNet "
-                             "is read")
-        for name, fixed in dict(EDM_FIXED, sigma_data=SIGMA_DATA).items():
-            found = ema.sigma_data if name == "sigma_data" else given.get(name, fixed)
-            if found != fixed:
-                raise ValueError(f"its {name} is {reprlib.repr(found)}; only {fixed} is read")
-        channels, side = given["in_channels"], given["img_resolution"]
-        network = dict(model_type=net.class_name, img_resolution=side, img_channels=channels)
-        for name, default in EDM_DEFAULTS[net.class_name].items():
-            network[name] = given.get(name, default)
-        weights = {f"net.{name}": tensor for name, tensor in tensors(net)
-                   if not name.endswith("resample_filter")}
+            precond, state = state_of(read_pickle(file)["ema"])
+        net = state["_modules"]["model"]
+        model_type, given = state_of(net)[0], state_of(net)[1]["_init_kwargs"]
+        if precond != "EDMPrecond" or model_type not in EDM_DEFAULTS:
+            names = reprlib.repr((precond, model_type))
+            raise ValueError(f"holds {names}; only EDMPrecond of SongUNet or DhariwalUNet is read")
+        found = dict(given, sigma_data=state["sigma_data"])
+        for name, fixed in EDM_FIXED.items():
+            if found.get(name, fixed) != fixed:
+                raise ValueError(f"its {name} is {reprlib.repr(found[name])}; only {fixed} is read")
+        network = {name: given.get(name, default)
+                   for name, default in EDM_DEFAULTS[model_type].items()}
+        network.update(model_type=model_type, img_resolution=given["img_resolution"],
+                       img_channels=given["in_channels"])
+        weights, budget = {}, Path(path).stat().st_size
+        for name, tensor in tensors_of(net):
+            budget -= tensor.untyped_storage().nbytes()
+            if budget < 0 or len(name) > 1000:
+                raise ValueError("its weights share memory, or have names without end")
+            if not name.endswith("resample_filter"):
+                weights[f"net.{name}"] = tensor
         weights.pop("net.map_augment.weight", None)  # of EDM's augmentations; samples have none
-        if 4 * sum(map(torch.numel, weights.values())) > Path(path).stat().st_size:
-            raise ValueError("its weights share memory")
-        classes = tuple(map(str, range(network["label_dim"]))) or ("all",)
+        side, label_dim = network["img_resolution"], network["label_dim"]
+        classes = tuple(map(str, range(min(label_dim, 2**16)))) or ("all",)
         checkpoint = dict(kind="teacher", step=1, config={}, network=network, prediction="edm",
                           schedule="lognormal", model=weights,
                           data=dict(name=None, size=side, classes=classes,
-                                    shape=(channels, side, side)))
+                                    shape=(network["img_channels"], side, side)))
         if not fits(checkpoint):
             raise ValueError("its network's arguments do not fit each other")
-    except (pickle.UnpicklingError, struct.error, EOFError, LookupError, TypeError, ValueError,
-            AttributeError, RuntimeError, OverflowError, MemoryError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, struct.error, RuntimeError,
+            OverflowError, MemoryError) as error:
         reason = str(error) or type(error).__name__
         raise ValueError(f"{path}: not a checkpoint of NVlabs/edm that can be read, or damaged: "
                          f"{reason:.400}") from error
     return checkpoint
-
-
-def tensors(module, prefix=""):
-    """Yield name and tensor of a module's parameters and buffers and those of all within it."""
-    for name, tensor in {**module._parameters, **module._buffers}.items():
-        if tensor is not None:
-            yield prefix + name, tensor
-    for name, child in vars(module).pop("_modules").items():  # so none is met twice
-        if child is not None:
-            yield from tensors(child, f"{prefix}{name}.")
 
 
 # ---- any checkpoint as one function -------------------------------------------------------------
