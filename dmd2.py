@@ -490,8 +490,9 @@ def read_teacher(cfg):
                              "folder")
     cfg = filled(cfg, RECIPES[name if name in KNOWN_DATA else "folder"],
                  RANGES[parent["prediction"]])
-    return parent, dataclasses.replace(cfg, teacher=str(Path(cfg.teacher).resolve()),
-                                       data=cfg.data and name)
+    paths = {name: str(Path(path).resolve()) for name in ("teacher", "init_from", "data_dir")
+             if (path := getattr(cfg, name)) is not None}
+    return parent, dataclasses.replace(cfg, **paths)
 
 
 def initial(cfg, parent, device):
@@ -501,7 +502,7 @@ def initial(cfg, parent, device):
     """
     source, names = parent, ("model", "model")
     if cfg.init_from and not cfg.resume:
-        source, names = load(cfg.init_from), ("model", "fake_score")
+        source, names = open_checkpoint(cfg.init_from), ("model", "fake_score")
         if "fake_score" not in source:
             raise ValueError(f"--init-from {cfg.init_from}: holds no fake score; give a "
                              "generator.pt of dmd2.py")

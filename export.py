@@ -31,8 +31,8 @@ import torch
 from onnxscript import opset18
 from torch import nn
 
-from sample import few_step, onnx_session, teacher_sampler
-from teacher import (Options, arg, build, clock, device_name, fresh_noise, load, parse, pick_device,
+from sample import few_step, onnx_session, open_checkpoint, teacher_sampler
+from teacher import (Options, arg, build, clock, device_name, fresh_noise, parse, pick_device,
                      place, run_script, to_uint8, unit_noise)
 
 OPSET = opset18.version  # the fewest nodes at run time, and read by every onnxruntime since 1.14
@@ -283,7 +283,7 @@ def print_benchmark(rows, device):
 def main(argv=None):
     cfg = parse(Config, argv, __doc__)
     device = pick_device(cfg.device).type
-    checkpoint = load(cfg.checkpoint)
+    checkpoint = open_checkpoint(cfg.checkpoint)
     if checkpoint["kind"] != "generator":
         raise ValueError(f"{cfg.checkpoint}: holds a {checkpoint['kind']}; distil it first: python "
                          f"dmd2.py --teacher {cfg.checkpoint}")

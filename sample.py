@@ -203,6 +203,8 @@ class Config(Options):
                 raise ValueError(f"{flag(name)} {value}: not an option of --sampler {kind}")
         if not self.churn and {self.s_min, self.s_max, self.s_noise} != {None}:
             raise ValueError("--s-min, --s-max and --s-noise say how --churn adds noise: give it")
+        if None not in (self.s_min, self.s_max) and self.s_min > self.s_max:
+            raise ValueError(f"--s-min {self.s_min}: is above --s-max {self.s_max}")
         if self.beside and (self.labels or self.n):
             raise ValueError("--beside shows 5 images of each class: leave out --labels and --n")
         kinds = (".png",) if self.beside else (".png", ".npz", "")
@@ -430,8 +432,7 @@ def open_checkpoint(path, data=None, data_dir=None):
     if shape != facts["shape"] or classes not in (0, len(found.classes)):
         raise ValueError(f"--data {data}: has {len(found.classes)} classes of images {shape}; "
                          f"{path} has {classes} of {facts['shape']}")
-    name = data if data in KNOWN_DATA else str(Path(data).resolve())
-    facts = dict(facts, name=name, data_dir=where, classes=found.classes if classes else ("all",))
+    facts = dict(facts, name=data, data_dir=where, classes=found.classes if classes else ("all",))
     return dict(checkpoint, data=facts)
 
 
@@ -441,12 +442,14 @@ def load_sampler(path, device=torch.device("cpu"), cfg=None):
     Raises ValueError if it is of none, or cfg has options that are only for teachers.
     """
     cfg = cfg or Config(checkpoint=path)
-    how = {name: getattr(cfg, name) for name in ("sampler", "steps", "guidance", *SAMPLER_OPTIONS)
-           if getattr(cfg, name) is not None}
+    how = {name: value for name in ("sampler", "steps", "guidance", *SAMPLER_OPTIONS)
+           if (value := getattr(cfg, name)) is not None}
     if Path(path).suffix == ".onnx":
         sampler = onnx_sampler(path, device)
-        if cfg.data and not cfg.beside:
-            raise ValueError(f"--data {cfg.data}: {path} knows its data; leave it out")
+        name = sampler.data["name"]  # of a folder, not where it lies
+        if cfg.data and Path(cfg.data).name != name:
+            raise ValueError(f"--data {cfg.data}: {path} was trained on {name}; leave it out")
+        sampler = sampler._replace(data=dict(sampler.data, name=cfg.data or name))
     else:
         checkpoint = open_checkpoint(path, cfg.data, cfg.data_dir)
         denoiser = build(checkpoint, device)
@@ -455,7 +458,7 @@ def load_sampler(path, device=torch.device("cpu"), cfg=None):
             return teacher_sampler(denoiser, checkpoint["schedule"], checkpoint["data"], device,
                                    **how)
         sampler = generator_sampler(denoiser, checkpoint["sigmas"], checkpoint["data"], device)
-    if how and not cfg.beside:  # where the other may be a teacher
+    if how and not cfg.beside:  # where they are for the other, if that is a teacher
         name, value = how.popitem()
         raise ValueError(f"{flag(name)} {value}: is for teachers; {path} is a generator of "
                          f"{steps_of(sampler.evaluations)}")
@@ -467,6 +470,9 @@ def name_of(data, path):
     if data["name"] is None:
         raise ValueError(f"--data is missing: {path} does not tell what images it was trained on; "
                          "give it, such as --data cifar10")
+    if data["name"] not in KNOWN_DATA and not Path(data["name"]).is_dir():
+        raise ValueError(f"{path}: was trained on {data['name']}: no such folder; --data tells "
+                         "where it is")
     return data["name"]
 
 
@@ -567,6 +573,8 @@ def generate(sampler, label, seed, batch=BATCH):
         part = F.pad(label, (0, count - len(label)))[start:start + batch]
         noises = (noise.to(device) for noise in fresh_noise(len(part), shape, seed, start))
         image = sampler.images(noises, part.to(device))
+        if not image.isfinite().all():
+            raise FloatingPointError(f"images are not finite, of the {sampler.name}")
         images[start:start + batch] = to_uint8(image)
     if ranks() > 1:
         dist.all_reduce(images)
@@ -823,6 +831,9 @@ def save_beside(blocks, names, path, columns=5):
 def compare(cfg, sampler, out):
     """The picture real | second checkpoint | first checkpoint, a row per class (the first 10)."""
     other, data = load_sampler(cfg.beside, sampler.device, cfg), sampler.data
+    name_of(other.data, cfg.beside)
+    if "teacher" not in sampler.name + other.name:  # then options of teachers are a mistake
+        load_sampler(cfg.checkpoint, sampler.device, dataclasses.replace(cfg, beside=None))
     if any(tuple(other.data[key]) != tuple(data[key]) for key in ("shape", "classes")):
         raise ValueError(f"--beside {cfg.beside}: has images of other shape or classes than "
                          f"{cfg.checkpoint}")

@@ -241,10 +241,9 @@ def train(cfg):
     device, cfg = pick_device(cfg.device), filled(cfg, recipe)
     parts, out = parts_of(cfg), Path(cfg.out)
     where = str(Path(cfg.data_dir or DATA_DIR).resolve())
-    name = cfg.data if cfg.data in KNOWN_DATA else str(Path(cfg.data).resolve())
-    cfg = dataclasses.replace(cfg, data=name, data_dir=where)
-    data, held_out = (load_data(name, split, where, cfg.size) for split in ("train", "test"))
-    check_batch(cfg.batch, data, name)
+    cfg = dataclasses.replace(cfg, data_dir=where)
+    data, held_out = (load_data(cfg.data, split, where, cfg.size) for split in ("train", "test"))
+    check_batch(cfg.batch, data, cfg.data)
     data, held_out, num_classes = data.to(device), held_out.to(device), len(data.classes)
     shape = tuple(data.images.shape[1:])
     mults = tuple(int(mult) for mult in cfg.mults.split(","))
@@ -293,7 +292,7 @@ def train(cfg):
             plot_log(log.path)
             save(dict(kind="teacher", config=dataclasses.asdict(cfg), step=step + 1,
                       network=network, prediction=cfg.prediction, schedule=cfg.schedule,
-                      data=dict(name=name, data_dir=where, size=cfg.size, shape=shape,
+                      data=dict(name=cfg.data, data_dir=where, size=cfg.size, shape=shape,
                                 classes=data.classes),
                       model=ema.state_dict(),
                       training=dict(model=model.state_dict(), descent=descent.state_dict())),
@@ -660,15 +659,19 @@ def parse(config_class, argv=None, description=""):
         raise ValueError(f"{message} (--help lists the options)")
     parser.error = error
     given = vars(parser.parse_args(argv))
+    if given.get("data", "digits") not in KNOWN_DATA:
+        given["data"] = str(Path(given["data"]).resolve())
     if "config" not in given:
         return resumed(config_class, given) if "resume" in given else config_class(**given)
     path = given.pop("config")
+    if "resume" in given:
+        raise ValueError(f"--resume {given['resume']}: has its own options; leave out --config")
     try:
-        saved = vars(parser.parse_args(words_of(path, config_class)))
+        saved = config_class(**vars(parser.parse_args(words_of(path, config_class))))
     except ValueError as error:
         raise ValueError(f"--config {path}: {error}") from error
-    cfg = config_class(**{**saved, **given})
-    if cfg.resume or Path(cfg.out).resolve() == Path(path).resolve().parent:
+    cfg = dataclasses.replace(saved, **given)
+    if Path(cfg.out).resolve() == Path(path).resolve().parent and not cfg.profile:
         raise ValueError(f"--config {path}: is for a new run; give it a folder of its own by --out")
     return cfg
 
@@ -683,7 +686,7 @@ def words_of(path, config_class):
         words = [flag(name) if value is True else flag(f"no_{name}") if value is False else
                  f"{flag(name)}={value}" for name, value in saved.items()
                  if value is not None and name not in ("out", "resume", "profile")]
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise ValueError(f"can't be read, or not a run's config.json: {error}") from error
     unknown = saved.keys() - {field.name for field in dataclasses.fields(config_class)}
     if unknown or saved.get("profile"):
@@ -1264,7 +1267,7 @@ class Log:
     @on_rank_0
     def write(self, step, **values):
         """Append a line for a step now."""
-        line = dict(step=step, **{name: round(value, 6) for name, value in values.items()})
+        line = dict(step=step, **{name: float(f"{value:.6g}") for name, value in values.items()})
         with open(self.path, "a") as file:
             file.write(json.dumps(line) + "\n")
         if self.wandb:

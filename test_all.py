@@ -544,7 +544,7 @@ def test_damaged_edm_pickles_are_one_line(edm_pkl):
         "beyond": changed(weights=dict(x=tensor((1,), (1,), 1))),
         "nothing": changed(weights=dict(x=tensor((0,), (1,)))),
         "a list for a storage": changed(weights=dict(x=tensor((9,), (1,), of=[True] * 9))),
-        "a tensor for a storage": changed(weights=dict(x=tensor((1,), (1,), of=tensor((1,), (1,))))),
+        "a tensor for one": changed(weights=dict(x=tensor((1,), (1,), of=tensor((1,), (1,))))),
         "a state": pickle.dumps(edm_checkpoint(network, state))[:-1] + b"}b.",
         "weights of one memory": changed(weights=sharing),
         "sizes": changed(num_blocks=10**9), "no levels": changed(channel_mult=[]),
@@ -793,7 +793,9 @@ def test_config_of_a_run_gives_the_same_run_and_flags_go_before_it(tmp_path, tin
     ('{"width": "x"}', "invalid int value: 'x'"), ('{"width": true}', "--width"),
     ('{"lr": [1]}', "invalid float value"), ('{"help": true}', "has help, no option"),
     ('{"teacher": "t.pt"}', "has teacher, no option"), ('{"config": "c"}', "has config, no option"),
-    ("\ud800", "not a run's config.json"), ('{"profile": true}', "of a --profile")])
+    ("\ud800", "not a run's config.json"), ("[" * 10**5, "not a run's config.json"),
+    ('{"prediction": "u"}', "--prediction u: choose from"),
+    ('{"profile": true}', "of a --profile")])
 def test_config_that_does_not_fit_is_refused(content, says, tmp_path, capsys):
     path = tmp_path / "config.json"
     if content is not None:
@@ -807,7 +809,23 @@ def test_config_of_the_run_in_the_same_folder_is_refused(tiny, tiny_teacher, cap
     line = fails(teacher.main, ["--config", config, "--out", str(tiny / "teacher")], capsys)
     assert "a folder of its own" in line and Path(tiny_teacher).read_bytes() == before
     line = fails(teacher.main, ["--config", config, "--resume", tiny_teacher], capsys)
-    assert "is for a new run" in line
+    assert "leave out --config" in line
+
+
+def test_paths_in_a_config_are_whole(edm_pkl, tiny_teacher, tiny_generator, tmp_path, monkeypatch):
+    for i in range(60):
+        Path(tmp_path / f"mine/{i % 10}").mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8), i).convert("RGB").save(tmp_path / f"mine/{i % 10}/{i}.png")
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(tiny_generator, "first.pt")
+    dmd2.main([*TINY_DMD, "--teacher", tiny_teacher, "--init-from", "first.pt", "--out", "run",
+               "--data-dir", "data", "--evaluate-every", "0"])
+    config = json.loads(Path("run/config.json").read_text())
+    assert config["init_from"] == str(tmp_path / "first.pt")
+    assert config["data_dir"] == str(tmp_path / "data")
+    teacher.main([*TINY, "--data", "mine", "--size", "8", "--out", "mine_teacher"])
+    teacher.main(["--resume", "mine_teacher/teacher.pt", "--data", "mine", "--steps", "6"])
+    sample.main(["mine_teacher/teacher.pt", "--data", "mine", "--steps", "2"])
 
 
 # ---- distribution matching ----------------------------------------------------------------------
@@ -1762,6 +1780,30 @@ def test_onnx_metadata_hold_the_contract_and_no_path(tiny):
         assert part.encode() not in content
 
 
+def test_onnx_file_of_a_folder_takes_the_folder_again(tmp_path, monkeypatch):
+    for i in range(60):
+        Path(tmp_path / f"mine/{i % 10}").mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (i, 0, 0)).save(tmp_path / f"mine/{i % 10}/{i}.png")
+    monkeypatch.chdir(tmp_path)
+    teacher.main([*TINY, "--data", "mine", "--size", "8", "--out", "t"])
+    dmd2.main([*TINY_DMD, "--teacher", "t/teacher.pt", "--out", "g", "--evaluate-every", "0"])
+    export.main(["g/generator.pt"])
+    Path("elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match="mine: no such folder; --data tells where it is"):
+        sample.main(["../g/generator.onnx", "--beside", "../g/generator.pt", "--out", "a.png"])
+    sample.main(["../g/generator.onnx", "--beside", "../g/generator.pt", "--out", "a.png", "--data",
+                 "../mine"])
+    with pytest.raises(ValueError, match="was trained on mine; leave it out"):
+        sample.main(["../g/generator.onnx", "--data", "digits"])
+
+
+def test_images_that_are_not_finite_are_not_written(tiny_teacher, tmp_path):
+    with pytest.raises(FloatingPointError, match="images are not finite"):
+        sample.main([tiny_teacher, "--guidance", "1e38", "--out", str(tmp_path / "a.png")])
+    assert not list(tmp_path.iterdir())
+
+
 def test_onnx_file_alone_makes_the_checkpoint_s_images(tiny, tiny_generator, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for source in (tiny_generator, str(tiny / "dmd2" / "generator.onnx")):
@@ -1882,6 +1924,11 @@ def fails(main, argv, capsys):
     (sample.main, "TEACHER --data mnist", "was trained on digits; leave it out"),
     (sample.main, "TEACHER --sampler ddim --eta 1.5", "--eta 1.5: must be at most 1"),
     (sample.main, "TEACHER --s-noise 1.1", "say how --churn adds noise"),
+    (sample.main, "TEACHER --churn 9 --s-min 5 --s-max 4", "--s-min 5.0: is above --s-max 4.0"),
+    (sample.main, "GENERATOR --beside GENERATOR --churn 9", "--churn 9.0: is for teachers"),
+    (export.main, "PLAIN", "not a checkpoint of NVlabs/edm"),
+    (dmd2.main, "--teacher TEACHER --init-from PLAIN", "not a checkpoint of NVlabs/edm"),
+    (teacher.main, "--config CONFIG --resume TEACHER", "leave out --config"),
     (dmd2.main, "--teacher TEACHER --conditioning-sigma 81", "must be at most 80"),
     (sample.main, "nowhere.pkl", "nowhere.pkl: no such checkpoint"),
     (sample.main, "PLAIN", "not a checkpoint of NVlabs/edm"),
@@ -1905,7 +1952,8 @@ def test_mistake_of_the_user_is_one_line_and_status_2(main, argv, says, tiny, ti
     monkeypatch.chdir(tmp_path)
     torch.save({"weights": torch.zeros(3)}, tmp_path / "foreign.pt")
     (tiny / "plain.pkl").write_bytes(pickle.dumps("text"))
-    paths = dict(PLAIN=str(tiny / "plain.pkl"), TEACHER=tiny_teacher, GENERATOR=tiny_generator,
+    paths = dict(CONFIG=str(tiny / "teacher" / "config.json"), PLAIN=str(tiny / "plain.pkl"),
+                 TEACHER=tiny_teacher, GENERATOR=tiny_generator,
                  LAST=str(tiny / "dmd2" / "last.pt"), README=str(ROOT / "README.md"),
                  FOREIGN=str(tmp_path / "foreign.pt"), FOLDER=str(tiny / "dmd2"),
                  TEACHER_S=str(tiny / "teacher"),
