@@ -37,15 +37,16 @@ from teacher import (GENERATOR, KNOWN_DATA, PREDICTIONS, SIGMA_MAX, SIGMA_MIN, T
 # What of dmd2.py depends on the data: it fills the options that were not given.
 RECIPES = {
     "digits": dict(batch=128, steps=1000, lr=4e-4, decay_after=300, fake_lr=1e-3, fake_steps=2,
-                   ema=0.99),
+                   ema=0.99, dm_range="0.02,0.6"),
     "mnist": dict(batch=256, steps=20000, lr=2e-4, fake_lr=4e-4, fake_steps=2, ema=0.999),
     "cifar10": dict(batch=256, steps=100000, lr=5e-5, fake_lr=1e-4, fake_steps=5, ema=0.999),
     "folder": dict(batch=64, steps=20000, lr=5e-5, fake_lr=1e-4, fake_steps=5, ema=0.999),
 }
 RECIPES["fashion"] = RECIPES["mnist"]
 
-# What depends on the teacher's prediction: where generators begin, and the range of noise levels of
-# distribution matching. An eps network's error counts sigma-fold in x0_hat: at 80 it is no use.
+# What depends on the teacher's prediction, where the data don't say otherwise: the level at which
+# generators begin, and those of distribution matching. An eps network's error counts sigma-fold in
+# x0_hat, so at 80 it is no use in one step.
 RANGES = dict.fromkeys(PREDICTIONS, dict(conditioning_sigma=SIGMA_MAX, dm_range="0.02,0.98"))
 RANGES["eps"] = dict(conditioning_sigma=2.0, dm_range="0.02,0.6")
 
@@ -77,7 +78,7 @@ class Config(TrainingOptions):
     dm_weight: float = arg(1.0, "weight of the distribution-matching loss; 0 for the GAN only",
                            at_least=0)
     dm_range: str = arg(None, "noise levels of the distribution-matching loss, as quantiles of the "
-                              "karras schedule (default: by the teacher's prediction)")
+                              "karras schedule (default: by data and the teacher's prediction)")
     fake_weight: float = arg(1.0, "weight of the fake score's loss", at_least=0)
     fake_range: str = arg("0,1", "noise levels of the fake score's loss, likewise")
     guidance: float = arg(1.0, "classifier-free guidance of the teacher; 1 is none", at_least=0)
@@ -488,8 +489,8 @@ def read_teacher(cfg):
         if same and not (cfg.resume or cfg.profile):
             raise ValueError(f"--out {cfg.out}: a new run there would remove {path}; name another "
                              "folder")
-    cfg = filled(cfg, RECIPES[name if name in KNOWN_DATA else "folder"],
-                 RANGES[parent["prediction"]])
+    cfg = filled(cfg, RANGES[parent["prediction"]],
+                 RECIPES[name if name in KNOWN_DATA else "folder"])
     paths = {name: str(Path(path).resolve()) for name in ("teacher", "init_from", "data_dir")
              if (path := getattr(cfg, name)) is not None}
     return parent, dataclasses.replace(cfg, **paths)

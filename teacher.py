@@ -620,7 +620,7 @@ class Config(TrainingOptions):
 
 
 def filled(cfg, *recipes):
-    """The config with the options that were not given taken from recipes, dictionaries."""
+    """The config with the options that were not given taken from recipes, last ones first."""
     missing = {name: value for recipe in recipes for name, value in recipe.items()
                if getattr(cfg, name) is None}
     if cfg.profile:
