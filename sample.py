@@ -243,58 +243,60 @@ def read_pickle(file):
     Raises ValueError, LookupError, TypeError or AttributeError for any other file.
     """
     stack, marks, memo = [], [], {}
+
+    def taken(count):  # from the stack: so many, or all above the last mark
+        place = marks.pop() if count is None else len(stack) - count
+        items, stack[place:] = stack[place:], []
+        return items
+
     for count, (opcode, value, _) in enumerate(pickletools.genops(file)):
-        kind = opcode.name
-        if kind in ("MARK", "TUPLE", "APPENDS", "ADDITEMS", "SETITEMS"):
-            if kind == "MARK":
-                marks.append(len(stack))
-                continue
-            mark = marks.pop()
-            items, stack[mark:] = stack[mark:], []
-        if kind in ("PROTO", "FRAME", "STOP", "BINPERSID"):
-            pass
-        elif kind in ("MEMOIZE", "BINPUT", "LONG_BINPUT"):
-            memo[len(memo) if value is None else value] = stack[-1]
-        elif kind in ("BINGET", "LONG_BINGET"):
-            stack.append(memo[value])
-        elif kind in ("NONE", "NEWTRUE", "NEWFALSE"):
-            stack.append(dict(NONE=None, NEWTRUE=True, NEWFALSE=False)[kind])
-        elif kind in ("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "SHORT_BINUNICODE",
-                      "BINUNICODE", "SHORT_BINBYTES", "BINBYTES", "BINBYTES8"):
-            stack.append(value)
-        elif kind in ("EMPTY_DICT", "EMPTY_LIST", "EMPTY_SET", "EMPTY_TUPLE"):
-            stack.append({} if kind == "EMPTY_DICT" else () if kind == "EMPTY_TUPLE" else [])
-        elif kind in ("TUPLE1", "TUPLE2", "TUPLE3"):
-            stack[-int(kind[5:]):] = [tuple(stack[-int(kind[5:]):])]
-        elif kind == "TUPLE":
-            stack.append(tuple(items))
-        elif kind in ("APPEND", "APPENDS", "ADDITEMS"):
-            items = [stack.pop()] if kind == "APPEND" else items
-            list.extend(stack[-1], items)
-        elif kind in ("SETITEM", "SETITEMS"):
-            if kind == "SETITEM":
-                items, stack[-2:] = stack[-2:], []
-            if not all(type(key) is str and len(key) < 100 for key in items[::2]):
-                raise ValueError("has a dictionary of other keys than names")
-            dict.update(stack[-1], zip(items[::2], items[1::2], strict=True))
-        elif kind in ("GLOBAL", "STACK_GLOBAL"):
-            if value is None:
-                value, stack[-2:] = " ".join(stack[-2:]), []
-            name = value.replace(" ", ".")
-            if name not in EDM_NAMES:
-                raise ValueError(f"names {name!r:.200}, which no EDM checkpoint does; refused")
-            stack.append(Call(name, (), {}))
-        elif kind in ("REDUCE", "NEWOBJ"):
-            (name, _, _), args = stack[-2:]
-            if type(args) is not tuple:
-                raise TypeError("calls with something else than arguments")
-            stack[-2:] = [{} if name in DICTIONARIES and args == () else Call(name, args, {})]
-        elif kind == "BUILD":
-            stack[-2].state.update(state=stack.pop())
-        else:
-            raise ValueError(f"has the opcode {kind}, which no EDM checkpoint does; refused")
         if count > OPCODES:
             raise ValueError("is longer than any EDM checkpoint")
+        match opcode.name:
+            case "PROTO" | "FRAME" | "STOP" | "BINPERSID":
+                pass
+            case "MARK":
+                marks.append(len(stack))
+            case "MEMOIZE" | "BINPUT" | "LONG_BINPUT":
+                memo[len(memo) if value is None else value] = stack[-1]
+            case "BINGET" | "LONG_BINGET":
+                stack.append(memo[value])
+            case "NONE" | "NEWTRUE" | "NEWFALSE":
+                stack.append(dict(NONE=None, NEWTRUE=True, NEWFALSE=False)[opcode.name])
+            case ("BININT" | "BININT1" | "BININT2" | "LONG1" | "BINFLOAT" | "BINUNICODE"
+                  | "SHORT_BINUNICODE" | "BINBYTES" | "SHORT_BINBYTES" | "BINBYTES8"):
+                stack.append(value)
+            case "EMPTY_DICT":
+                stack.append({})
+            case "EMPTY_LIST" | "EMPTY_SET":
+                stack.append([])
+            case "EMPTY_TUPLE" | "TUPLE1" | "TUPLE2" | "TUPLE3" | "TUPLE":
+                counts = dict(EMPTY_TUPLE=0, TUPLE1=1, TUPLE2=2, TUPLE3=3)
+                stack.append(tuple(taken(counts.get(opcode.name))))
+            case "APPEND" | "APPENDS" | "ADDITEMS":
+                items = taken(1 if opcode.name == "APPEND" else None)
+                list.extend(stack[-1], items)
+            case "SETITEM" | "SETITEMS":
+                items = taken(2 if opcode.name == "SETITEM" else None)
+                if not all(type(key) is str and len(key) < 100 for key in items[::2]):
+                    raise ValueError("has a dictionary of other keys than names")
+                dict.update(stack[-1], zip(items[::2], items[1::2], strict=True))
+            case "GLOBAL" | "STACK_GLOBAL":
+                name = ".".join(value.split(" ") if opcode.name == "GLOBAL" else taken(2))
+                if name not in EDM_NAMES:
+                    raise ValueError(f"names {name!r:.200}, which no EDM checkpoint does; refused")
+                stack.append(Call(name, (), {}))
+            case "REDUCE" | "NEWOBJ":
+                (name, _, _), args = taken(2)
+                if type(args) is not tuple:
+                    raise TypeError("calls with something else than arguments")
+                empty = name in DICTIONARIES and args == ()
+                stack.append({} if empty else Call(name, args, {}))
+            case "BUILD":
+                state = stack.pop()
+                stack[-1].state.update(state=state)
+            case name:
+                raise ValueError(f"has the opcode {name}, which no EDM checkpoint does; refused")
     return stack.pop()
 
 
