@@ -310,7 +310,8 @@ def main(argv=None):
     finally:
         temporary.unlink(missing_ok=True)
     print(f"{path}: {path.stat().st_size / 1e6:.1f} MB; differs from PyTorch by {error:.1e}, of "
-          f"{tolerance:.0e} allowed, on {device}\nnext: python sample.py {path}")
+          f"{tolerance:.0e} allowed{' beyond one level' * cfg.uint8}, on {device}\n"
+          f"next: python sample.py {path}")
     if cfg.benchmark:
         torch.set_float32_matmul_precision("high")  # TF32, as onnxruntime's default is on CUDA
         for name in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):

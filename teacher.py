@@ -670,8 +670,8 @@ def parse(config_class, argv=None, description=""):
         saved = config_class(**vars(parser.parse_args(words_of(path, config_class))))
     except ValueError as error:
         raise ValueError(f"--config {path}: {error}") from error
-    cfg = dataclasses.replace(saved, **given)
-    if Path(cfg.out).resolve() == Path(path).resolve().parent and not cfg.profile:
+    cfg, own = dataclasses.replace(saved, **given), Path(path).resolve().parent
+    if ("out" not in given or Path(cfg.out).resolve() == own) and not cfg.profile:
         raise ValueError(f"--config {path}: is for a new run; give it a folder of its own by --out")
     return cfg
 
@@ -700,9 +700,10 @@ def resumed(config_class, given):
     path = given["resume"]
     checkpoint = load(path, resume=True)
     saved, fields = checkpoint["config"], dataclasses.fields(config_class)
-    if saved.keys() != {field.name for field in fields}:
+    if other := saved.keys() ^ {field.name for field in fields}:
         raise ValueError(f"--resume {path}: holds a {checkpoint['kind']} of another script or "
-                         "version; teacher.pt is teacher.py's to resume, last.pt dmd2.py's")
+                         f"version, which differs in {', '.join(sorted(other)[:3])}; teacher.pt is "
+                         "teacher.py's to resume, last.pt dmd2.py's")
     if "out" in given:
         raise ValueError(f"--out {given['out']}: a resumed run goes on in its own folder, "
                          f"{Path(path).parent}")

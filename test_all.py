@@ -806,8 +806,9 @@ def test_config_that_does_not_fit_is_refused(content, says, tmp_path, capsys):
 
 def test_config_of_the_run_in_the_same_folder_is_refused(tiny, tiny_teacher, capsys):
     config, before = str(tiny / "teacher" / "config.json"), Path(tiny_teacher).read_bytes()
-    line = fails(teacher.main, ["--config", config, "--out", str(tiny / "teacher")], capsys)
-    assert "a folder of its own" in line and Path(tiny_teacher).read_bytes() == before
+    for flags in (["--out", str(tiny / "teacher")], []):
+        line = fails(teacher.main, ["--config", config, *flags], capsys)
+        assert "a folder of its own" in line and Path(tiny_teacher).read_bytes() == before
     line = fails(teacher.main, ["--config", config, "--resume", tiny_teacher], capsys)
     assert "leave out --config" in line
 
