@@ -27,12 +27,12 @@ from tqdm import tqdm
 from sample import (BATCH, EVALUATE_AT_LEAST, TITLES, few_step, generator_sampler, guided,
                     load_reference, measure, name_of, open_checkpoint, steps_of, summary,
                     teacher_sampler)
-from teacher import (GENERATOR, KNOWN_DATA, PREDICTIONS, SIGMA_MAX, SIGMA_MIN, TRAINED_STEP,
-                     Descent, Draw, Log, TrainingOptions, arg, batch_at, build, check_batch, due,
-                     filled, flag, frozen, group_norm, load, load_data, lowest_quantile,
-                     make_run_folder, parse, parts_of, pick_device, plot_log, prepare, quantile_of,
-                     rank_0_first, rate_at, read, restore, run_script, save, save_grid, seeded,
-                     sigma_at, tell, to_uint8, training_steps, unit_error, unit_noise, update_ema)
+from teacher import (GENERATOR, PREDICTIONS, SIGMA_MAX, SIGMA_MIN, TRAINED_STEP, Descent, Draw, Log,
+                     TrainingOptions, arg, batch_at, build, check_batch, due, filled, flag, frozen,
+                     group_norm, load, load_data, lowest_quantile, make_run_folder, parse, parts_of,
+                     pick_device, plot_log, prepare, quantile_of, rank_0_first, rate_at, read,
+                     recipe_of, restore, run_script, save, save_grid, seeded, sigma_at, tell,
+                     to_uint8, training_steps, unit_error, unit_noise, update_ema)
 
 # What of dmd2.py depends on the data: it fills the options that were not given.
 RECIPES = {
@@ -489,8 +489,7 @@ def read_teacher(cfg):
         if same and not (cfg.resume or cfg.profile):
             raise ValueError(f"--out {cfg.out}: a new run there would remove {path}; name another "
                              "folder")
-    cfg = filled(cfg, RANGES[parent["prediction"]],
-                 RECIPES[name if name in KNOWN_DATA else "folder"])
+    cfg = filled(cfg, RANGES[parent["prediction"]], recipe_of(name, RECIPES))
     paths = {name: str(Path(path).resolve()) for name in ("teacher", "init_from", "data_dir")
              if (path := getattr(cfg, name)) is not None}
     return parent, dataclasses.replace(cfg, **paths)

@@ -32,8 +32,8 @@ from onnxscript import opset18
 from torch import nn
 
 from sample import few_step, onnx_session, open_checkpoint, teacher_sampler
-from teacher import (Options, arg, build, clock, device_name, fresh_noise, parse, pick_device,
-                     place, run_script, to_uint8, unit_noise)
+from teacher import (Options, arg, build, clock, device_name, exported_noise, fresh_noise, parse,
+                     pick_device, place, run_script, to_uint8, unit_noise)
 
 OPSET = opset18.version  # the fewest nodes at run time, and read by every onnxruntime since 1.14
 BATCHES = (1, 16, 256)  # of the benchmark
@@ -77,9 +77,7 @@ class Exported(nn.Module):
 
     def example(self, batch, shape):
         """Noise to try it with: [batch, *shape]; for K > 1 steps [K, batch, *shape]."""
-        noises = fresh_noise(batch, shape, seed=0)
-        noise = torch.stack(list(itertools.islice(noises, len(self.sigmas))))
-        return noise if len(self.sigmas) > 1 else noise[0]
+        return exported_noise(fresh_noise(batch, shape, seed=0), len(self.sigmas))
 
 
 class Half(nn.Module):

@@ -36,9 +36,9 @@ from PIL import Image
 from torch import nn
 
 from teacher import (DATA_DIR, FEATURES, HEUN_STEPS, KNOWN_DATA, SIGMA_DATA, SUBSET, Options, arg,
-                     build, fits, flag, fresh_noise, heun, load, load_data, on_rank_0, parse,
-                     pick_device, rank, rank_0_first, ranks, run_script, sampling_sigmas, save,
-                     save_grid, seeded, tell, to_float, to_uint8)
+                     build, exported_noise, fits, flag, fresh_noise, heun, load, load_data,
+                     on_rank_0, parse, pick_device, rank, rank_0_first, ranks, run_script,
+                     sampling_sigmas, save, save_grid, seeded, tell, to_float, to_uint8)
 
 ASSETS = Path(__file__).resolve().parent / "assets"
 DIMENSIONS = 64  # of the feature space in which quality is measured
@@ -517,8 +517,8 @@ def onnx_sampler(path, device):
     steps = facts["steps"]
 
     def images(noises, label):
-        noise = torch.stack(list(itertools.islice(noises, steps))) if steps > 1 else next(noises)
-        feed = {"noise": noise.cpu().numpy(), "label": label.cpu().numpy()}
+        noise = exported_noise(noises, steps).cpu().numpy()
+        feed = {"noise": noise, "label": label.cpu().numpy()}
         image = torch.from_numpy(session.run(["image"], feed)[0])
         return to_float(image.permute(0, 3, 1, 2)) if image.dtype == torch.uint8 else image
     return Sampler(images, f"ONNX generator, {steps_of(steps)}", steps, facts["data"], device)

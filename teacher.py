@@ -237,8 +237,7 @@ def heun(denoiser, x, sigmas, label, noises=(), churn=0.0, s_min=0.0, s_max=math
 
 def train(cfg):
     """Train a teacher; returns the path of its checkpoint."""
-    recipe = RECIPES[cfg.data if cfg.data in KNOWN_DATA else "folder"]
-    device, cfg = pick_device(cfg.device), filled(cfg, recipe)
+    device, cfg = pick_device(cfg.device), filled(cfg, recipe_of(cfg.data, RECIPES))
     parts, out = parts_of(cfg), Path(cfg.out)
     where = str(Path(cfg.data_dir or DATA_DIR).resolve())
     cfg = dataclasses.replace(cfg, data_dir=where)
@@ -619,6 +618,11 @@ class Config(TrainingOptions):
             raise ValueError(f"--mults {self.mults}: needs positive integers such as 1,2,2")
 
 
+def recipe_of(data, recipes):
+    """The recipe for a data set, of a script's RECIPES."""
+    return recipes[data if data in KNOWN_DATA else "folder"]
+
+
 def filled(cfg, *recipes):
     """The config with the options that were not given taken from recipes, last ones first."""
     missing = {name: value for recipe in recipes for name, value in recipe.items()
@@ -963,6 +967,11 @@ def fresh_noise(count, shape, seed, start=0):
 def unit_noise(count, shape, seed):
     """The first of fresh_noise()."""
     return next(fresh_noise(count, shape, seed))
+
+
+def exported_noise(noises, steps):
+    """Noise for an exported file, of fresh_noise(): [B, *shape], for K steps [K, B, *shape]."""
+    return torch.stack(list(itertools.islice(noises, steps))) if steps > 1 else next(noises)
 
 
 # ---- optimisation -------------------------------------------------------------------------------
