@@ -15,6 +15,7 @@ the generator's steps, DMD's regression loss, pictures, what happens between ste
 import dataclasses
 import functools
 import hashlib
+import itertools
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -25,14 +26,15 @@ from torch import nn
 from tqdm import tqdm
 
 from sample import (BATCH, EVALUATE_AT_LEAST, TITLES, few_step, generator_sampler, guided,
-                    load_reference, measure, name_of, open_checkpoint, steps_of, summary,
-                    teacher_sampler)
+                    load_images, load_reference, measure, name_of, open_checkpoint, shape_of,
+                    steps_of, summary, teacher_sampler)
 from teacher import (GENERATOR, PREDICTIONS, SIGMA_MAX, SIGMA_MIN, TRAINED_STEP, Descent, Draw, Log,
-                     TrainingOptions, arg, batch_at, build, check_batch, due, filled, flag, frozen,
-                     group_norm, load, load_data, lowest_quantile, make_run_folder, parse, parts_of,
-                     pick_device, plot_log, prepare, quantile_of, rank_0_first, rate_at, read,
-                     recipe_of, restore, run_script, save, save_grid, seeded, sigma_at, tell,
-                     to_uint8, training_steps, unit_error, unit_noise, update_ema)
+                     TrainingOptions, arg, batch_at, build, check_batch, codec_of, due, encoded,
+                     filled, flag, frozen, group_norm, load, lowest_quantile,
+                     make_run_folder, parse, parts_of, pick_device, plot_log, prepare, quantile_of,
+                     rank_0_first, rate_at, read, recipe_of, restore, run_script, save, save_grid,
+                     seeded, sigma_at, tell, to_uint8, training_batches, training_steps, unit_error,
+                     unit_noise, update_ema)
 
 # What of dmd2.py depends on the data: it fills the options that were not given.
 RECIPES = {
@@ -41,6 +43,7 @@ RECIPES = {
     "mnist": dict(batch=256, steps=20000, lr=2e-4, fake_lr=4e-4, fake_steps=2, ema=0.999),
     "cifar10": dict(batch=256, steps=100000, lr=5e-5, fake_lr=1e-4, fake_steps=5, ema=0.999),
     "folder": dict(batch=64, steps=20000, lr=5e-5, fake_lr=1e-4, fake_steps=5, ema=0.999),
+    "latents": dict(batch=128, steps=3000, lr=2e-4, fake_lr=5e-4, fake_steps=2, ema=0.99),
 }
 RECIPES["fashion"] = RECIPES["mnist"]
 
@@ -53,6 +56,7 @@ RANGES["eps"] = dict(conditioning_sigma=2.0, dm_range="0.02,0.6")
 # Other noise than `sample.py --evaluate` takes: to choose the best by, and for the pairs.
 EVALUATION_SEED, PAIRS_SEED = 1_000_000, 2_000_000
 RECALL_SHARE = 0.97  # of the teacher's recall: below it a generator is not the best of a run
+INHERITED = ("network", "prediction", "schedule", "autoencoder", "data")  # from a teacher
 
 
 @dataclasses.dataclass(frozen=True)
@@ -270,7 +274,7 @@ def step_input(generator, sigmas, k, label, draw, real=None):
 # ---- regression: DMD's loss, on pairs of noise and the teacher's image of it --------------------
 
 class Pairs(NamedTuple):
-    """Noise, and the images that a teacher's deterministic sampler makes of it."""
+    """Noise, and the images (or latents) that a teacher's deterministic sampler makes of it."""
 
     noise: torch.Tensor   # [N, C, H, W] standard normal
     label: torch.Tensor   # [N] int64
@@ -289,7 +293,7 @@ def load_pairs(sampler, teacher_sha256, count, path):
     """
     data, device = sampler.data, sampler.device
     origin = dict(teacher_sha256=teacher_sha256, sampler=sampler.name, count=count)
-    noise = unit_noise(count, data["shape"], PAIRS_SEED)
+    noise = unit_noise(count, sampler.shape, PAIRS_SEED)
     label = torch.arange(count) % len(data["classes"])
 
     def fits(stored):
@@ -304,7 +308,7 @@ def load_pairs(sampler, teacher_sha256, count, path):
                   file=sys.stderr)
         path.parent.mkdir(parents=True, exist_ok=True)
         parts = list(zip(noise.split(BATCH), label.split(BATCH)))
-        images = [sampler.images(iter([z.to(device)]), c.to(device)).cpu()
+        images = [sampler.x0(iter([z.to(device)]), c.to(device)).cpu()
                   for z, c in tqdm(parts, "pairs", disable=None)]
         stored = dict(origin=origin, images=torch.cat(images))
         if not fits(stored):
@@ -348,15 +352,15 @@ def distance_function(name, device):
 # ---- pictures -----------------------------------------------------------------------------------
 
 @torch.no_grad()
-def save_estimates(teacher, fake_score, generator, sigmas, data, path, pairs=None, columns=10):
+def save_estimates(teacher, fake_score, sampler, sigmas, path, pairs=None, columns=10):
     """The generator's images, the same with noise, and what teacher and fake score make of that.
 
-    With pairs also the generator's images of their noise, and the teacher's.
+    With pairs also the generator's images of their noise, and the teacher's. Latents are decoded.
     """
-    device = next(generator.parameters()).device
+    generator, device = sampler.denoiser, sampler.device
     columns = min(columns, len(pairs.label)) if pairs else columns
-    *noise, last = unit_noise(columns, (len(sigmas) + 1, *data["shape"]), 0).to(device).unbind(1)
-    label = torch.arange(columns, device=device) % len(data["classes"])
+    *noise, last = unit_noise(columns, (len(sigmas) + 1, *sampler.shape), 0).to(device).unbind(1)
+    label = torch.arange(columns, device=device) % len(sampler.data["classes"])
     sigma = sigma_at(torch.linspace(0.15, 0.75, columns, device=device), "karras")
     x0 = few_step(generator, sigmas[0] * noise[0], sigmas, label, noise[1:])
     x = x0 + sigma.view(-1, 1, 1, 1) * last
@@ -367,7 +371,8 @@ def save_estimates(teacher, fake_score, generator, sigmas, data, path, pairs=Non
         rows["G(z_ref)"] = few_step(generator, sigmas[0] * ref, sigmas, label)
         rows["y_ref, teacher's"] = y_ref
     titles = [f"{s:.2g}" for s in sigma.tolist()]
-    save_grid(to_uint8(torch.stack(list(rows.values()))), list(rows), path, titles)
+    images = torch.stack([sampler.decode(row) for row in rows.values()])
+    save_grid(to_uint8(images), list(rows), path, titles)
 
 
 # ---- what happens between the steps -------------------------------------------------------------
@@ -379,17 +384,17 @@ class Keeper:
     """
 
     def __init__(self, cfg, parent, teacher, ema, sigmas, networks):
-        self.cfg, self.parent, self.teacher, self.ema = cfg, parent, teacher, ema
+        self.cfg, self.teacher, self.ema = cfg, teacher, ema
         self.sigmas, self.networks, self.out = sigmas, networks, Path(cfg.out)
         self.device = next(teacher.parameters()).device
+        self.inherited = dict({name: parent[name] for name in INHERITED}, sigmas=sigmas)
+        self.sampler = generator_sampler(ema, self.inherited, self.device)
         self.teacher_sha256 = hashlib.sha256(Path(cfg.teacher).read_bytes()).hexdigest()
         self.figures = self.best = self.teacher_figures = self.reference = None
         self.start = self.resume() if cfg.resume else 0
-        data = parent["data"]
-        sampler = teacher_sampler(teacher, parent["schedule"], data, self.device)
+        sampler = teacher_sampler(teacher, parent, self.device)
         if cfg.evaluate_every:
-            self.reference = load_reference(data["name"], cfg.data_dir or data["data_dir"],
-                                            data["size"], self.device)
+            self.reference = load_reference(parent["data"], cfg.data_dir, self.device, cfg.stream)
             self.teacher_figures = self.measure(sampler)
         self.pairs = None
         if cfg.regression_weight:
@@ -422,11 +427,10 @@ class Keeper:
 
     def after(self, step, log):
         """Do whatever is due after a step, counted from 0."""
-        cfg, data = self.cfg, self.parent["data"]
+        cfg = self.cfg
         if due(step, cfg.evaluate_every, cfg.steps):
             log.check()
-            sampler = generator_sampler(self.ema, self.sigmas, data, self.device)
-            self.figures = dict(self.measure(sampler), step=step + 1)
+            self.figures = dict(self.measure(self.sampler), step=step + 1)
             log.write(step + 1, **{name: self.figures[name] for name in TITLES})
             log.say(f"step {step + 1}: {summary(self.figures)}")
             if not self.best or self.merit(self.figures) > self.merit(self.best):
@@ -434,8 +438,8 @@ class Keeper:
                 self.save_generator(step + 1)
         if due(step, cfg.sample_every, cfg.steps):
             with torch.compiler.set_stance("force_eager"):  # its batch is of another size
-                save_estimates(self.teacher, self.networks["fake_score"], self.ema, self.sigmas,
-                               data, self.out / f"samples_{step + 1:06d}.png", self.pairs)
+                save_estimates(self.teacher, self.networks["fake_score"], self.sampler, self.sigmas,
+                               self.out / f"samples_{step + 1:06d}.png", self.pairs)
         if due(step, cfg.save_every, cfg.steps):
             log.check()
             plot_log(log.path)
@@ -459,12 +463,10 @@ class Keeper:
 
     def checkpoint(self, step):
         """The EMA generator, its figures if this step was evaluated, and where it comes from."""
-        inherited = {name: self.parent[name]
-                     for name in ("network", "prediction", "schedule", "data")}
         evaluated = self.figures is not None and self.figures["step"] == step
-        return dict(inherited, kind="generator", step=step, config=dataclasses.asdict(self.cfg),
-                    sigmas=self.sigmas, figures=self.figures if evaluated else None,
-                    best=self.best, teacher_figures=self.teacher_figures,
+        return dict(self.inherited, kind="generator", config=dataclasses.asdict(self.cfg),
+                    step=step, figures=self.figures if evaluated else None, best=self.best,
+                    teacher_figures=self.teacher_figures,
                     teacher_sha256=self.teacher_sha256, model=self.ema.state_dict())
 
     def end(self):
@@ -489,7 +491,8 @@ def read_teacher(cfg):
         if same and not (cfg.resume or cfg.profile):
             raise ValueError(f"--out {cfg.out}: a new run there would remove {path}; name another "
                              "folder")
-    cfg = filled(cfg, RANGES[parent["prediction"]], recipe_of(name, RECIPES))
+    recipe = recipe_of(name, RECIPES) if parent["autoencoder"] is None else RECIPES["latents"]
+    cfg = filled(cfg, RANGES[parent["prediction"]], recipe)
     paths = {name: str(Path(path).resolve()) for name in ("teacher", "init_from", "data_dir")
              if (path := getattr(cfg, name)) is not None}
     return parent, dataclasses.replace(cfg, **paths)
@@ -523,18 +526,20 @@ def initial(cfg, parent, device):
                  for name in names)
 
 
-def real_batches(cfg, data, device):
-    """A function of step and part: real images [B, C, H, W] in [-1, 1] and their labels [B].
+def real_batches(cfg, parent, parts, device):
+    """Yield real x0 [B, C, H, W] and labels [B] for each part of each step to do.
 
-    It returns None for both where no option needs them. Raises ValueError if there are fewer than
-    a batch, OSError if they are missing.
+    It is None for both where no option needs them. Raises ValueError if there are fewer than a
+    batch or others than the teacher's, OSError if they are missing.
     """
     if not cfg.gan_weight and cfg.backward_simulation:
-        return lambda step, part: (None, None)
-    real = load_data(data["name"], "train", cfg.data_dir or data["data_dir"], data["size"])
-    check_batch(cfg.batch, real, data["name"])
-    real = real.to(device)
-    return lambda step, part: real.batch(step, cfg.batch, cfg.seed, part)
+        return itertools.repeat((None, None))
+    facts = parent["data"]
+    real = load_images(facts, "train", cfg.data_dir, cfg.stream)._replace(flip=facts["flip"])
+    check_batch(cfg.batch, real, facts["name"])
+    real = encoded(real, codec_of(parent["autoencoder"], device), device)
+    start = load(cfg.resume)["step"] if cfg.resume else 0
+    return training_batches(real, start, cfg, parts, device)
 
 
 def weighted(losses, weights):
@@ -545,10 +550,9 @@ def weighted(losses, weights):
 def train(cfg):
     """Distil; returns the path of the generator's checkpoint."""
     device, (parent, cfg) = pick_device(cfg.device), read_teacher(cfg)
-    parts, data = parts_of(cfg), parent["data"]
-    sigmas = generator_sigmas(cfg.student_steps, cfg.conditioning_sigma)
-    num_classes, shape = len(data["classes"]), data["shape"]
-    real_batch = real_batches(cfg, data, device)
+    parts, sigmas = parts_of(cfg), generator_sigmas(cfg.student_steps, cfg.conditioning_sigma)
+    num_classes, shape = len(parent["data"]["classes"]), shape_of(parent["network"])
+    real_images = real_batches(cfg, parent, parts, device)
     distance = distance_function(cfg.regression_distance, device) if cfg.regression_weight else None
     lowest = lowest_quantile(parent["schedule"])
     dm_range, fake_range, gan_range = ([max(lowest, u) for u in interval(text)] for text in
@@ -586,7 +590,7 @@ def train(cfg):
         update, k = step // cfg.fake_steps, trained_step(len(sigmas), cfg.seed, step)
         for part in parts:
             draw = Draw(GENERATOR, cfg.seed, step, cfg.batch, shape, device, part)
-            real, real_label = real_batch(step, part)
+            real, real_label = next(real_images)
             label = draw.label(num_classes)
             start, label = (None, label) if cfg.backward_simulation else (real, real_label)
             x, sigma = step_input(generator, sigmas, k, label, draw, start)

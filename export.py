@@ -3,7 +3,8 @@
     python export.py runs/dmd2/generator.pt                # writes runs/dmd2/generator.onnx
     python export.py runs/dmd2/generator.pt --benchmark    # and times it
 
-    inputs    noise  [batch, C, H, W]  float32, standard normal; [K, batch, C, H, W] of K steps
+    inputs    noise  [batch, c, h, w]  float32, standard normal; [K, batch, c, h, w] of K steps; in
+                                       the shape of images or, with an autoencoder, of its latents
               label  [batch]           int64, in [0, classes)
     output    image  [batch, C, H, W]  float32 in [-1, 1]; with --uint8 [batch, H, W, C] uint8
 
@@ -30,10 +31,11 @@ import onnxruntime
 import torch
 from onnxscript import opset18
 from torch import nn
+from torch.utils._pytree import tree_map
 
-from sample import few_step, onnx_session, open_checkpoint, teacher_sampler
-from teacher import (Options, arg, build, clock, device_name, exported_noise, fresh_noise, parse,
-                     pick_device, place, run_script, to_uint8, unit_noise)
+from sample import few_step, onnx_session, open_checkpoint, shape_of, teacher_sampler
+from teacher import (Options, Pixels, arg, build, clock, codec_of, device_name, exported_noise,
+                     fresh_noise, parse, pick_device, place, run_script, to_uint8, unit_noise)
 
 OPSET = opset18.version  # the fewest nodes at run time, and read by every onnxruntime since 1.14
 BATCHES = (1, 16, 256)  # of the benchmark
@@ -62,17 +64,18 @@ class Config(Options):
 # ---- the module that is exported ----------------------------------------------------------------
 
 class Exported(nn.Module):
-    """A generator with its noise scaling, clamped and if asked converted to uint8."""
+    """A generator with its noise scaling, decoded, clamped and if asked converted to uint8."""
 
-    def __init__(self, generator, sigmas, uint8=False):
+    def __init__(self, generator, sigmas, uint8=False, codec=None):
         super().__init__()
         self.generator, self.sigmas, self.uint8 = generator, sigmas, uint8
+        self.codec = codec or Pixels()
 
     def forward(self, noise, label):
         """noise as of example(), label [batch] int64 -> image, as the file says"""
         noise = noise if len(self.sigmas) > 1 else noise[None]
-        image = few_step(self.generator, self.sigmas[0] * noise[0], self.sigmas, label, noise[1:])
-        image = image.clamp(-1, 1)
+        x0 = few_step(self.generator, self.sigmas[0] * noise[0], self.sigmas, label, noise[1:])
+        image = self.codec.decode(x0).clamp(-1, 1)
         return to_uint8(image).permute(0, 2, 3, 1) if self.uint8 else image
 
     def example(self, batch, shape):
@@ -81,14 +84,14 @@ class Exported(nn.Module):
 
 
 class Half(nn.Module):
-    """A network F in float16 behind float32 inputs and outputs."""
+    """A network in float16 behind a float32 input, its first, and outputs."""
 
     def __init__(self, net):
         super().__init__()
         self.net = copy.deepcopy(net).half()
 
-    def forward(self, x, c_noise, label, decode=True):
-        return tuple(out.float() for out in self.net(x.half(), c_noise, label, decode))
+    def forward(self, x, *others):
+        return tree_map(torch.Tensor.float, self.net(x.half(), *others))
 
 
 # ---- export and check ---------------------------------------------------------------------------
@@ -158,7 +161,8 @@ def facts_of(checkpoint, path, cfg):
     steps = len(checkpoint["sigmas"])
     return dict(
         data=data, steps=steps, sigmas=checkpoint["sigmas"],
-        noise=f"float32 [{f'{steps}, ' * (steps > 1)}batch, C, H, W], standard normal",
+        noise=f"float32 [{f'{steps}, ' * (steps > 1)}batch, "
+              f"{', '.join(map(str, shape_of(checkpoint['network'])))}], standard normal",
         label=f"int64 [batch], 0 to {len(data['classes']) - 1}",
         image="uint8 [batch, H, W, C]" if cfg.uint8 else "float32 [batch, C, H, W] in [-1, 1]",
         arithmetic="float16" if cfg.fp16 else "float32",
@@ -234,17 +238,17 @@ def medians(calls, device, rounds=5, budget=0.4):
 
 
 @torch.no_grad()
-def benchmark(path, exported, data, device):
+def benchmark(path, exported, checkpoint, device):
     """Yield (batch, name, seconds) of the teacher's sampler, PyTorch's and onnxruntime's generator.
 
     The teacher's network has the generator's size, so the generator's stands in for it.
     """
     exported = place(exported, device)
-    teacher = teacher_sampler(exported.generator, "karras", data, device)
+    teacher = teacher_sampler(exported.generator, checkpoint, device)
     for batch in BATCHES:
-        inputs = (exported.example(batch, data["shape"]).to(device),
-                  torch.arange(batch, device=device) % len(data["classes"]))
-        noise = unit_noise(batch, data["shape"], seed=0).to(device)
+        inputs = (exported.example(batch, teacher.shape).to(device),
+                  torch.arange(batch, device=device) % len(checkpoint["data"]["classes"]))
+        noise = unit_noise(batch, teacher.shape, seed=0).to(device)
         calls = {teacher.name: lambda: teacher.images(iter([noise]), inputs[1]),
                  "PyTorch eager": lambda: exported(*inputs)}
         image = exported(*inputs)
@@ -287,19 +291,23 @@ def main(argv=None):
                          f"dmd2.py --teacher {cfg.checkpoint}")
     kind = "_uint8" * cfg.uint8 + "_fp16" * cfg.fp16
     default = Path(cfg.checkpoint).with_name(Path(cfg.checkpoint).stem + kind + ".onnx")
-    data, path = checkpoint["data"], Path(cfg.out or default)
-    exported = Exported(build(checkpoint), checkpoint["sigmas"], cfg.uint8)
+    path, shape = Path(cfg.out or default), shape_of(checkpoint["network"])
+    exported = Exported(build(checkpoint), checkpoint["sigmas"], cfg.uint8,
+                        codec_of(checkpoint["autoencoder"]))
     to_export = copy.deepcopy(exported)
     if cfg.fp16:
         to_export.generator.net = Half(exported.generator.net)
+        if checkpoint["autoencoder"]:
+            to_export.codec.decoder = Half(exported.codec.decoder)
     tolerance = 1e-2 if cfg.fp16 else 1e-4 if device == "cuda" else 1e-5
 
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     try:
         facts = facts_of(checkpoint, cfg.checkpoint, cfg)
-        export_onnx(to_export, data["shape"], facts, temporary)
-        error = check_onnx(temporary, exported, data["shape"], len(data["classes"]), device)
+        export_onnx(to_export, shape, facts, temporary)
+        classes = len(checkpoint["data"]["classes"])
+        error = check_onnx(temporary, exported, shape, classes, device)
         if not error <= tolerance:
             print(f"export.py: onnxruntime differs from PyTorch by {error:.1e}, more than "
                   f"{tolerance:.0e}; no file was written", file=sys.stderr)
@@ -314,7 +322,7 @@ def main(argv=None):
         torch.set_float32_matmul_precision("high")  # TF32, as onnxruntime's default is on CUDA
         for name in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
             device = torch.device(name)
-            print_benchmark(benchmark(path, exported, data, device), device)
+            print_benchmark(benchmark(path, exported, checkpoint, device), device)
 
 
 if __name__ == "__main__":

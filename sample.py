@@ -4,6 +4,7 @@
     python sample.py runs/teacher/teacher.pt --labels 3,3,7 --out threes.png
     python sample.py runs/dmd2/generator.onnx --n 1000 --out samples.npz
     python sample.py runs/dmd2/generator.pt --evaluate         # Fréchet distance and more
+    python sample.py runs/teacher/teacher.pt --trajectory      # or --interpolate, --map
     python sample.py edm-cifar10-32x32-cond-vp.pkl --sampler ddim --steps 50
 
 A checkpoint of teacher.py or dmd2.py, a file of export.py, or a checkpoint of NVlabs/edm: its path
@@ -35,16 +36,19 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from teacher import (DATA_DIR, FEATURES, HEUN_STEPS, KNOWN_DATA, SIGMA_DATA, SUBSET, Options, arg,
-                     build, exported_noise, fits, flag, fresh_noise, heun, load, load_data,
-                     on_rank_0, parse, pick_device, rank, rank_0_first, ranks, run_script,
-                     sampling_sigmas, save, save_grid, seeded, tell, to_float, to_uint8)
+from teacher import (DATA_DIR, FEATURES, HEUN_STEPS, KNOWN_DATA, SIGMA_DATA, SUBSET, Options,
+                     Pixels, arg, build, codec_of, exported_noise, fits, flag, fresh_noise, heun,
+                     load, load_data, on_rank_0, parse, pick_device, psnr, rank, rank_0_first,
+                     ranks, run_script, sampling_sigmas, save, save_grid, save_plane, seeded, tell,
+                     to_float, to_uint8)
 
 ASSETS = Path(__file__).resolve().parent / "assets"
 DIMENSIONS = 64  # of the feature space in which quality is measured
 NEIGHBOURS = 3  # k of precision and recall
 EVALUATE_N, EVALUATE_AT_LEAST = 10000, 100
 BATCH = 256  # images at a time; changes the speed only
+MAP_N = 1000  # real images and generated ones in a map
+STRIP_ROWS, STRIP_COLUMNS = 4, 10  # of a trajectory by default; columns of an interpolation, too
 TITLES = dict(frechet_distance="Fréchet distance", accuracy="classified as asked",
               precision="precision", recall="recall")
 
@@ -176,12 +180,19 @@ class Config(Options):
     seed: int = arg(0, "seed of the noise", at_least=0, below=2**63)
     out: str = arg(None, "a .png (a grid), a .npz (images uint8 [N, H, W, C] and labels), or a "
                          "folder for a PNG file each (default: samples.png)")
-    evaluate: bool = arg(False, "print Fréchet distance, precision and recall; writes no images")
+    evaluate: bool = arg(False, "print Fréchet distance, precision and recall (of an autoencoder's "
+                                "reconstructions, too); writes no images")
     seeds: int = arg(3, "with --evaluate: the number of seeds, from --seed on", at_least=1)
     beside: str = arg(None, "a second checkpoint: the picture shows real images, its images, and "
                             "those of the first for the same noise")
-    data_dir: str = arg(None, "with --evaluate and --beside: where the real images are (default: "
-                              "where training found them)")
+    trajectory: bool = arg(False, "the picture shows a sample per row, step by step: the noisy "
+                                  "image, scaled by 1 / (1 + sigma), and the estimate of x0")
+    interpolate: bool = arg(False, "the picture shows a class per row, from one noise to another")
+    map: bool = arg(False, "the picture shows real and generated images as dots in one plane of "
+                           f"their features (--n of each, by default {MAP_N}): of UMAP where "
+                           "umap-learn is installed, or else of PCA")
+    data_dir: str = arg(None, "with --evaluate, --beside and --map: where the real images are "
+                              "(default: where training found them)")
     batch: int = arg(BATCH, "images at a time, which changes the speed only", at_least=1)
     train_features: str = arg(None, "make a new feature network for this data, written to --out; "
                                     "figures measured with it compare with no others",
@@ -191,9 +202,15 @@ class Config(Options):
         super().__post_init__()
         if self.checkpoint is None and not self.train_features:
             raise ValueError("no checkpoint given; runs/dmd2/generator.pt is dmd2.py's")
-        if self.evaluate and (self.labels or self.beside or self.out):
-            raise ValueError("--evaluate measures all classes of one checkpoint and writes no "
-                             "images: leave out --labels, --beside and --out")
+        shown = [flag(name) for name in ("evaluate", "beside", "trajectory", "interpolate", "map")
+                 if getattr(self, name)]
+        if len(shown) > 1:
+            raise ValueError(f"{' and '.join(shown)}: are different things; give one of them")
+        if self.evaluate and (self.labels or self.out):
+            raise ValueError("--evaluate measures all classes of a checkpoint and writes no "
+                             "images: leave out --labels and --out")
+        if self.map and self.labels:
+            raise ValueError("--map shows all classes: leave out --labels")
         if self.evaluate and self.n is not None and self.n < EVALUATE_AT_LEAST:
             raise ValueError(f"--n {self.n}: --evaluate needs at least {EVALUATE_AT_LEAST} images")
         kind = self.sampler or SAMPLER
@@ -207,7 +224,7 @@ class Config(Options):
             raise ValueError(f"--s-min {self.s_min}: is above --s-max {self.s_max}")
         if self.beside and (self.labels or self.n):
             raise ValueError("--beside shows 5 images of each class: leave out --labels and --n")
-        kinds = (".png",) if self.beside else (".png", ".npz", "")
+        kinds = (".png",) if shown else (".png", ".npz", "")
         kinds = (".pt",) if self.train_features else kinds
         if self.out and Path(self.out).suffix not in kinds:
             raise ValueError(f"--out {self.out}: must end in "
@@ -391,8 +408,8 @@ def load_edm(path):
         side, label_dim = network["img_resolution"], network["label_dim"]
         classes = tuple(map(str, range(min(label_dim, 2**16)))) or ("all",)
         checkpoint = dict(kind="teacher", step=1, config={}, network=network, prediction="edm",
-                          schedule="lognormal", model=weights,
-                          data=dict(name=None, size=side, classes=classes,
+                          schedule="lognormal", model=weights, autoencoder=None,
+                          data=dict(name=None, size=side, classes=classes, flip=False,
                                     shape=(network["img_channels"], side, side)))
         if not fits(checkpoint):
             raise ValueError("its network's arguments do not fit each other")
@@ -409,20 +426,29 @@ def load_edm(path):
 class Sampler(NamedTuple):
     """What a checkpoint of any kind becomes: a function of unit noise and label, and its facts."""
 
-    images: Callable  # (noises, label [B] int64) -> [B, C, H, W] in about [-1, 1]; noises: an
-                      # iterator of standard normal [B, C, H, W], fresh for each step
+    x0: Callable      # (noises, label [B] int64) -> [B, *shape]; noises: an iterator of standard
+                      # normal [B, *shape], fresh for each step
+    decode: Callable  # x0 -> images [B, C, H, W] in about [-1, 1]
+    shape: tuple      # of noise and x0: of an image, or of its latents
     name: str         # "teacher, 18 Heun steps"
     evaluations: int  # of the network per image
-    data: dict        # name, data_dir, size, shape, classes
+    data: dict        # name, data_dir, size, shape, classes, flip
     device: torch.device
+    denoiser: nn.Module | None = None  # what x0 calls; none of an ONNX file
+
+    def images(self, noises, label):
+        return self.decode(self.x0(noises, label))
 
 
 def open_checkpoint(path, data=None, data_dir=None):
     """load() or, of a .pkl, load_edm(): a checkpoint, with `data` as the images it was trained on.
 
-    Raises ValueError if either does, or `data` can't be these.
+    Raises ValueError if either does, if it holds an autoencoder, or `data` can't be these.
     """
     checkpoint = load_edm(path) if Path(path).suffix == ".pkl" else load(path)
+    if checkpoint["kind"] == "autoencoder":
+        raise ValueError(f"{path}: holds an autoencoder; a teacher of its latents is trained by "
+                         f"python teacher.py --latent {path}")
     facts = checkpoint["data"]
     if data is None or data == facts["name"]:
         return checkpoint
@@ -430,10 +456,10 @@ def open_checkpoint(path, data=None, data_dir=None):
         raise ValueError(f"--data {data}: {path} was trained on {facts['name']}; leave it out")
     where = str(Path(data_dir or DATA_DIR).resolve())
     found = load_data(data, "train", where, facts["size"])
-    shape, classes = tuple(found.images.shape[1:]), checkpoint["network"]["label_dim"]
-    if shape != facts["shape"] or classes not in (0, len(found.classes)):
-        raise ValueError(f"--data {data}: has {len(found.classes)} classes of images {shape}; "
-                         f"{path} has {classes} of {facts['shape']}")
+    classes = checkpoint["network"]["label_dim"]
+    if found.shape != facts["shape"] or classes not in (0, len(found.classes)):
+        raise ValueError(f"--data {data}: has {len(found.classes)} classes of images "
+                         f"{found.shape}; {path} has {classes} of {facts['shape']}")
     facts = dict(facts, name=data, data_dir=where, classes=found.classes if classes else ("all",))
     return dict(checkpoint, data=facts)
 
@@ -457,9 +483,8 @@ def load_sampler(path, device=torch.device("cpu"), cfg=None):
         denoiser = build(checkpoint, device)
         if checkpoint["kind"] == "teacher":
             denoiser = guided(denoiser, how.pop("guidance", 1), checkpoint, path)
-            return teacher_sampler(denoiser, checkpoint["schedule"], checkpoint["data"], device,
-                                   **how)
-        sampler = generator_sampler(denoiser, checkpoint["sigmas"], checkpoint["data"], device)
+            return teacher_sampler(denoiser, checkpoint, device, **how)
+        sampler = generator_sampler(denoiser, checkpoint, device)
     if how and not cfg.beside:  # where they are for the other, if that is a teacher
         name, value = how.popitem()
         raise ValueError(f"{flag(name)} {value}: is for teachers; {path} is a generator of "
@@ -478,7 +503,7 @@ def name_of(data, path):
     return data["name"]
 
 
-def teacher_sampler(denoiser, schedule, data, device, sampler=None, steps=None, **options):
+def teacher_sampler(denoiser, checkpoint, device, sampler=None, steps=None, **options):
     """A sampler of a teacher, which may be Guided; options are those of the kind of sampler."""
     kind = SAMPLERS[sampler or SAMPLER]
     steps = steps or kind.steps
@@ -488,22 +513,36 @@ def teacher_sampler(denoiser, schedule, data, device, sampler=None, steps=None, 
     name += "".join(f", {option} {value:g}" for option, value in options.items())
     if isinstance(denoiser, Guided):
         name, evaluations = f"{name}, guidance {denoiser.guidance:g}", 2 * evaluations
-    sigmas = sampling_sigmas(steps, schedule, kind.own)
+    sigmas = sampling_sigmas(steps, checkpoint["schedule"], kind.own)
 
-    def images(noises, label):
+    def x0(noises, label):
         x = sigmas[0] * next(noises)
         return kind.function(denoiser, x, sigmas, label, noises, **options)
-    return Sampler(images, name, evaluations, data, device)
+    return sampler_of(x0, name, evaluations, denoiser, checkpoint, device)
 
 
-def generator_sampler(generator, sigmas, data, device):
+def generator_sampler(generator, checkpoint, device):
     """The few-step sampler of a generator."""
+    sigmas = checkpoint["sigmas"]
+
     @torch.no_grad()
-    def images(noises, label):
+    def x0(noises, label):
         x = sigmas[0] * next(noises)
         return few_step(generator, x, sigmas, label, itertools.islice(noises, len(sigmas) - 1))
     steps = len(sigmas)
-    return Sampler(images, f"generator, {steps_of(steps)}", steps, data, device)
+    return sampler_of(x0, f"generator, {steps_of(steps)}", steps, generator, checkpoint, device)
+
+
+def sampler_of(x0, name, evaluations, denoiser, checkpoint, device):
+    """A Sampler whose x0 are what a checkpoint's are."""
+    codec = codec_of(checkpoint["autoencoder"], device)
+    return Sampler(x0, codec.decode, shape_of(checkpoint["network"]), name, evaluations,
+                   checkpoint["data"], device, denoiser)
+
+
+def shape_of(network):
+    """The shape of x0 of a UNet of these arguments."""
+    return network["img_channels"], network["img_resolution"], network["img_resolution"]
 
 
 def steps_of(count):
@@ -521,7 +560,9 @@ def onnx_sampler(path, device):
         feed = {"noise": noise, "label": label.cpu().numpy()}
         image = torch.from_numpy(session.run(["image"], feed)[0])
         return to_float(image.permute(0, 3, 1, 2)) if image.dtype == torch.uint8 else image
-    return Sampler(images, f"ONNX generator, {steps_of(steps)}", steps, facts["data"], device)
+    shape = tuple(session.get_inputs()[0].shape[-3:])
+    return Sampler(images, Pixels().decode, shape, f"ONNX generator, {steps_of(steps)}", steps,
+                   facts["data"], device)
 
 
 def onnx_session(path, device, provider_options=None, batch=None):
@@ -569,8 +610,8 @@ def generate(sampler, label, seed, batch=BATCH):
     kernels then add in another order. Several ranks share the work, and each gets all images.
     """
     batch, count = batch + -batch % 16, len(label) + -len(label) % 16
-    shape, device = sampler.data["shape"], sampler.device
-    images = torch.zeros(count, *shape, dtype=torch.uint8, device=device)
+    shape, device = sampler.shape, sampler.device
+    images = torch.zeros(count, *sampler.data["shape"], dtype=torch.uint8, device=device)
     for start in range(rank() * batch, count, ranks() * batch):
         part = F.pad(label, (0, count - len(label)))[start:start + batch]
         noises = (noise.to(device) for noise in fresh_noise(len(part), shape, seed, start))
@@ -674,9 +715,22 @@ class Reference(NamedTuple):
     protocol: str
 
 
-def load_reference(name, data_dir, size, device="cpu"):
-    """Read a data set and its feature network and make the Reference to evaluate against."""
-    data, held_out = (load_data(name, split, data_dir, size) for split in ("train", "test"))
+def load_images(facts, split, data_dir=None, stream=None):
+    """load_data() of the images that a checkpoint tells of; ValueError if they are others now."""
+    where = data_dir or facts.get("data_dir", DATA_DIR)  # an exported file doesn't tell
+    data = load_data(facts["name"], split, where, facts["size"], stream)
+    shape, classes = tuple(facts["shape"]), len(facts["classes"])
+    if data.shape != shape or classes not in (1, len(data.classes)):
+        raise ValueError(f"--data {facts['name']}: has {len(data.classes)} classes of images "
+                         f"{data.shape} now; the checkpoint was trained on {classes} of {shape}")
+    return data
+
+
+def load_reference(facts, data_dir=None, device="cpu", stream=None):
+    """Read a checkpoint's data and make the Reference to evaluate against, with held-out images."""
+    name = facts["name"]
+    data, held_out = (load_images(facts, split, data_dir, stream).in_memory()
+                      for split in ("train", "test"))
     if len(held_out.images) <= NEIGHBOURS:
         raise ValueError(f"{name}: {len(held_out.images)} held-out images are too few to evaluate "
                          f"against; at least {NEIGHBOURS + 1} are needed, or for dmd2.py "
@@ -751,17 +805,38 @@ def measure(sampler, reference, n, seed, batch=BATCH):
     return evaluate(generate(sampler, label, seed, batch), label, reference)
 
 
-def report(sampler, reference, n, seeds, batch=BATCH):
-    """Measure a sampler at several seeds: figures, floor, ratio and protocol, as one dict."""
-    runs = [measure(sampler, reference, n, seed, batch) for seed in seeds]
+def report(runs, reference, measured):
+    """Figures of evaluate(), of several runs: mean, spread, floor, ratio and protocol, as one dict.
+
+    measured  tells what the figures are of
+    """
     columns = {name: [run[name] for run in runs] for name in runs[0]}
     mean = {name: statistics.mean(values) for name, values in columns.items()}
     spread = {name: statistics.stdev(values) if len(values) > 1 else None
               for name, values in columns.items()}
-    protocol = (f"{n} samples, {reference.protocol}, {sampler.name}, EMA weights, "
-                f"{sampler.evaluations} function evaluation(s), seeds {', '.join(map(str, seeds))}")
-    return dict(mean=mean, spread=spread, floor=reference.floor, protocol=protocol,
+    return dict(mean=mean, spread=spread, floor=reference.floor,
+                protocol=f"{measured}; {reference.protocol}",
                 ratio_to_floor=mean["frechet_distance"] / reference.floor["frechet_distance"])
+
+
+def sampler_report(sampler, reference, n, seeds, batch=BATCH):
+    """report() of n samples at several seeds."""
+    runs = [measure(sampler, reference, n, seed, batch) for seed in seeds]
+    return report(runs, reference, f"{n} samples, {sampler.name}, EMA weights, "
+                  f"{sampler.evaluations} function evaluation(s), seeds "
+                  f"{', '.join(map(str, seeds))}")
+
+
+@torch.no_grad()
+def autoencoder_report(checkpoint, reference, held_out, device):
+    """report() of an autoencoder's reconstructions of the held-out images, with their PSNR."""
+    codec = build(checkpoint, device)
+    decoded = [codec.reconstruct(to_float(part.to(device))).cpu()
+               for part in held_out.images.split(BATCH)]
+    decoded = to_uint8(torch.cat(decoded))
+    figures = evaluate(decoded, held_out.labels, reference)
+    result = report([figures], reference, f"{len(decoded)} reconstructions of held-out images")
+    return dict(result, psnr=psnr(to_float(decoded), to_float(held_out.images)))
 
 
 def summary(figures):
@@ -777,7 +852,10 @@ def table(result):
         cells = [column.get(name) for column in (result["mean"], result["spread"], result["floor"])]
         lines.append(f"{title:20}" + "".join("        -" if cell is None else f"{cell:9.4f}"
                                              for cell in cells))
-    return "\n".join([*lines, f"{'ratio to the floor':20}{result['ratio_to_floor']:9.2f}"])
+    lines.append(f"{'ratio to the floor':20}{result['ratio_to_floor']:9.2f}")
+    if "psnr" in result:
+        lines.append(f"{'PSNR, dB':20}{result['psnr']:9.2f}")
+    return "\n".join(lines)
 
 
 # ---- output -------------------------------------------------------------------------------------
@@ -839,19 +917,84 @@ def compare(cfg, sampler, out):
     if any(tuple(other.data[key]) != tuple(data[key]) for key in ("shape", "classes")):
         raise ValueError(f"--beside {cfg.beside}: has images of other shape or classes than "
                          f"{cfg.checkpoint}")
-    name = name_of(data, cfg.checkpoint)
-    real = load_data(name, "train", data_dir_of(cfg, data), data["size"])
+    name_of(data, cfg.checkpoint)
+    real = load_images(data, "train", cfg.data_dir)
     classes, columns = real.classes[:10], 5
     label = torch.arange(len(classes)).repeat_interleave(columns)
-    shown = [real.images[real.labels == c][:columns] for c in range(len(classes))]
+    shown = [real.images[(real.labels == c).nonzero()[:columns, 0]] for c in range(len(classes))]
     shown = torch.cat([padded(images, columns) for images in shown])
     blocks = [(s.name, generate(s, label, cfg.seed, cfg.batch)) for s in (other, sampler)]
     save_beside([("real", shown), *blocks], classes, out, columns)
 
 
-def data_dir_of(cfg, data):
-    """Where the real images are; an exported file doesn't say where training found them."""
-    return cfg.data_dir or data.get("data_dir", DATA_DIR)
+def save_trajectory(sampler, label, seed, out):
+    """Write what a sampler's denoiser was given and what it made of it, as columns of noise levels.
+
+    At most STRIP_COLUMNS, of which the last is the last.
+    """
+    if sampler.denoiser is None:
+        raise ValueError("--trajectory: an ONNX file tells its images only; give the generator.pt")
+    calls = []
+    hook = sampler.denoiser.register_forward_hook(
+        lambda _, given, x0_hat: calls.append((*given[:2], x0_hat)))
+    generate(sampler, label, seed, len(label))
+    hook.remove()
+    columns = min(len(calls), STRIP_COLUMNS)
+    shown = [calls[round(i)] for i in np.linspace(0, len(calls) - 1, columns)]
+    rows = [[sampler.decode((x / (1 + sigma.view(-1, 1, 1, 1))).float()),
+             sampler.decode(x0_hat.float())] for x, sigma, x0_hat in shown]
+    images = torch.stack([torch.stack(pair) for pair in rows]).permute(2, 1, 0, 3, 4, 5)
+    names = [name for c in label.tolist() for name in (sampler.data["classes"][c], "estimate")]
+    titles = [f"{sigma[0].item():.2g}" for _, sigma, _ in shown]
+    save_grid(to_uint8(images[:len(label)].flatten(0, 1)), names, out, titles)
+
+
+def slerp(a, b, t):
+    """Noise between noises a and b [*shape], on the arc between them (White 2016), t in [0, 1].
+
+    On the straight line it would have less variance than noise has.
+    """
+    angle = torch.acos(F.cosine_similarity(a.flatten(), b.flatten(), 0).clamp(-1, 1))
+    return (torch.sin((1 - t) * angle) * a + torch.sin(t * angle) * b) / torch.sin(angle)
+
+
+def save_interpolation(sampler, label, seed, out):
+    """Write a row per label: images of the noises between two, in STRIP_COLUMNS steps."""
+    steps, rows = torch.linspace(0, 1, STRIP_COLUMNS).tolist(), len(label)
+
+    def between(noise):
+        pairs = zip(noise[:rows], noise[rows:])
+        return torch.stack([slerp(a, b, t) for a, b in pairs for t in steps]).to(sampler.device)
+    noises = map(between, fresh_noise(2 * rows, sampler.shape, seed))
+    images = sampler.images(noises, label.repeat_interleave(len(steps)).to(sampler.device))
+    names = [sampler.data["classes"][c] for c in label.tolist()]
+    save_grid(to_uint8(images).unflatten(0, (rows, -1)), names, out)
+
+
+def save_map(cfg, sampler, out):
+    """Write real and generated images as dots in a plane of their features, a colour per class."""
+    name_of(sampler.data, cfg.checkpoint)
+    reference = load_reference(sampler.data, cfg.data_dir, sampler.device)
+    n = min(cfg.n or MAP_N, len(reference.labels))
+    label = reference.labels[:n]
+    features, _ = extract(reference.net, generate(sampler, label, cfg.seed, cfg.batch))
+    save_plane({"real": (reference.features[:n], label), sampler.name: (features, label)},
+               sampler.data["classes"], out, umap=True)
+
+
+def measured(cfg, device):
+    """The report() of --evaluate: of samples or, of an autoencoder, of reconstructions."""
+    path = cfg.checkpoint
+    if Path(path).suffix == ".pt" and (checkpoint := load(path))["kind"] == "autoencoder":
+        name_of(checkpoint["data"], path)
+        reference = load_reference(checkpoint["data"], cfg.data_dir, device)
+        held_out = load_images(checkpoint["data"], "test", cfg.data_dir).in_memory()
+        return autoencoder_report(checkpoint, reference, held_out, device)
+    sampler = load_sampler(path, device, cfg)
+    name_of(sampler.data, path)
+    reference = load_reference(sampler.data, cfg.data_dir, device)
+    seeds = range(cfg.seed, cfg.seed + cfg.seeds)
+    return sampler_report(sampler, reference, cfg.n or EVALUATE_N, seeds, cfg.batch)
 
 
 def main(argv=None):
@@ -862,22 +1005,26 @@ def main(argv=None):
         return
     on_cpu = cfg.device == "auto" and Path(cfg.checkpoint).suffix == ".onnx"
     device = pick_device("cpu" if on_cpu else cfg.device)
-    sampler = load_sampler(cfg.checkpoint, device, cfg)
-    data, out = sampler.data, cfg.out or "samples.png"
     if cfg.evaluate:
-        name = name_of(data, cfg.checkpoint)
-        reference = load_reference(name, data_dir_of(cfg, data), data["size"], device)
-        seeds = range(cfg.seed, cfg.seed + cfg.seeds)
-        result = report(sampler, reference, cfg.n or EVALUATE_N, seeds, cfg.batch)
+        result = measured(cfg, device)
         tell(table(result), json.dumps(result), sep="\n")
         return
+    sampler, out = load_sampler(cfg.checkpoint, device, cfg), cfg.out or "samples.png"
+    classes = tuple(sampler.data["classes"])
+    asked = read_labels(cfg.labels, classes) if cfg.labels else torch.arange(len(classes))
+    rows = (STRIP_ROWS if cfg.trajectory else min(10, len(classes)) if cfg.interpolate else
+            10 * len(classes))
+    n = cfg.n or (len(asked) if cfg.labels else rows)
+    label = asked[torch.arange(n) % len(asked)]
     if cfg.beside:
         compare(cfg, sampler, out)
+    elif cfg.trajectory:
+        save_trajectory(sampler, label, cfg.seed, out)
+    elif cfg.interpolate:
+        save_interpolation(sampler, label, cfg.seed, out)
+    elif cfg.map:
+        save_map(cfg, sampler, out)
     else:
-        classes = tuple(data["classes"])
-        asked = read_labels(cfg.labels, classes) if cfg.labels else torch.arange(len(classes))
-        n = cfg.n or (len(asked) if cfg.labels else 10 * len(classes))
-        label = asked[torch.arange(n) % len(asked)]
         write_images(generate(sampler, label, cfg.seed, cfg.batch), label, classes, out)
     tell(f"wrote {out}")
 

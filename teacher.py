@@ -2,6 +2,8 @@
 
     python teacher.py                       # 1,797 real 8x8 digits, no download
     python teacher.py --data mnist          # or fashion, cifar10, a folder of images
+    python teacher.py --autoencoder --data mnist                     # latent diffusion: first this,
+    python teacher.py --latent runs/autoencoder/autoencoder.pt       # then a teacher of its latents
 
 After this file a diffusion model, of whatever dialect, is a function and no more:
 
@@ -10,7 +12,7 @@ After this file a diffusion model, of whatever dialect, is a function and no mor
 
 The first half is diffusion, in the terms of EDM (Karras et al. 2022, "Elucidating the Design Space
 of Diffusion-Based Generative Models"): noise levels, denoiser and loss, sampling, the training
-loop, the network. The second half is what any training script needs, and the others import from
+loop, the networks. The second half is what any training script needs, and the others import from
 here: options, several GPUs, data, random numbers, optimisation, checkpoints, logging, --profile,
 pictures.
 """
@@ -40,11 +42,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from matplotlib.figure import Figure
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.profiler import record_function
 from torch.utils.checkpoint import checkpoint as recompute
+from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
@@ -52,15 +55,26 @@ SIGMA_MIN, SIGMA_MAX, RHO, SIGMA_DATA = 0.002, 80.0, 7.0, 0.5  # EDM, Table 1
 HEUN_STEPS = 18  # of a teacher's sampler, as EDM has for CIFAR-10
 KNOWN_DATA = ("digits", "mnist", "fashion", "cifar10")
 DATA_DIR, FOLDER_SIZE = "data", 32
+MEMORY = 4 * 2**30  # bytes: a folder with more pixels stays on the disk
+GREY = {"1", "L", "LA", "La", "I", "I;16", "F"}  # PIL's modes of images without colour
 
 # What of teacher.py depends on the data: it fills the options that were not given.
 RECIPES = {
-    "digits": dict(width=32, mults="1,2", blocks=1, batch=128, steps=1200, lr=2e-3, ema=0.99),
-    "mnist": dict(width=32, mults="1,2,2", blocks=2, batch=256, steps=20000, lr=1e-3, ema=0.999),
-    "cifar10": dict(width=96, mults="1,2,2", blocks=3, batch=256, steps=100000, lr=5e-4, ema=0.999),
-    "folder": dict(width=64, mults="1,2,2", blocks=2, batch=64, steps=20000, lr=5e-4, ema=0.999),
+    "digits": dict(width=32, mults="1,2", blocks=1, batch=128, steps=1200, lr=2e-3, ema=0.99,
+                   flip=False),
+    "mnist": dict(width=32, mults="1,2,2", blocks=2, batch=256, steps=20000, lr=1e-3, ema=0.999,
+                  flip=False),
+    "cifar10": dict(width=96, mults="1,2,2", blocks=3, batch=256, steps=100000, lr=5e-4, ema=0.999,
+                    flip=True),
+    "folder": dict(width=64, mults="1,2,2", blocks=2, batch=64, steps=20000, lr=5e-4, ema=0.999,
+                   flip=False),
 }
 RECIPES["fashion"] = RECIPES["mnist"]
+
+# And of an autoencoder, and of a teacher of its latents, whatever the data.
+AUTOENCODER_RECIPE = dict(width=16, mults="1,2,4", blocks=1, batch=128, steps=2000, lr=2e-3,
+                          ema=0.99)
+LATENT_RECIPE = dict(width=64, blocks=2, batch=128, steps=5000, lr=1e-3, ema=0.999)
 
 
 # ---- noise levels -------------------------------------------------------------------------------
@@ -236,22 +250,14 @@ def heun(denoiser, x, sigmas, label, noises=(), churn=0.0, s_min=0.0, s_max=math
 # ---- training -----------------------------------------------------------------------------------
 
 def train(cfg):
-    """Train a teacher; returns the path of its checkpoint."""
-    device, cfg = pick_device(cfg.device), filled(cfg, recipe_of(cfg.data, RECIPES))
-    parts, out = parts_of(cfg), Path(cfg.out)
-    where = str(Path(cfg.data_dir or DATA_DIR).resolve())
-    cfg = dataclasses.replace(cfg, data_dir=where)
-    data, held_out = (load_data(cfg.data, split, where, cfg.size) for split in ("train", "test"))
-    check_batch(cfg.batch, data, cfg.data)
-    data, held_out, num_classes = data.to(device), held_out.to(device), len(data.classes)
-    shape = tuple(data.images.shape[1:])
-    mults = tuple(int(mult) for mult in cfg.mults.split(","))
-    network = dict(img_resolution=shape[-1], img_channels=shape[0], label_dim=num_classes,
-                   model_channels=cfg.width, channel_mult=mults, num_blocks=cfg.blocks,
-                   attn_resolutions=(shape[-1] >> len(mults) - 1,))
+    """Train a teacher, or an autoencoder; returns the path of its checkpoint."""
+    device, (cfg, autoencoder) = pick_device(cfg.device), sources(cfg)
+    parts, codec = parts_of(cfg), codec_of(autoencoder, device)
+    data, held_out, facts = load_to_train(cfg, codec, device)
+    task = (AutoencoderTask if cfg.autoencoder else DiffusionTask)(cfg, data, codec)
     torch.manual_seed(cfg.seed)
-    model = place(Denoiser(UNet(**network), cfg.prediction), device)
-    ema = frozen(model)
+    model = place(task.model(), device)
+    ema, path = frozen(model), Path(cfg.out) / f"{task.kind}.pt"
     optimizer = torch.optim.Adam(model.parameters(), fused=device.type != "mps")
     descent = Descent(optimizer, cfg, device)
     start = 0
@@ -264,17 +270,16 @@ def train(cfg):
     make_run_folder(cfg)
     log = Log(cfg, start)
     millions = sum(p.numel() for p in model.parameters()) / 1e6
-    log.say(f"{cfg.data}: {len(data.images)} images; {millions:.2f} M parameters; on {device}")
+    log.say(f"{cfg.data}: {len(data.labels)} images; {millions:.2f} M parameters; on {device}")
+    batches = training_batches(data, start, cfg, parts, device)
 
-    for step in training_steps(start, cfg, device, dict(denoiser=model)):
+    for step in training_steps(start, cfg, device, {task.kind: model}):
         for part in parts:
-            draw = Draw(TEACHER, cfg.seed, step, cfg.batch, shape, device, part)
-            x0, label = data.batch(step, cfg.batch, cfg.seed, part)
-            label = torch.where(draw.uniform() < cfg.label_dropout, num_classes, label)
-            sigma = sigma_at(draw.uniform(), cfg.schedule)
-            loss = denoising_loss(model, x0, sigma, label, draw.normal(), cfg.min_snr_gamma)
-            descent.add(loss)
-            log.note(loss=loss)
+            x0, label = next(batches)
+            draw = Draw(task.stream, cfg.seed, step, cfg.batch, task.shape, device, part)
+            losses = task.losses(model, x0, label, draw)
+            descent.add(losses["loss"])
+            log.note(**losses)
         norm = descent.step(rate_at(step, cfg.lr, cfg.warmup, cfg.decay_after))
         update_ema(ema, model, cfg.ema, step)
 
@@ -282,22 +287,65 @@ def train(cfg):
         log.step()
         if due(step, cfg.sample_every, cfg.steps):
             log.check()
-            loss = validation_loss(ema, held_out, cfg)
-            log.write(step + 1, validation_loss=loss)
-            log.say(f"step {step + 1}: validation loss {loss:.4f}")
-            preview(ema, cfg.schedule, shape, data.classes, out / f"samples_{step + 1:06d}.png")
+            figures = task.validate(ema, *held_out)
+            log.write(step + 1, **figures)
+            told = ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
+            log.say(f"step {step + 1}: {told.replace('_', ' ')}")
+            task.picture(ema, *held_out, path.with_name(f"samples_{step + 1:06d}.png"))
         if due(step, cfg.save_every, cfg.steps):
             log.check()
             plot_log(log.path)
-            save(dict(kind="teacher", config=dataclasses.asdict(cfg), step=step + 1,
-                      network=network, prediction=cfg.prediction, schedule=cfg.schedule,
-                      data=dict(name=cfg.data, data_dir=where, size=cfg.size, shape=shape,
-                                classes=data.classes),
-                      model=ema.state_dict(),
-                      training=dict(model=model.state_dict(), descent=descent.state_dict())),
-                 out / "teacher.pt")
+            save(dict(kind=task.kind, config=dataclasses.asdict(cfg), step=step + 1,
+                      network=task.network, **task.facts(), data=facts, model=ema.state_dict(),
+                      training=dict(model=model.state_dict(), descent=descent.state_dict())), path)
     log.close()
-    return out / "teacher.pt"
+    return path
+
+
+class DiffusionTask:
+    """What train() trains: a denoiser of images or, by a codec, of their latents."""
+
+    kind = "teacher"
+
+    def __init__(self, cfg, data, codec):
+        self.cfg, self.codec, self.classes, self.shape = cfg, codec, data.classes, data.shape
+        self.stream, mults, side = TEACHER, mults_of(cfg), data.shape[-1]
+        self.network = dict(img_resolution=side, img_channels=data.shape[0],
+                            label_dim=len(data.classes), model_channels=cfg.width,
+                            channel_mult=mults, num_blocks=cfg.blocks,
+                            attn_resolutions=(side >> len(mults) - 1,))
+
+    def model(self):
+        return Denoiser(UNet(**self.network), self.cfg.prediction)
+
+    def facts(self):
+        """What the checkpoint holds besides network and weights."""
+        return dict(prediction=self.cfg.prediction, schedule=self.cfg.schedule,
+                    autoencoder=self.codec.checkpoint())
+
+    def losses(self, denoiser, x0, label, draw):
+        """By name, those to log, of which `loss` is descended, of x0 [B, C, H, W], label [B]."""
+        label = torch.where(draw.uniform() < self.cfg.label_dropout, len(self.classes), label)
+        sigma = sigma_at(draw.uniform(), self.cfg.schedule)
+        return dict(loss=denoising_loss(denoiser, x0, sigma, label, draw.normal(),
+                                        self.cfg.min_snr_gamma))
+
+    @torch.no_grad()
+    def validate(self, denoiser, x0, label):
+        """Figures: the loss at fixed noise and evenly spread quantiles of sigma."""
+        u = (torch.arange(len(x0), device=x0.device) + 0.5) / len(x0)
+        noise, sigma = unit_noise(len(x0), self.shape, 0), sigma_at(u, self.cfg.schedule)
+        return dict(validation_loss=denoising_loss(denoiser, x0, sigma, label, noise.to(x0.device),
+                                                   self.cfg.min_snr_gamma).item())
+
+    def picture(self, denoiser, x0, label, path, columns=8):
+        """Samples, a row per class (the first 10), of the same noise each time."""
+        label = torch.arange(min(len(self.classes), 10)).repeat_interleave(columns)
+        noise = unit_noise(len(label), self.shape, 0).to(x0.device)
+        sigmas = sampling_sigmas(HEUN_STEPS, self.cfg.schedule)
+        x0_hat = heun(denoiser, sigmas[0] * noise, sigmas, label.to(x0.device))
+        images = to_uint8(self.codec.decode(x0_hat))
+        save_grid(images.unflatten(0, (-1, columns)), self.classes[:10], path)
 
 
 def due(step, every, steps):
@@ -305,27 +353,7 @@ def due(step, every, steps):
     return every > 0 and ((step + 1) % every == 0 or step + 1 == steps)
 
 
-@torch.no_grad()
-def validation_loss(denoiser, held_out, cfg, count=512):
-    """Denoising loss on held-out images, at fixed noise and evenly spread quantiles of sigma."""
-    images, label = held_out.images[:count], held_out.labels[:count]
-    noise = unit_noise(len(images), images.shape[1:], 0).to(images.device)
-    u = (torch.arange(len(images), device=images.device) + 0.5) / len(images)
-    sigma = sigma_at(u, cfg.schedule)
-    return denoising_loss(denoiser, to_float(images), sigma, label, noise,
-                          cfg.min_snr_gamma).item()
-
-
-def preview(denoiser, schedule, shape, classes, path, columns=8):
-    """Picture the denoiser's samples, a row per class (the first 10), the same noise each time."""
-    label = torch.arange(min(len(classes), 10)).repeat_interleave(columns)
-    device = next(denoiser.parameters()).device
-    noise, sigmas = unit_noise(len(label), shape, 0), sampling_sigmas(HEUN_STEPS, schedule)
-    images = heun(denoiser, sigmas[0] * noise.to(device), sigmas, label.to(device))
-    save_grid(to_uint8(images).unflatten(0, (-1, columns)), classes[:10], path)
-
-
-# ---- network: EDM's DDPM++ and ADM, with the names of its published checkpoints -----------------
+# ---- networks: EDM's DDPM++ and ADM, with the names of its published checkpoints ----------------
 
 class Architecture(NamedTuple):
     """The constants in which EDM's two networks differ."""
@@ -408,11 +436,9 @@ class UNet(nn.Module):
     def __init__(self, img_resolution, img_channels, label_dim, model_channels, channel_mult,
                  num_blocks, attn_resolutions, model_type="SongUNet"):
         super().__init__()
-        if img_resolution % 2 ** (len(channel_mult) - 1):
-            raise ValueError(f"images of side {img_resolution}: {len(channel_mult)} levels need a "
-                             f"multiple of {2 ** (len(channel_mult) - 1)}")
+        halved(img_resolution, channel_mult)
         if model_channels % 4:
-            raise ValueError(f"width {model_channels}: must be a multiple of 4")
+            raise ValueError(f"--width {model_channels}: must be a multiple of 4")
         kind = ARCHITECTURES[model_type]
         self.label_dim, self.adm, c_emb = label_dim, kind.adm, 4 * model_channels
         half, c_label = model_channels // 2, c_emb if self.adm else model_channels
@@ -495,6 +521,17 @@ class UNet(nn.Module):
         return F.silu(self.map_layer1(F.silu(self.map_layer0(emb.to(dtype)))))
 
 
+def halved(side, channel_mult):
+    """The side of a network's last level, each half the one before; ValueError if it can't be."""
+    factor = 2 ** (len(channel_mult) - 1)
+    if side % factor:
+        near = side - side % factor
+        raise ValueError(f"images of side {side}: the network's {len(channel_mult)} levels need a "
+                         f"multiple of {factor}, such as {near or 2 * factor} or {near + factor} "
+                         "(--size); or give fewer --mults")
+    return side // factor
+
+
 def initialise(layer):
     """EDM's initialisation of DDPM++: Xavier uniform, residual branches ending near zero."""
     if isinstance(layer, (nn.Conv2d, nn.Linear)):
@@ -555,6 +592,8 @@ class TrainingOptions(Options):
 
     data_dir: str = arg(None, "where mnist, fashion and cifar10 are, or are downloaded to "
                               f"(default: {DATA_DIR}, or where the teacher found them)", free=True)
+    stream: bool = arg(None, "read a folder's images from the disk while training (default: if "
+                             f"their pixels take more than {MEMORY >> 30} GB)", free=True)
     seed: int = arg(0, "seed of every random draw", at_least=0, below=2**63)
     steps: int = arg(None, "training steps (default: by data)", at_least=1, free=True)
     batch: int = arg(None, "images per step, of all GPUs together (default: by data)", at_least=1)
@@ -595,10 +634,18 @@ class TrainingOptions(Options):
 class Config(TrainingOptions):
     """Options of teacher.py; those left at None take their values from RECIPES."""
 
-    out: str = arg("runs/teacher", "folder of the run", free=True)
-    data: str = arg("digits", f"{', '.join(KNOWN_DATA)}, or a folder that holds a folder of images "
-                              "for each class")
-    size: int = arg(FOLDER_SIZE, "side of a folder's images, scaled and cropped", at_least=4)
+    out: str = arg(None, "folder of the run (default: runs/teacher, or runs/autoencoder)",
+                   free=True)
+    data: str = arg(None, f"{', '.join(KNOWN_DATA)}, or a folder that holds a folder of images for "
+                          "each class (default: digits, or what --latent was trained on)")
+    size: int = arg(None, "side of a folder's images, scaled and cropped (default: "
+                          f"{FOLDER_SIZE})", at_least=4)
+    flip: bool = arg(None, "show images mirrored left to right, half of the time (default: by "
+                           "data: for cifar10 on, else off)")
+    autoencoder: bool = arg(False, "train no teacher but an autoencoder, for --latent")
+    latent_channels: int = arg(4, "of --autoencoder: channels of its latents", at_least=1)
+    kl_weight: float = arg(1e-3, "of --autoencoder: weight of the KL term", at_least=0)
+    latent: str = arg(None, "autoencoder.pt, on whose latents to train the teacher", free=True)
     width: int = arg(None, "channels of the network's first level (default: by data)", at_least=4)
     mults: str = arg(None, "channels of each level as multiples of --width (default: by data)")
     blocks: int = arg(None, "residual blocks per level (default: by data)", at_least=1)
@@ -616,6 +663,25 @@ class Config(TrainingOptions):
         mults = (self.mults or "1").split(",")
         if not all(mult.isdecimal() and int(mult) > 0 for mult in mults):
             raise ValueError(f"--mults {self.mults}: needs positive integers such as 1,2,2")
+        if self.autoencoder and self.latent:
+            raise ValueError(f"--latent {self.latent}: is to train a teacher; leave out "
+                             "--autoencoder")
+        owners = {name: "--autoencoder" for name in ("latent_channels", "kl_weight")}
+        if self.autoencoder:
+            owners = {name: "teachers" for name in ("prediction", "schedule", "min_snr_gamma",
+                                                    "label_dropout")}
+        if not self.latent and self.data in (None, *KNOWN_DATA):
+            owners.update(size="folders of images", stream="folders of images")
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name in owners and value != field.default:
+                raise ValueError(f"{flag(field.name)} {value}: is for {owners[field.name]}; leave "
+                                 "it out")
+
+
+def mults_of(cfg):
+    """The numbers of --mults."""
+    return tuple(map(int, cfg.mults.split(",")))
 
 
 def recipe_of(data, recipes):
@@ -629,7 +695,8 @@ def filled(cfg, *recipes):
                if getattr(cfg, name) is None}
     if cfg.profile:
         off = {name: 0 for name in ("sample_every", "evaluate_every") if hasattr(cfg, name)}
-        missing.update(off, out=f"{cfg.out}/profile", steps=10**6, save_every=10**6, resume=None)
+        out = cfg.out or missing["out"]
+        missing.update(off, out=f"{out}/profile", steps=10**6, save_every=10**6, resume=None)
     return dataclasses.replace(cfg, **missing)
 
 
@@ -753,6 +820,37 @@ def run_script(main):
         sys.exit(2)
 
 
+def sources(cfg):
+    """The config with all that its data and recipes fill, and the autoencoder of --latent, or None.
+
+    Raises ValueError if they don't fit each other.
+    """
+    recipes = [LATENT_RECIPE if cfg.latent else AUTOENCODER_RECIPE if cfg.autoencoder else {}]
+    autoencoder, found = None, dict(out="runs/autoencoder" if cfg.autoencoder else "runs/teacher")
+    if cfg.resume:  # its checkpoint has the autoencoder, and its config is whole
+        autoencoder = load(cfg.resume, resume=True).get("autoencoder")
+    elif cfg.latent:
+        autoencoder = load(cfg.latent, kind="autoencoder")
+        found.update((name, autoencoder["data"][name]) for name in ("size", "data_dir"))
+        found.update(data=autoencoder["data"]["name"])
+        for name in ("data", "size"):
+            if getattr(cfg, name) not in (None, found[name]):
+                raise ValueError(f"{flag(name)} {getattr(cfg, name)}: the autoencoder was trained "
+                                 f"on {found['data']}, {found[name]}; leave it out")
+        side = latent_shape(autoencoder["network"])[-1]
+        levels = next(n for n in itertools.count(1) if side % 2**n or side >> n < 4)
+        found.update(mults=",".join(("1" + "2" * levels)[:levels]))
+    data = cfg.data or found.get("data", "digits")
+    size = None if data in KNOWN_DATA else FOLDER_SIZE
+    cfg = filled(cfg, dict(data=data, data_dir=DATA_DIR, size=size), recipe_of(data, RECIPES),
+                 *recipes, found)
+    paths = {name: str(Path(path).resolve()) for name in ("latent", "data_dir")
+             if (path := getattr(cfg, name)) is not None}
+    if cfg.size and not cfg.latent:
+        halved(cfg.size, mults_of(cfg))  # before its images are read
+    return dataclasses.replace(cfg, **paths), autoencoder
+
+
 # ---- several GPUs: torchrun starts a process for each, a rank, and one alone is rank 0 of 1 -----
 
 def rank():
@@ -809,39 +907,110 @@ def parts_of(cfg):
     return [slice(i * size, (i + 1) * size) for i in range(first, first + cfg.accumulate)]
 
 
-# ---- data: uint8 images in memory ---------------------------------------------------------------
+# ---- data: uint8 images in memory, or in a folder -----------------------------------------------
 
 class Data(NamedTuple):
-    """A data set in memory."""
+    """A data set."""
 
-    images: torch.Tensor  # [N, C, H, W] uint8
+    images: torch.Tensor  # [N, C, H, W] uint8, or FolderImages; of latents float32
     labels: torch.Tensor  # [N] int64
     classes: tuple        # names of the classes
+    flip: bool = False    # whether batches have images mirrored at random
+
+    @property
+    def shape(self):
+        return tuple(self.images.shape[1:])
+
+    @property
+    def streams(self):
+        return isinstance(self.images, FolderImages)
 
     def to(self, device):
-        return Data(self.images.to(device), self.labels.to(device), self.classes)
+        return self._replace(images=self.images if self.streams else self.images.to(device),
+                             labels=self.labels.to(device))
 
-    def batch(self, step, size, seed, part):
-        """Images [B, C, H, W] in [-1, 1] and labels [B] of a step's batch of `size`: its `part`."""
-        index = batch_at(step, len(self.images), size, seed, self.images.device)[part]
-        return to_float(self.images[index]), self.labels[index]
+    def in_memory(self):
+        """Itself or, of a folder that is streamed, as many random images as MEMORY holds."""
+        if not self.streams:
+            return self
+        count = MEMORY // math.prod(self.shape)
+        index = permutation(len(self.labels), 0, 0, "cpu")[:count].sort().values
+        return self._replace(images=self.images.read(index), labels=self.labels[index])
+
+    def batches(self, indices):
+        """Yield the images [B, C, H, W] at each of indices, an iterable of int64 [B]."""
+        if self.streams:
+            return self.images.batches(indices)
+        return map(self.images.__getitem__, indices)
 
 
-def load_data(name, split, data_dir=DATA_DIR, size=FOLDER_SIZE):
-    """Images of a data set, in memory.
+class FolderImages:
+    """Image files that look like a tensor uint8 [N, C, H, W], and are read when they are indexed.
 
-    name   one of KNOWN_DATA, or a folder with one sub-folder of images per class
-    split  "train" or "test", the held-out images: the official test set, of digits and of a folder
-           every sixth image of a fixed permutation
+    Scaled, the middle cropped to a square, and turned as EXIF says. ValueError if one is damaged.
+    """
 
-    Raises ValueError for an unknown name or an empty folder, OSError where files are missing and
+    def __init__(self, paths, size, mode):
+        self.paths, self.size, self.mode = paths, size, mode
+        self.shape = len(paths), len(mode), size, size
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, index):
+        """index [B] int64 -> uint8 [B, C, H, W]"""
+        return torch.stack([self.pixels(self.paths[i]) for i in index.tolist()])
+
+    def pixels(self, path):
+        with readable(path) as image:
+            image = ImageOps.exif_transpose(image).convert(self.mode)
+            pixels = np.array(ImageOps.fit(image, (self.size, self.size)))
+        return torch.from_numpy(pixels.reshape(self.size, self.size, -1)).permute(2, 0, 1)
+
+    def read(self, index):
+        """The same as indexing, for many: index [N] -> uint8 [N, C, H, W]"""
+        return torch.cat(list(self.batches(index.split(256))))
+
+    def batches(self, indices):
+        """Yield the images at each of indices, which other processes read ahead."""
+        few = len(self) < 100
+        loader = DataLoader(self, batch_size=None, sampler=indices,
+                            num_workers=0 if few else min(8, torch.get_num_threads()))
+        try:
+            yield from loader
+        except ValueError as error:  # to which a worker adds its traceback
+            raise ValueError(str(error).strip().split("ValueError: ")[-1]) from error
+
+
+@contextlib.contextmanager
+def readable(path):
+    """The PIL image of a file; ValueError if it is none, or turns out to be damaged."""
+    try:
+        with Image.open(path) as image:
+            yield image
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path}: not a readable image ({error}); mend or remove it") from error
+
+
+def load_data(name, split, data_dir=DATA_DIR, size=FOLDER_SIZE, stream=None):
+    """The training or the held-out images of a data set.
+
+    name    one of KNOWN_DATA, or a folder with one sub-folder of images per class, or with two such
+            folders, train, and test or val
+    split   "train" or "test", the held-out images: the official test set, of digits and of a folder
+            without one every sixth image of a fixed permutation
+    size    side of a folder's images
+    stream  whether these stay on the disk; None: if they take more than MEMORY
+
+    Raises ValueError for an unknown name or an unfit folder, OSError where files are missing and
     can't be downloaded to data_dir.
     """
     if name == "digits":
         digits = load_digits()
         images = torch.from_numpy(np.rint(digits.images * 255 / 16).astype(np.uint8))[:, None]
         labels = torch.from_numpy(digits.target).long()
-        return hold_out(Data(images, labels, tuple("0123456789")), split)
+        chosen = hold_out(len(labels), split)
+        return Data(images[chosen], labels[chosen], tuple("0123456789"))
     if name in KNOWN_DATA:
         source = dict(mnist="MNIST", fashion="FashionMNIST", cifar10="CIFAR10")[name]
         found = download(getattr(torchvision.datasets, source), data_dir, split == "train", name)
@@ -851,7 +1020,7 @@ def load_data(name, split, data_dir=DATA_DIR, size=FOLDER_SIZE):
         return Data(images, torch.as_tensor(found.targets).long(), classes)
     if not Path(name).is_dir():
         raise ValueError(f"--data {name}: no such folder, and none of {', '.join(KNOWN_DATA)}")
-    return hold_out(load_folder(name, size), split)
+    return load_folder(name, split, size, stream)
 
 
 def download(dataset, data_dir, train, name):
@@ -865,35 +1034,74 @@ def download(dataset, data_dir, train, name):
                           "--data digits needs no download") from error
 
 
-@functools.lru_cache(maxsize=1)  # both splits come from one reading
-def load_folder(folder, size):
-    """All images of a folder of folders, in RGB, scaled and cropped to size; ValueError if none."""
+@functools.lru_cache(maxsize=2)  # a run asks for both splits more than once
+def load_folder(folder, split, size, stream):
+    """The images of a folder of folders: grey if all of them are, else RGB; ValueError if none."""
+    train = test = Path(folder)
+    for name in ("test", "val"):
+        if has_folders(Path(folder, "train")) and has_folders(Path(folder, name)):
+            train, test = Path(folder, "train"), Path(folder, name)
     try:
-        found = torchvision.datasets.ImageFolder(folder)
+        found, other = (torchvision.datasets.ImageFolder(part) for part in
+                        ((train, test) if split == "train" else (test, train)))
     except FileNotFoundError as error:
-        raise ValueError(f"--data {folder}: {error}") from error
-    crop = torchvision.transforms.Compose([torchvision.transforms.Resize(size),
-                                           torchvision.transforms.CenterCrop(size)])
-    images = []
-    for path, _ in found.samples:
-        try:
-            images.append(np.asarray(crop(found.loader(path))))
-        except OSError as error:
-            raise ValueError(f"{path}: not a readable image; remove it") from error
-    images = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
-    return Data(images, torch.tensor(found.targets), tuple(found.classes))
+        raise ValueError(f"--data {folder}: {str(error).rstrip('.')}; it needs a folder of images "
+                         "for each class, such as cats/1.jpg") from error
+    if found.classes != other.classes:
+        raise ValueError(f"--data {folder}: its {train.name} and {test.name} have other classes")
+    paths, labels = [path for path, _ in found.samples], torch.tensor(found.targets)
+    if train == test:
+        chosen = hold_out(len(paths), split)
+        paths, labels = [paths[i] for i in chosen.tolist()], labels[chosen]
+    images = FolderImages(paths, size, "L" if is_grey(train) else "RGB")
+    if not (math.prod(images.shape) > MEMORY if stream is None else stream):
+        images = images.read(torch.arange(len(paths)))
+    return Data(images, labels, tuple(found.classes))
 
 
-def hold_out(data, split):
-    """The split of data that come without one."""
-    order = torch.from_numpy(np.random.RandomState(0).permutation(len(data.images)))
-    chosen = order[(torch.arange(len(order)) % 6 == 0) == (split == "test")]
-    return Data(data.images[chosen], data.labels[chosen], data.classes)
+def has_folders(path):
+    return path.is_dir() and any(child.is_dir() for child in path.iterdir())
+
+
+@functools.lru_cache(maxsize=2)
+def is_grey(folder):
+    """Whether no image of a folder of folders has colour, as their heads tell."""
+    def grey(path):
+        with readable(path) as image:
+            return image.mode in GREY
+    return all(grey(path) for path, _ in torchvision.datasets.ImageFolder(folder).samples)
+
+
+def hold_out(count, split):
+    """Indices of a split of images that come without one: every sixth is held out."""
+    order = torch.from_numpy(np.random.RandomState(0).permutation(count))
+    return order[(torch.arange(count) % 6 == 0) == (split == "test")]
+
+
+def training_batches(data, start, cfg, parts, device):
+    """Yield x0 [B, C, H, W] and labels [B] for each part of each step from `start` on.
+
+    Images are those of batch_at(), whether in memory or streamed from a folder, in [-1, 1].
+    """
+    def indices(device):
+        for step in itertools.count(start):
+            index = batch_at(step, len(data.labels), cfg.batch, cfg.seed, device)
+            yield from (index[part] for part in parts)
+
+    images = data.batches(indices("cpu" if data.streams else device))
+    labels = map(data.labels.__getitem__, indices(device))
+    for step in itertools.count(start):
+        for part in parts:
+            x0 = to_float(next(images).to(device))
+            if data.flip:
+                draw = Draw(FLIP, cfg.seed, step, cfg.batch, (), device, part)
+                x0 = torch.where(draw.uniform().view(-1, 1, 1, 1) < 0.5, x0.flip(-1), x0)
+            yield x0, next(labels)
 
 
 def to_float(images):
-    """uint8 -> float32 in [-1, 1]."""
-    return images.float() / 127.5 - 1
+    """uint8 -> float32 in [-1, 1]; latents, which are float32, as they are."""
+    return images.float().div_(127.5).sub_(1) if images.dtype == torch.uint8 else images
 
 
 def to_uint8(images):
@@ -901,10 +1109,214 @@ def to_uint8(images):
     return (images * 127.5 + 128).clamp(0, 255).to(torch.uint8)
 
 
+# ---- latents: x0 is an image, or what an autoencoder makes of it -------------------------------
+
+class Pixels:
+    """The codec of models whose x0 is the image."""
+
+    def calibrate(self, images):
+        pass
+
+    def encode(self, images):
+        return images
+
+    def decode(self, x0):
+        return x0
+
+    def checkpoint(self):
+        return None
+
+
+class Autoencoder(nn.Module):
+    """The codec of latent diffusion: a variational autoencoder (Kingma and Welling 2014).
+
+    It is Rombach et al.'s of 2022 ("High-Resolution Image Synthesis with Latent Diffusion Models")
+    with its KL term, but without its perceptual and adversarial losses. An image [C, H, W] becomes
+    latent_channels values at each place of the last level, [c, h, w].
+
+    Raises ValueError if a level's resolution can't be halved or the channels can't be grouped.
+    """
+
+    def __init__(self, img_resolution, img_channels, latent_channels, model_channels, channel_mult,
+                 num_blocks):
+        super().__init__()
+        halved(img_resolution, channel_mult)
+        self.network = dict(img_resolution=img_resolution, img_channels=img_channels,
+                            latent_channels=latent_channels, model_channels=model_channels,
+                            channel_mult=channel_mult, num_blocks=num_blocks)
+        self.dtype = torch.float32
+        widths = [model_channels * mult for mult in channel_mult]
+        down, up = [nn.Conv2d(img_channels, widths[0], 3, padding=1)], []
+        for level, width in enumerate(widths):
+            if level > 0:
+                down += [nn.AvgPool2d(2), nn.Conv2d(widths[level - 1], width, 3, padding=1)]
+                up += [nn.Conv2d(width, widths[level - 1], 3, padding=1),
+                       nn.Upsample(scale_factor=2)]
+            down += [Residual(width) for _ in range(num_blocks)]
+            up += [Residual(width) for _ in range(num_blocks)]
+        self.encoder = nn.Sequential(*down, *read_out(widths[-1], 2 * latent_channels))
+        self.decoder = nn.Sequential(nn.Conv2d(latent_channels, widths[-1], 3, padding=1),
+                                     *reversed(up), *read_out(widths[0], img_channels))
+        # Of the latents of training images; so x0 has EDM's standard deviation, SIGMA_DATA.
+        self.register_buffer("mean", torch.zeros(latent_channels, 1, 1))
+        self.register_buffer("std", torch.full((latent_channels, 1, 1), SIGMA_DATA))
+        self.apply(initialise)
+
+    def posterior(self, images):
+        """images [B, C, H, W] in [-1, 1] -> mean and log of the variance of z, [B, c, h, w]"""
+        with self.autocast(images):
+            mean, log_variance = self.encoder(images).float().chunk(2, dim=1)
+        return mean, log_variance.clamp(-20, 10)
+
+    def forward(self, images, noise):
+        """images [B, C, H, W], noise [B, c, h, w] -> decoded images; KL per latent value, a scalar
+
+        The divergence is KL(N(mean, variance) || N(0, 1)), averaged over all values, in nats.
+        """
+        mean, log_variance = self.posterior(images)
+        kl = (mean.square() + log_variance.exp() - 1 - log_variance).mean() / 2
+        return self.decoded(mean + (log_variance / 2).exp() * noise), kl
+
+    def decoded(self, z):
+        with self.autocast(z):
+            return self.decoder(z).float()
+
+    def autocast(self, x):
+        return torch.autocast(x.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    @torch.no_grad()
+    def calibrate(self, images):
+        """Set mean and standard deviation, per channel, of the latents that encode() scales."""
+        z = self.posterior(images)[0]
+        self.mean.copy_(z.mean((0, 2, 3)).view_as(self.mean))
+        self.std.copy_(z.std((0, 2, 3)).view_as(self.std))
+
+    def encode(self, images):
+        """images [B, C, H, W] in [-1, 1] -> x0 [B, c, h, w]: the means, of deviation SIGMA_DATA"""
+        return (self.posterior(images)[0] - self.mean) / self.std * SIGMA_DATA
+
+    def decode(self, x0):
+        """x0 [B, c, h, w] -> images [B, C, H, W] in about [-1, 1]"""
+        return self.decoded(x0 / SIGMA_DATA * self.std + self.mean)
+
+    def reconstruct(self, images):
+        return self.decode(self.encode(images))
+
+    def checkpoint(self):
+        """What codec_of() makes it of, for the checkpoints of its teachers and generators."""
+        return dict(kind="autoencoder", network=self.network, model=self.state_dict())
+
+
+class Residual(nn.Module):
+    """x and what two convolutions make of it."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.layers = nn.Sequential(*read_out(channels, channels), *read_out(channels, channels))
+        scaled(self.layers[-1], 0.1)
+
+    def forward(self, x):
+        return x + self.layers(x)
+
+
+def read_out(c_in, c_out):
+    return group_norm(c_in), nn.SiLU(), nn.Conv2d(c_in, c_out, 3, padding=1)
+
+
+def latent_shape(network):
+    """(c, h, w) of an Autoencoder of these arguments."""
+    side = halved(network["img_resolution"], network["channel_mult"])
+    return network["latent_channels"], side, side
+
+
+class AutoencoderTask:
+    """What train() trains with --autoencoder; in all else like DiffusionTask."""
+
+    kind = "autoencoder"
+
+    def __init__(self, cfg, data, codec):
+        self.cfg, self.classes, self.stream = cfg, data.classes, AUTOENCODER
+        self.network = dict(img_resolution=data.shape[-1], img_channels=data.shape[0],
+                            latent_channels=cfg.latent_channels, model_channels=cfg.width,
+                            channel_mult=mults_of(cfg), num_blocks=cfg.blocks)
+        self.shape = latent_shape(self.network)
+
+    def model(self):
+        return Autoencoder(**self.network)
+
+    def facts(self):
+        return {}
+
+    def losses(self, autoencoder, x0, label, draw):
+        decoded, kl = autoencoder(x0, draw.normal())
+        error = (decoded - x0).square().mean()
+        return dict(loss=error + self.cfg.kl_weight * kl, squared_error=error, kl=kl)
+
+    @torch.no_grad()
+    def validate(self, autoencoder, x0, label):
+        """Figures: the loss, with fixed noise, and how near reconstructions without noise come."""
+        decoded, kl = autoencoder(x0, unit_noise(len(x0), self.shape, 0).to(x0.device))
+        loss = (decoded - x0).square().mean() + self.cfg.kl_weight * kl
+        return dict(validation_loss=loss.item(), psnr=psnr(autoencoder.reconstruct(x0), x0))
+
+    @torch.no_grad()
+    def picture(self, autoencoder, x0, label, path, rows=3, columns=10):
+        """Images above their reconstructions; and latents.png, where latents lie by class."""
+        shown = x0[:rows * columns]
+        pairs = torch.stack([shown, autoencoder.reconstruct(shown)]).unflatten(1, (rows, -1))
+        save_grid(to_uint8(pairs.transpose(0, 1).flatten(0, 1)), ("real", "decoded") * rows, path)
+        latents = autoencoder.encode(x0).flatten(1)
+        save_plane({"latent means": (latents, label)}, self.classes, path.with_name("latents.png"))
+
+
+def codec_of(autoencoder, device="cpu"):
+    """What turns images into x0 and back: a checkpoint's autoencoder or, for None, Pixels."""
+    return Pixels() if autoencoder is None else build(autoencoder, device)
+
+
+def psnr(images, originals):
+    """Peak signal-to-noise ratio of images in [-1, 1], in dB."""
+    return -10 * math.log10((images - originals).square().mean().item() / 4)
+
+
+@torch.no_grad()
+def encoded(data, codec, device):
+    """Data on a device, of a codec's x0: latents, with --flip those of the mirror images too."""
+    if isinstance(codec, Pixels):
+        return data.to(device)
+    latents, flips, parts = [], (False, True)[:1 + data.flip], len(data.labels) // 256 + 1
+    for flip in flips:
+        batches = data.batches(torch.arange(len(data.labels)).chunk(parts))
+        for images in tqdm(batches, "latents", parts, disable=True if rank() else None):
+            x0 = to_float(images.to(device))
+            latents.append(codec.encode(x0.flip(-1) if flip else x0))
+    labels = data.labels.repeat(len(flips)).to(device)
+    return Data(torch.cat(latents), labels, data.classes)
+
+
+def load_to_train(cfg, codec, device):
+    """The training data, as x0; x0 and labels of some held-out images; what checkpoints tell of it.
+
+    Raises ValueError if there are fewer training images than a batch.
+    """
+    data, held_out = (load_data(cfg.data, split, cfg.data_dir, cfg.size, cfg.stream)
+                      for split in ("train", "test"))
+    check_batch(cfg.batch, data, cfg.data)
+    facts = dict(name=cfg.data, data_dir=cfg.data_dir, size=cfg.size, shape=data.shape,
+                 classes=data.classes, flip=cfg.flip)
+    some = permutation(len(data.labels), 0, 0, "cpu")[:512]
+    if not cfg.resume:  # else the codec is calibrated already
+        codec.calibrate(to_float(data.images[some]).to(device))
+    some = torch.arange(min(512, len(held_out.labels)))
+    x0 = codec.encode(to_float(held_out.images[some]).to(device))
+    data = encoded(data._replace(flip=cfg.flip), codec, device)
+    return data, (x0, held_out.labels[some].to(device)), facts
+
+
 # ---- random numbers: no state to save, for every draw is made of its place in the run -----------
 
 # The independent streams of random numbers: whatever draws has its own.
-TEACHER, GENERATOR, ORDER, NOISE, FEATURES, SUBSET, TRAINED_STEP = range(7)
+TEACHER, GENERATOR, ORDER, NOISE, FEATURES, SUBSET, TRAINED_STEP, FLIP, AUTOENCODER = range(9)
 
 
 def seeded(stream, *key, device="cpu"):
@@ -938,8 +1350,8 @@ class Draw:
 
 def check_batch(batch, data, name):
     """Raises ValueError if a batch is more than a data set has."""
-    if batch > len(data.images):
-        raise ValueError(f"--batch {batch}: {name} has only {len(data.images)} images to train on; "
+    if batch > len(data.labels):
+        raise ValueError(f"--batch {batch}: {name} has only {len(data.labels)} images to train on; "
                          "give that many or fewer")
 
 
@@ -949,7 +1361,7 @@ def batch_at(step, count, batch, seed, device="cpu"):
     return permutation(count, seed, epoch, device)[position * batch:(position + 1) * batch]
 
 
-@functools.lru_cache(maxsize=2)  # of real images, and of DMD's pairs; copied to a GPU once
+@functools.lru_cache(maxsize=8)  # of real images, and of DMD's pairs; copied to a GPU once
 def permutation(count, seed, epoch, device):
     return torch.randperm(count, generator=seeded(ORDER, seed, epoch)).to(device)
 
@@ -1097,7 +1509,7 @@ def prepare(cfg, device, *denoisers):
         torch._dynamo.config.recompile_limit = 64  # with and without gradients, encoder only...
     for denoiser in denoisers:
         denoiser.dtype = dtype_of(cfg, device)
-        for layer in denoiser.net.modules():
+        for layer in denoiser.modules():
             if isinstance(layer, nn.Conv2d) and not layer.weight.requires_grad:
                 layer.to(denoiser.dtype)  # once, and not in every pass as autocast would
             if isinstance(layer, Block) and cfg.checkpointing:
@@ -1105,7 +1517,8 @@ def prepare(cfg, device, *denoisers):
                                                   preserve_rng_state=False)
         if compile != "off":
             mode = "reduce-overhead" if compile == "graphs" else None
-            denoiser.net.compile(dynamic=False, mode=mode)
+            for part in denoiser.children():  # the network, or an autoencoder's two
+                part.compile(dynamic=False, mode=mode)
 
 
 # ---- checkpoints --------------------------------------------------------------------------------
@@ -1124,20 +1537,25 @@ def save(checkpoint, path):
         temporary.unlink(missing_ok=True)
 
 
-def load(path, resume=False):
-    """Read a checkpoint of this project without executing anything from it.
+def load(path, resume=False, kind=None):
+    """Read a checkpoint of this project, if asked of a kind, executing nothing from it.
 
-    returns its dictionary: kind ("teacher" or "generator"), config, step, data (name, data_dir,
-    size, shape, classes), network (arguments of UNet), prediction, schedule, model (the EMA
-    weights); of a generator sigmas, figures, best, teacher_figures, teacher_sha256, and in
-    generator.pt fake_score; training (weights and optimizers) where --resume can go on from it
-    Raises ValueError if the file is missing, foreign or damaged, or can't be resumed from.
+    returns its dictionary: kind ("teacher", "generator", "autoencoder"), config, step, data (name,
+    data_dir, size, shape, classes, flip), network (arguments of UNet or Autoencoder), model (the
+    EMA weights); but for an autoencoder prediction, schedule, autoencoder (None, or one of kind,
+    network and model); of a generator sigmas, figures, best, teacher_figures, teacher_sha256, and
+    in generator.pt fake_score; training (weights and optimizers) where --resume can go on from it
+    Raises ValueError if the file is missing, foreign, damaged, of another kind, or can't be
+    resumed from.
     """
     if not Path(path).is_file():
         raise ValueError(f"{path}: no such checkpoint file; teacher.py and dmd2.py write them")
     checkpoint = read(path, fits)
     if checkpoint is None:
         raise ValueError(f"{path}: not a checkpoint of this project, or damaged")
+    if kind not in (None, checkpoint["kind"]):
+        raise ValueError(f"{path}: holds a checkpoint of kind {checkpoint['kind']}; needed is one "
+                         f"of kind {kind}")
     if resume and "training" not in checkpoint:
         raise ValueError(f"{path}: holds no optimizers to resume from; teacher.pt and last.pt do")
     return checkpoint
@@ -1158,19 +1576,37 @@ def read(path, fits):
 
 def fits(checkpoint):
     """Whether a dictionary has the fields that load() tells of, and these fit each other."""
-    data, network, count = checkpoint["data"], checkpoint["network"], len(checkpoint["model"])
+    kind, data, network = (checkpoint[name] for name in ("kind", "data", "network"))
     side, channels = network["img_resolution"], network["img_channels"]
-    mults, classes = network["channel_mult"], network["label_dim"]
-    sizes = [side, channels, network["model_channels"], network["num_blocks"], classes + 1, *mults]
-    sigmas = checkpoint["sigmas"] if checkpoint["kind"] == "generator" else [SIGMA_MAX]
-    return (checkpoint["kind"] in ("teacher", "generator") and checkpoint["step"] > 0
-            and all(type(size) is int and 0 < size < 2**16 for size in sizes)
-            and 0 < len(mults) * network["num_blocks"] <= count  # or building it could take long
-            and tuple(data["shape"]) == (channels, side, side)
-            and classes in (0, len(data["classes"])) and {"name", "size"} <= data.keys()
+    shape = channels, side, side
+    if not (fits_network(checkpoint) and checkpoint["step"] > 0
+            and isinstance(checkpoint["config"], dict) and {"name", "size", "flip"} <= data.keys()):
+        return False
+    if kind == "autoencoder":
+        return tuple(data["shape"]) == shape
+    autoencoder, classes = checkpoint["autoencoder"], network["label_dim"]
+    if autoencoder is not None:
+        if autoencoder["kind"] != "autoencoder" or not fits_network(autoencoder):
+            return False
+        images = autoencoder["network"]["img_channels"], autoencoder["network"]["img_resolution"]
+        if latent_shape(autoencoder["network"]) != shape:
+            return False
+        shape = *images, images[1]
+    sigmas = checkpoint["sigmas"] if kind == "generator" else [SIGMA_MAX]
+    return (kind in ("teacher", "generator") and tuple(data["shape"]) == shape
+            and classes in (0, len(data["classes"]))
             and len(sigmas) > 0 and all(SIGMA_MIN <= sigma <= SIGMA_MAX for sigma in sigmas)
-            and checkpoint["prediction"] in PREDICTIONS and checkpoint["schedule"] in SCHEDULES
-            and isinstance(checkpoint["config"], dict))
+            and checkpoint["prediction"] in PREDICTIONS and checkpoint["schedule"] in SCHEDULES)
+
+
+def fits_network(checkpoint):
+    """Whether a network has possible sizes, and weights enough for them to be true."""
+    network, mults = checkpoint["network"], checkpoint["network"]["channel_mult"]
+    sizes = [*mults, network.get("label_dim", 0) + 1, network.get("latent_channels", 1)]
+    sizes += [network[n] for n in ("img_resolution", "img_channels", "model_channels",
+                                   "num_blocks")]
+    return (all(type(size) is int and 0 < size < 2**16 for size in sizes)
+            and 0 < len(mults) * network["num_blocks"] <= len(checkpoint["model"]))
 
 
 def restore(parts, states, path):
@@ -1184,21 +1620,24 @@ def restore(parts, states, path):
 
 
 def build(checkpoint, device="cpu"):
-    """The denoiser of a checkpoint, in eval mode, without gradients.
+    """The denoiser or autoencoder of a checkpoint, in eval mode, without gradients.
 
     Raises ValueError if the weights don't fit the network or are not finite.
     """
     damaged = f"damaged checkpoint of a {checkpoint['kind']}: its weights"
     try:
         with torch.device("meta"):  # which takes no memory before the weights are known to fit
-            denoiser = Denoiser(UNet(**checkpoint["network"]), checkpoint["prediction"])
-        denoiser.load_state_dict(checkpoint["model"], assign=True)
+            if checkpoint["kind"] == "autoencoder":
+                model = Autoencoder(**checkpoint["network"])
+            else:
+                model = Denoiser(UNet(**checkpoint["network"]), checkpoint["prediction"])
+        model.load_state_dict(checkpoint["model"], assign=True)
     except (RuntimeError, TypeError, LookupError, AttributeError, ValueError) as error:
         raise ValueError(f"{damaged} don't fit its network") from error
     if not all(weight.dtype == torch.float32 and weight.isfinite().all()
-               for weight in denoiser.parameters()):
+               for weight in model.state_dict().values()):
         raise ValueError(f"{damaged} are not finite float32")
-    return place(frozen(denoiser), device)
+    return place(frozen(model), device)
 
 
 @on_rank_0
@@ -1211,7 +1650,8 @@ def make_run_folder(cfg):
     out = Path(cfg.out)
     out.mkdir(parents=True, exist_ok=True)
     if not (cfg.resume or cfg.profile):
-        stale = [path for pattern in ("teacher.pt", "generator.pt", "last.pt", "samples_*.png")
+        stale = [path for pattern in ("autoencoder.pt", "teacher.pt", "generator.pt",
+                                                "last.pt", "samples_*.png", "latents.png")
                  for path in out.glob(pattern)]
         if stale:
             print(f"replacing the run that was in {out}", file=sys.stderr)
@@ -1318,14 +1758,21 @@ def plot_log(path):
     lines = read_log(path)
     names = {name for line in lines for name in line} - {"step"}
     teachers = {name: line[name] for line in lines for name in line if name.startswith("teacher_")}
-    first = ["frechet_distance", "recall", "precision", "accuracy", "validation_loss", "loss"]
-    names = [name for name in first if name in names] + sorted(names - set(first) - teachers.keys())
+    first = ["frechet_distance", "recall", "precision", "accuracy", "loss"]
+    names -= {"validation_loss", *teachers}  # which are drawn with loss, and beside the others
+    names = [name for name in first if name in names] + sorted(names - set(first))
     columns, rows = min(len(names), 3), math.ceil(len(names) / 3)
     figure = Figure(figsize=(4 * columns, 2.6 * rows), layout="constrained")
     for i, name in enumerate(names):
         panel = figure.add_subplot(rows, columns, i + 1, title=name, xlabel="step")
         steps, values = zip(*[(line["step"], line[name]) for line in lines if name in line])
         panel.plot(steps, values, marker="." if len(steps) < 30 else None, linewidth=1)
+        other = [(line["step"], line["validation_loss"]) for line in lines
+                 if name == "loss" and "validation_loss" in line]
+        if other:
+            panel.lines[0].set_label("training")
+            panel.plot(*zip(*other), marker=".", linewidth=1, label="validation")
+            panel.legend()
         if f"teacher_{name}" in teachers:
             panel.axhline(teachers[f"teacher_{name}"], ls="--", color="gray", label="teacher")
             panel.legend()
@@ -1438,7 +1885,7 @@ def device_name(device):
     return torch.cuda.get_device_name() if device.type == "cuda" else f"{device.type}, {threads}"
 
 
-# ---- pictures: samples in a grid ----------------------------------------------------------------
+# ---- pictures -----------------------------------------------------------------------------------
 
 @on_rank_0
 def save_grid(rows, names, path, titles=()):
@@ -1464,12 +1911,43 @@ def save_grid(rows, names, path, titles=()):
     sheet.save(path)
 
 
+@on_rank_0
+def save_plane(groups, classes, path, umap=False):
+    """Draw features as dots in one plane, a colour per class: of PCA, or if asked of UMAP.
+
+    groups  by name: features [N, D] and labels [N]; the plane is of all of them
+
+    UMAP (McInnes et al. 2018) needs umap-learn; without it, the plane is PCA's.
+    """
+    features = torch.cat([features for features, _ in groups.values()]).double().cpu()
+    if umap and importlib.util.find_spec("umap"):
+        from umap import UMAP
+        kind, points = "UMAP", UMAP(random_state=0, n_jobs=1).fit_transform(features.numpy())
+    else:
+        features = features - features.mean(0)
+        axes = torch.linalg.eigh(features.T @ features).eigenvectors[:, -2:].flip(1)
+        kind, points = "PCA", (features @ axes).numpy()
+    figure = Figure(figsize=(0.6 + 4.4 * len(groups), 4.4), layout="constrained")
+    panels = figure.subplots(1, len(groups), sharex=True, sharey=True, squeeze=False)[0]
+    start = 0
+    for panel, (name, (_, label)) in zip(panels, groups.items()):
+        part, start = points[start:start + len(label)], start + len(label)
+        for c in label.unique().tolist():
+            x, y = part[(label == c).cpu().numpy()].T
+            panel.scatter(x, y, 3, f"C{c}", label=classes[c])
+        panel.set(title=f"{name} ({kind})", xticks=[], yticks=[])
+    panels[-1].legend(loc="center left", bbox_to_anchor=(1, 0.5), markerscale=3)
+    figure.savefig(path, dpi=90)
+
+
 # ---- main ---------------------------------------------------------------------------------------
 
 def main(argv=None):
     cfg = parse(Config, argv, __doc__)
     path = train(cfg)
-    if not cfg.profile:
+    if cfg.autoencoder and not cfg.profile:
+        tell(f"autoencoder: {path}\nnext: python teacher.py --latent {path}")
+    elif not cfg.profile:
         tell(f"teacher: {path}\n"
              f"next: python sample.py {path}   or   python dmd2.py --teacher {path}")
 

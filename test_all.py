@@ -5,12 +5,14 @@ Wherever it can, a closed-form denoiser stands in for the network: that of data 
 
 import ast
 import copy
+import ctypes
 import hashlib
 import inspect
 import json
 import math
 import os
 import pickle
+import platform
 import re
 import shlex
 import shutil
@@ -727,6 +729,335 @@ def test_an_epoch_shows_every_image_once():
     indices = torch.cat([teacher.batch_at(step, 100, 20, seed=0) for step in range(5)])
     assert sorted(indices.tolist()) == list(range(100))
     assert not torch.equal(teacher.batch_at(5, 100, 20, 0), indices[:20])
+
+
+# ---- latents ------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="session")
+def latent(tiny):
+    """A folder with a tiny autoencoder of the digits, a teacher of its latents and a generator."""
+    folder = tiny / "latent"
+    teacher.main([*TINY, "--autoencoder", "--mults", "1,2", "--out", f"{folder}/autoencoder"])
+    teacher.main([*TINY, "--latent", f"{folder}/autoencoder/autoencoder.pt", "--out",
+                  f"{folder}/teacher"])
+    shutil.move(folder / "autoencoder", folder / "moved")  # what comes after can do without
+    dmd2.main([*TINY_DMD, "--teacher", f"{folder}/teacher/teacher.pt", "--out", f"{folder}/dmd2"])
+    export.main([f"{folder}/dmd2/generator.pt"])
+    return folder
+
+
+def random_autoencoder(**options):
+    torch.manual_seed(0)
+    sizes = dict(img_resolution=8, img_channels=1, latent_channels=3, model_channels=8,
+                 channel_mult=(1, 2), num_blocks=1)
+    return teacher.Autoencoder(**{**sizes, **options})
+
+
+def test_autoencoder_halves_each_level_and_gives_x0_the_deviation_of_edm():
+    autoencoder = random_autoencoder(img_resolution=28, img_channels=3, channel_mult=(1, 2, 2))
+    images = torch.rand(64, 3, 28, 28) * 2 - 1
+    before = autoencoder.reconstruct(images)
+    autoencoder.calibrate(images)
+    x0 = autoencoder.encode(images)
+    assert x0.shape[1:] == (3, 7, 7) == teacher.latent_shape(autoencoder.network)
+    torch.testing.assert_close(x0.mean((0, 2, 3)), torch.zeros(3), rtol=0, atol=1e-5)
+    torch.testing.assert_close(x0.std((0, 2, 3)), torch.full((3,), teacher.SIGMA_DATA))
+    torch.testing.assert_close(autoencoder.reconstruct(images), before)  # no matter the scale
+    assert before.shape == images.shape
+
+
+def test_kl_is_that_of_normal_distributions_and_noise_is_of_the_posterior_s_deviation():
+    autoencoder, images = random_autoencoder(), torch.rand(4, 1, 8, 8) * 2 - 1
+    mean, log_variance = autoencoder.posterior(images)
+    posterior = torch.distributions.Normal(mean, (log_variance / 2).exp())
+    noise = torch.randn_like(mean)
+    decoded, kl = autoencoder(images, noise)
+    normal = torch.distributions.Normal(torch.zeros(()), torch.ones(()))
+    expected = torch.distributions.kl_divergence(posterior, normal).mean()
+    torch.testing.assert_close(kl, expected)
+    z = posterior.loc + posterior.scale * noise
+    torch.testing.assert_close(decoded, autoencoder.decoded(z))
+
+
+def test_autoencoder_learns_to_reconstruct_held_out_digits(tmp_path):
+    teacher.main(["--autoencoder", "--mults", "1,2", "--steps", "100", "--warmup", "20", "--batch",
+                  "64", "--sample-every", "50", "--log-every", "25", "--out", str(tmp_path)])
+    lines = log_of(tmp_path)
+    held_out = teacher.to_float(teacher.load_data("digits", "test").images)
+    mean_image = held_out.mean(0, keepdim=True).expand_as(held_out)
+    assert lines[-1]["psnr"] > 1 + teacher.psnr(mean_image, held_out)
+    assert lines[-1]["psnr"] > [line["psnr"] for line in lines if "psnr" in line][0]
+    assert {p.name for p in tmp_path.iterdir()} == {
+        "autoencoder.pt", "config.json", "latents.png", "log.jsonl", "loss.png",
+        "samples_000050.png", "samples_000100.png"}
+
+
+def test_generator_of_latents_gives_images_wherever_it_goes(latent, tmp_path, capsys):
+    generator = sample.load_sampler(str(latent / "dmd2" / "generator.pt"))
+    exported = sample.load_sampler(str(latent / "dmd2" / "generator.onnx"))
+    assert generator.shape == exported.shape == (4, 4, 4)
+    label = torch.arange(10)
+    images = sample.generate(generator, label, seed=0)
+    assert images.shape == (10, 1, 8, 8)
+    difference = images.int() - sample.generate(exported, label, seed=0).int()
+    assert difference.abs().max() <= 1
+    codec = teacher.codec_of(teacher.load(latent / "dmd2" / "generator.pt")["autoencoder"])
+    x0 = generator.x0(teacher.fresh_noise(10, (4, 4, 4), 0), label)
+    torch.testing.assert_close(generator.images(teacher.fresh_noise(10, (4, 4, 4), 0), label),
+                               codec.decode(x0))
+    teachers = str(latent / "teacher" / "teacher.pt")
+    sample.main([teachers, "--evaluate", "--n", "100", "--seeds", "1"])
+    assert "1497 training images of digits" in capsys.readouterr().out
+    sample.main([str(latent / "dmd2" / "generator.pt"), "--beside", teachers, "--out",
+                 str(tmp_path / "beside.png")])
+
+
+def test_discriminator_s_real_x0_are_latents_by_the_autoencoder_that_travels(latent):
+    parent = teacher.load(latent / "teacher" / "teacher.pt")
+    cfg = types.SimpleNamespace(gan_weight=1, backward_simulation=True, batch=16, seed=0,
+                                data_dir=None, stream=None, resume=None)
+    cpu = torch.device("cpu")
+    x0, label = next(dmd2.real_batches(cfg, parent, [slice(None)], cpu))
+    data = teacher.load_data("digits", "train")
+    index = teacher.batch_at(0, 1497, 16, 0)
+    expected = teacher.codec_of(parent["autoencoder"]).encode(teacher.to_float(data.images[index]))
+    torch.testing.assert_close(x0, expected)
+    assert torch.equal(label, data.labels[index])
+
+
+def test_evaluation_of_an_autoencoder_is_of_its_reconstructions(latent, capsys):
+    path = str(latent / "moved" / "autoencoder.pt")
+    sample.main([path, "--evaluate"])
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    held_out = teacher.load_data("digits", "test")
+    codec = teacher.build(teacher.load(path))
+    decoded = teacher.to_uint8(codec.reconstruct(teacher.to_float(held_out.images)))
+    reference = sample.load_reference(teacher.load(path)["data"])
+    figures = sample.evaluate(decoded, held_out.labels, reference)
+    assert result["mean"] == pytest.approx(figures) and result["protocol"].startswith("300 recon")
+    assert result["psnr"] == pytest.approx(teacher.psnr(teacher.to_float(decoded),
+                                                        teacher.to_float(held_out.images)))
+
+
+# ---- folders of images --------------------------------------------------------------------------
+
+def photographs(folder, count=6, classes=("cats", "dogs"), mode="RGB", suffix="png"):
+    """A folder of folders of images of odd sizes, all different; returns its path as a string."""
+    rng = np.random.default_rng(0)
+    for i, name in enumerate(classes):
+        (folder / name).mkdir(parents=True)
+        for j in range(count):
+            shape = (30 + 3 * j % 11, 25 + 7 * i + j % 13) + (3,) * (mode == "RGB")
+            pixels = rng.integers(0, 256, shape, np.uint8)
+            Image.fromarray(pixels, mode).save(folder / name / f"{j}.{suffix}")
+    return str(folder)
+
+
+@pytest.mark.parametrize("modes, shape", [
+    (("RGB", "RGB"), (3, 16, 16)), (("L", "L"), (1, 16, 16)), (("L", "RGB"), (3, 16, 16))])
+def test_folder_is_grey_where_all_of_its_images_are(modes, shape, tmp_path):
+    for name, mode in zip(("cats", "dogs"), modes):
+        photographs(tmp_path, classes=(name,), mode=mode)
+    assert teacher.load_data(str(tmp_path), "train", size=16).shape == shape
+
+
+def test_images_are_turned_as_exif_says_and_cropped_in_the_middle(tmp_path):
+    pixels = np.zeros((10, 30, 3), np.uint8)
+    pixels[:, 10:20] = [[255, 0, 0]] * 10  # the middle, red, its upper half brighter
+    pixels[:5, 10:20, 1] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 3  # upside down
+    (tmp_path / "a").mkdir()
+    for i in range(2):
+        Image.fromarray(pixels).save(tmp_path / "a" / f"{i}.png", exif=exif)
+    images = teacher.load_data(str(tmp_path), "train", size=10).images
+    assert (images[:, 0] == 255).all() and (images[:, 1, 5:] == 255).all()
+    assert (images[:, 1, :5] == 0).all()
+
+
+@pytest.mark.parametrize("name", ["test", "val"])
+def test_folder_of_splits_is_read_as_such(name, tmp_path):
+    photographs(tmp_path / "train", count=5)
+    photographs(tmp_path / name, count=2)
+    train, test = (teacher.load_data(str(tmp_path), split, size=8) for split in ("train", "test"))
+    assert (len(train.labels), len(test.labels)) == (10, 4) and train.classes == ("cats", "dogs")
+    shutil.rmtree(tmp_path / name / "cats")
+    teacher.load_folder.cache_clear()
+    with pytest.raises(ValueError, match=f"its train and {name} have other classes"):
+        teacher.load_data(str(tmp_path), "test", size=8)
+
+
+@pytest.mark.parametrize("side, mults", [(28, (1, 2, 2)), (32, (1, 2, 2, 2)), (20, (1, 2, 2)),
+                                         (64, (1, 1, 1)), (30, (1, 2)), (15, (1,))])
+def test_networks_take_every_side_that_they_can_halve(side, mults):
+    net = teacher.UNet(side, 3, 2, 8, mults, 1, ())
+    out, _ = net(torch.randn(1, 3, side, side), torch.zeros(1), torch.zeros(1, dtype=torch.long))
+    autoencoder = random_autoencoder(img_resolution=side, channel_mult=mults)
+    assert out.shape[2:] == (side, side)
+    assert autoencoder.reconstruct(torch.rand(1, 1, side, side)).shape == (1, 1, side, side)
+
+
+def test_sides_that_work_are_named(capsys, tmp_path):
+    line = fails(teacher.main, ["--data", photographs(tmp_path), "--size", "30"], capsys)
+    assert "a multiple of 4, such as 28 or 32" in line and "fewer --mults" in line
+
+
+def test_streamed_folder_gives_the_batches_of_one_in_memory(tmp_path):
+    folder = photographs(tmp_path, count=120)  # enough for reading by other processes
+    cfg = types.SimpleNamespace(batch=40, seed=3)
+    parts, found = [slice(0, 15), slice(15, 40)], []
+    for stream in (False, True):
+        data = teacher.load_data(folder, "train", size=12, stream=stream)._replace(flip=True)
+        assert isinstance(data.images, teacher.FolderImages) == stream
+        batches = teacher.training_batches(data, 3, cfg, parts, torch.device("cpu"))
+        found.append([next(batches) for _ in range(12)])  # past the epoch's 5 steps
+    assert equal(*found)
+    assert found[0][0][0].shape == (15, 3, 12, 12) and found[0][1][0].shape == (25, 3, 12, 12)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc and /proc")
+def test_streaming_keeps_memory_flat(tmp_path):
+    """Of 1,000 images, which would take 0.8 GB, 200 are read."""
+    folder = photographs(tmp_path, count=600, suffix="jpg")
+    data = teacher.load_data(folder, "train", size=512, stream=True)
+    cfg = types.SimpleNamespace(batch=4, seed=0)
+    batches = teacher.training_batches(data, 0, cfg, [slice(0, 4)], torch.device("cpu"))
+    resident = []
+    for _ in range(5):
+        for _ in range(10):
+            next(batches)
+        ctypes.CDLL(None).malloc_trim(0)  # gives back what is free, which glibc may keep
+        resident.append(4096 * int(Path("/proc/self/statm").read_text().split()[1]))
+    assert math.prod(data.images.shape) > 7e8 and max(resident) - resident[0] < 2e7
+
+
+def test_large_folder_streams_by_itself(tmp_path, monkeypatch):
+    folder = photographs(tmp_path)
+    monkeypatch.setattr(teacher, "MEMORY", 10 * 3 * 16 * 16 - 1)
+    data = teacher.load_data(folder, "train", size=16)
+    assert isinstance(data.images, teacher.FolderImages)
+    some = data.in_memory()
+    assert some.images.shape == (9, 3, 16, 16) and len(some.labels) == 9
+    assert isinstance(teacher.load_data(folder, "test", size=16).images, torch.Tensor)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("count", [3, 70])  # by this process, by others
+def test_damaged_image_is_named_in_one_line(count, stream, tmp_path):
+    folder = photographs(tmp_path, count=count)
+    path = tmp_path / "dogs" / "1.png"
+    path.write_bytes(path.read_bytes()[:-200])
+    with pytest.raises(ValueError, match=r"dogs/1.png: not a readable image \(.*\); mend or") as e:
+        for split in ("train", "test"):  # it is in one of them
+            data = teacher.load_data(folder, split, size=8, stream=stream)
+            data = data.images.read(torch.arange(len(data.labels))) if stream else data
+    assert "Traceback" not in str(e.value)
+
+
+def test_half_of_the_images_are_mirrored_alike_each_time():
+    data = teacher.load_data("digits", "train")
+    cfg, all_of = types.SimpleNamespace(batch=500, seed=0), [slice(None)]
+    (plain, label), (some, same), (again, _) = (
+        next(teacher.training_batches(data._replace(flip=flip), 0, cfg, all_of,
+                                      torch.device("cpu"))) for flip in (False, True, True))
+    mirrored = (some == plain.flip(-1)).flatten(1).all(1)
+    assert torch.equal(some[~mirrored], plain[~mirrored]) and 200 < mirrored.sum() < 300
+    assert torch.equal(label, same) and torch.equal(some, again)
+
+
+def test_mirror_images_have_latents_of_their_own():
+    data, codec = teacher.load_data("digits", "test")._replace(flip=True), random_autoencoder()
+    latents = teacher.encoded(data, codec, torch.device("cpu"))
+    mirrored = codec.encode(teacher.to_float(data.images).flip(-1))
+    torch.testing.assert_close(latents.images[300:], mirrored.detach())
+    assert torch.equal(latents.labels[:300], latents.labels[300:]) and not latents.flip
+
+
+def test_folder_that_changed_is_refused(tmp_path, capsys):
+    folder = photographs(tmp_path / "data", mode="L")
+    teacher.main([*TINY, "--data", folder, "--size", "8", "--mults", "1,2", "--blocks", "1",
+                  "--batch", "8", "--out", str(tmp_path / "run")])
+    Image.new("RGB", (9, 9)).save(tmp_path / "data" / "cats" / "9.png")
+    teacher.load_folder.cache_clear()
+    teacher.is_grey.cache_clear()
+    capsys.readouterr()
+    line = fails(dmd2.main, ["--teacher", str(tmp_path / "run" / "teacher.pt"), "--out",
+                             str(tmp_path / "dmd2")], capsys)
+    assert "images (3, 8, 8) now; the checkpoint was trained on 2 of (1, 8, 8)" in line
+
+
+# ---- pictures -----------------------------------------------------------------------------------
+
+def test_trajectory_shows_what_the_denoiser_is_given_and_says(tiny_teacher, tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr(sample, "save_grid", lambda *args: shown.append(args))
+    sample.main([tiny_teacher, "--trajectory", "--labels", "3,7", "--sampler", "euler",
+                 "--steps", "4", "--out", str(tmp_path / "strip.png")])
+    rows, names, _, titles = shown[0]
+    assert rows.shape == (4, 4, 1, 8, 8) and names == ["3", "estimate", "7", "estimate"]
+    assert titles[0] == "80" and titles[-1] == "0.002"
+    cfg = sample.Config(checkpoint=tiny_teacher, sampler="euler", steps=4)
+    images = sample.generate(sample.load_sampler(tiny_teacher, cfg=cfg), torch.tensor([3, 7]), 0)
+    assert (rows[1::2, -1].int() - images.int()).abs().max() <= 1  # the last estimate is the image
+    noise = teacher.unit_noise(2, (1, 8, 8), 0)
+    assert torch.equal(rows[0::2, 0], teacher.to_uint8(80 * noise / 81))
+
+
+def test_slerp_goes_from_noise_to_noise_and_keeps_their_variance():
+    a, b = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    torch.testing.assert_close(sample.slerp(a, b, 0.0), a)
+    torch.testing.assert_close(sample.slerp(a, b, 1.0), b)
+    assert sample.slerp(a, b, 0.5).std().item() == pytest.approx(1, abs=0.03)
+    assert ((a + b) / 2).std().item() < 0.75
+
+
+def test_interpolation_s_ends_are_the_images_of_its_noises(tiny_generator, tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr(sample, "save_grid", lambda *args: shown.append(args))
+    sample.main([tiny_generator, "--interpolate", "--labels", "3,7", "--out", "x.png"])
+    rows, names, _ = shown[0]
+    assert rows.shape == (2, 10, 1, 8, 8) and names == ["3", "7"]
+    sampler = sample.load_sampler(tiny_generator)
+    images = sample.generate(sampler, torch.tensor([3, 7, 3, 7]), 0)
+    ends = torch.cat([rows[:, 0], rows[:, -1]])
+    assert (ends.int() - images.int()).abs().max() <= 1
+
+
+def test_plane_of_pca_shows_the_widest_directions(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(teacher.Figure, "savefig", lambda figure, *args, **_: drawn.append(figure))
+    rng = torch.Generator().manual_seed(0)
+    features = torch.randn(500, 5, generator=rng) * torch.tensor([0.1, 9.0, 0.1, 3.0, 0.1])
+    label = torch.arange(500) % 2
+    teacher.save_plane({"a": (features[:250], label[:250]), "b": (features[250:], label[250:])},
+                       ("x", "y"), tmp_path / "plane.png")
+    panels = drawn[0].axes
+    points = np.concatenate([np.concatenate([s.get_offsets() for s in panel.collections])
+                             for panel in panels])
+    assert [panel.get_title() for panel in panels] == ["a (PCA)", "b (PCA)"]
+    assert [len(panel.collections) for panel in panels] == [2, 2]
+    assert points.std(0).tolist() == pytest.approx([9, 3], rel=0.1)
+
+
+def test_map_is_of_as_many_real_images_as_generated_ones(tiny_generator, monkeypatch, capsys):
+    drawn = []
+    monkeypatch.setattr(sample, "save_plane", lambda *args, **options: drawn.append(args))
+    sample.main([tiny_generator, "--map", "--n", "120", "--out", "map.png"])
+    (groups, classes, path), = drawn
+    (real, label), (made, asked) = groups.values()
+    assert real.shape == made.shape == (120, sample.DIMENSIONS) and torch.equal(label, asked)
+    assert list(groups) == ["real", "generator, 1 step"] and classes == tuple("0123456789")
+
+
+def test_training_and_validation_loss_share_a_panel(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(teacher.Figure, "savefig", lambda figure, *args, **_: drawn.append(figure))
+    lines = [dict(step=1, loss=2.0), dict(step=2, loss=1.0), dict(step=2, validation_loss=1.5)]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    teacher.plot_log(tmp_path / "log.jsonl")
+    panel, = drawn[0].axes
+    assert [line.get_label() for line in panel.lines] == ["training", "validation"]
+    assert panel.lines[1].get_ydata().tolist() == [1.5]
 
 
 # ---- every kind of teacher, from training to images ---------------------------------------------
@@ -1584,7 +1915,12 @@ def test_weights_that_do_not_fit_or_are_not_finite_are_refused(tiny_generator):
     dict(kind="other"), dict(data=None), dict(sigmas=[]), dict(network={}), dict(model={}),
     dict(prediction="w"), dict(config=None), dict(schedule="w"), dict(step=-1),
     dict(sigmas=[math.nan]),
-    dict(data=dict(name="digits", size=32, shape=(1, 16, 16), classes=tuple("0123456789")))])
+    dict(data=dict(name="digits", size=None, shape=(1, 16, 16), classes=tuple("0123456789"),
+                   flip=False)),
+    dict(autoencoder={}), dict(autoencoder=dict(kind="autoencoder", network={}, model={})),
+    dict(autoencoder=dict(kind="autoencoder", model={f"{i}": torch.zeros(1) for i in range(9)},
+                          network=dict(img_resolution=8, img_channels=1, latent_channels=4,
+                                       model_channels=8, channel_mult=(1, 2), num_blocks=1)))])
 def test_checkpoint_whose_fields_do_not_fit_is_refused(change, tiny_generator, tmp_path):
     torch.save(dict(teacher.load(tiny_generator), **change), tmp_path / "changed.pt")
     with pytest.raises(ValueError, match="changed.pt: not a checkpoint of this project"):
@@ -1612,10 +1948,19 @@ def test_log_that_was_not_written_whole_does_not_stop_a_resume(tiny_teacher, tmp
     (teacher, TINY, "teacher.pt"), (dmd2, TINY_DMD, "last.pt"),
     (teacher, [*TINY, "--dtype", "float16", "--decay-after", "3"], "teacher.pt"),
     (dmd2, [*TINY_DMD, "--gan-weight", "1", "--student-steps", "4"], "last.pt"),
-    (dmd2, [*TINY_DMD, "--regression-weight", "1", "--pairs", "40"], "last.pt")])
-def test_resumed_run_is_the_uninterrupted_one_bit_for_bit(script, flags, name, tiny_teacher,
+    (dmd2, [*TINY_DMD, "--regression-weight", "1", "--pairs", "40"], "last.pt"),
+    (teacher, [*TINY, "--autoencoder", "--mults", "1,2", "--flip"], "autoencoder.pt"),
+    (teacher, [*TINY, "--latent", "AUTOENCODER", "--flip"], "teacher.pt"),
+    (teacher, [*TINY, "--data", "FOLDER", "--size", "8", "--stream", "--flip"], "teacher.pt"),
+    (dmd2, [*TINY_DMD, "--teacher", "LATENT_TEACHER", "--evaluate-every", "1"], "last.pt")])
+def test_resumed_run_is_the_uninterrupted_one_bit_for_bit(script, flags, name, tiny_teacher, latent,
                                                           tmp_path):
-    if script is dmd2:
+    paths = dict(AUTOENCODER=latent / "moved" / "autoencoder.pt", FOLDER=tmp_path / "photos",
+                 LATENT_TEACHER=latent / "teacher" / "teacher.pt")
+    if "FOLDER" in flags:
+        photographs(tmp_path / "photos", count=60)
+    flags = [str(paths.get(word, word)) for word in flags]
+    if script is dmd2 and "--teacher" not in flags:
         flags = [*flags, "--teacher", tiny_teacher, "--evaluate-every", "1"]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     script.main([*flags, "--steps", "7", "--out", str(whole)])
@@ -1908,6 +2253,22 @@ def fails(main, argv, capsys):
     (dmd2.main, "--resume TEACHER", "holds a teacher of another script"),
     (dmd2.main, "--resume LAST", "--steps 4: "),
     (dmd2.main, "--resume LAST --steps 8 --out x", "goes on in its own folder"),
+    (teacher.main, "--autoencoder --schedule cosine", "--schedule cosine: is for teachers"),
+    (teacher.main, "--kl-weight 1", "--kl-weight 1.0: is for --autoencoder; leave it out"),
+    (teacher.main, "--latent TEACHER", "of kind teacher; needed is one of kind autoencoder"),
+    (teacher.main, "--latent AUTOENCODER --data mnist", "trained on digits, digits; leave it out"),
+    (teacher.main, "--latent AUTOENCODER --autoencoder", "leave out --autoencoder"),
+    (teacher.main, "--latent AUTOENCODER --mults 1,2,2,2", "side 4: the network's 4 levels"),
+    (teacher.main, "--size 32", "--size 32: is for folders of images"),
+    (teacher.main, "--autoencoder --data fashion --stream", "--stream True: is for folders"),
+    (sample.main, "AUTOENCODER", "holds an autoencoder; a teacher of its latents"),
+    (dmd2.main, "--teacher AUTOENCODER", "holds an autoencoder; a teacher of its latents"),
+    (export.main, "AUTOENCODER", "holds an autoencoder; a teacher of its latents"),
+    (teacher.main, "--resume GENERATOR", "holds no optimizers"),
+    (sample.main, "TEACHER --map --interpolate", "are different things; give one of them"),
+    (sample.main, "TEACHER --map --labels 3", "leave out --labels"),
+    (sample.main, "TEACHER --trajectory --out x.npz", "must end in .png"),
+    (sample.main, "ONNX --trajectory", "an ONNX file tells its images only"),
     (sample.main, "", "no checkpoint given"),
     (sample.main, "nowhere.pt", "nowhere.pt: no such checkpoint"),
     (sample.main, "nowhere.onnx", "nowhere.onnx: no such file"),
@@ -1948,8 +2309,8 @@ def fails(main, argv, capsys):
     (export.main, "GENERATOR --out /dev/null/x.onnx", "/dev/null"),
 ])
 def test_mistake_of_the_user_is_one_line_and_status_2(main, argv, says, tiny, tiny_teacher,
-                                                      tiny_generator, tmp_path, monkeypatch,
-                                                      capsys):
+                                                      tiny_generator, latent, tmp_path,
+                                                      monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     torch.save({"weights": torch.zeros(3)}, tmp_path / "foreign.pt")
     (tiny / "plain.pkl").write_bytes(pickle.dumps("text"))
@@ -1957,7 +2318,8 @@ def test_mistake_of_the_user_is_one_line_and_status_2(main, argv, says, tiny, ti
                  TEACHER=tiny_teacher, GENERATOR=tiny_generator,
                  LAST=str(tiny / "dmd2" / "last.pt"), README=str(ROOT / "README.md"),
                  FOREIGN=str(tmp_path / "foreign.pt"), FOLDER=str(tiny / "dmd2"),
-                 TEACHER_S=str(tiny / "teacher"),
+                 TEACHER_S=str(tiny / "teacher"), ONNX=str(tiny / "dmd2" / "generator.onnx"),
+                 AUTOENCODER=str(latent / "moved" / "autoencoder.pt"),
                  NO_NULL=str(tiny / "no_null.pt"), OTHER=str(tiny / "other.pt"))
     checkpoint = teacher.load(tiny_teacher)
     checkpoint["config"]["label_dropout"] = 0.0
