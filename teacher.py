@@ -13,8 +13,8 @@ After this file a diffusion model, of whatever dialect, is a function and no mor
 The first half is diffusion, in the terms of EDM (Karras et al. 2022, "Elucidating the Design Space
 of Diffusion-Based Generative Models"): noise levels, denoiser and loss, sampling, the training
 loop, the networks. The second half is what any training script needs, and the others import from
-here: options, several GPUs, data, random numbers, optimisation, checkpoints, logging, --profile,
-pictures.
+here: options, several GPUs, data, latents (an autoencoder, for x0 may be what it makes of an
+image), random numbers, optimisation, checkpoints, logging, --profile, pictures.
 """
 
 import argparse
@@ -60,21 +60,18 @@ GREY = {"1", "L", "LA", "La", "I", "I;16", "F"}  # PIL's modes of images without
 
 # What of teacher.py depends on the data: it fills the options that were not given.
 RECIPES = {
-    "digits": dict(width=32, mults="1,2", blocks=1, batch=128, steps=1200, lr=2e-3, ema=0.99,
-                   flip=False),
-    "mnist": dict(width=32, mults="1,2,2", blocks=2, batch=256, steps=20000, lr=1e-3, ema=0.999,
-                  flip=False),
+    "digits": dict(width=32, mults="1,2", blocks=1, batch=128, steps=1200, lr=2e-3, ema=0.99),
+    "mnist": dict(width=32, mults="1,2,2", blocks=2, batch=256, steps=20000, lr=1e-3, ema=0.999),
     "cifar10": dict(width=96, mults="1,2,2", blocks=3, batch=256, steps=100000, lr=5e-4, ema=0.999,
                     flip=True),
-    "folder": dict(width=64, mults="1,2,2", blocks=2, batch=64, steps=20000, lr=5e-4, ema=0.999,
-                   flip=False),
+    "folder": dict(width=64, mults="1,2,2", blocks=2, batch=64, steps=20000, lr=5e-4, ema=0.999),
+    # Of any data: an autoencoder, and a teacher of its latents.
+    "autoencoder": dict(width=16, mults="1,2,4", blocks=1, batch=128, steps=1500, lr=2e-3, ema=0.99,
+                        decay_after=900),
+    "latents": dict(width=64, blocks=2, batch=128, steps=5000, lr=1e-3, ema=0.999,
+                    decay_after=3000),
 }
 RECIPES["fashion"] = RECIPES["mnist"]
-
-# And of an autoencoder, and of a teacher of its latents, whatever the data.
-AUTOENCODER_RECIPE = dict(width=16, mults="1,2,4", blocks=1, batch=128, steps=2000, lr=2e-3,
-                          ema=0.99)
-LATENT_RECIPE = dict(width=64, blocks=2, batch=128, steps=5000, lr=1e-3, ema=0.999)
 
 
 # ---- noise levels -------------------------------------------------------------------------------
@@ -821,12 +818,12 @@ def run_script(main):
 
 
 def sources(cfg):
-    """The config with all that its data and recipes fill, and the autoencoder of --latent, or None.
+    """The config, filled by its data and recipes, and the autoencoder of --latent, or None.
 
     Raises ValueError if they don't fit each other.
     """
-    recipes = [LATENT_RECIPE if cfg.latent else AUTOENCODER_RECIPE if cfg.autoencoder else {}]
     autoencoder, found = None, dict(out="runs/autoencoder" if cfg.autoencoder else "runs/teacher")
+    kind = "latents" if cfg.latent else "autoencoder" if cfg.autoencoder else None
     if cfg.resume:  # its checkpoint has the autoencoder, and its config is whole
         autoencoder = load(cfg.resume, resume=True).get("autoencoder")
     elif cfg.latent:
@@ -841,9 +838,9 @@ def sources(cfg):
         levels = next(n for n in itertools.count(1) if side % 2**n or side >> n < 4)
         found.update(mults=",".join(("1" + "2" * levels)[:levels]))
     data = cfg.data or found.get("data", "digits")
-    size = None if data in KNOWN_DATA else FOLDER_SIZE
-    cfg = filled(cfg, dict(data=data, data_dir=DATA_DIR, size=size), recipe_of(data, RECIPES),
-                 *recipes, found)
+    base = dict(data=data, data_dir=DATA_DIR, flip=False,
+                size=None if data in KNOWN_DATA else FOLDER_SIZE)
+    cfg = filled(cfg, base, recipe_of(data, RECIPES), RECIPES.get(kind, {}), found)
     paths = {name: str(Path(path).resolve()) for name in ("latent", "data_dir")
              if (path := getattr(cfg, name)) is not None}
     if cfg.size and not cfg.latent:
