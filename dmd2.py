@@ -43,9 +43,9 @@ RECIPES = {
     "mnist": dict(batch=256, steps=20000, lr=2e-4, fake_lr=4e-4, fake_steps=2, ema=0.999),
     "cifar10": dict(batch=256, steps=100000, lr=5e-5, fake_lr=1e-4, fake_steps=5, ema=0.999),
     "folder": dict(batch=64, steps=20000, lr=5e-5, fake_lr=1e-4, fake_steps=5, ema=0.999),
-    "latents": dict(batch=128, steps=3000, lr=2e-4, fake_lr=5e-4, fake_steps=2, ema=0.99),
 }
 RECIPES["fashion"] = RECIPES["mnist"]
+RECIPES["latents"] = RECIPES["digits"]  # whatever the data
 
 # What depends on the teacher's prediction, where the data don't say otherwise: the level at which
 # generators begin, and those of distribution matching. An eps network's error counts sigma-fold in
@@ -325,13 +325,16 @@ def regression_loss(generator, sigma, noise, label, images, distance=F.mse_loss)
     return distance(few_step(generator, sigma * noise, [sigma], label), images)
 
 
-def distance_function(name, device):
-    """mse or lpips of two batches of images [B, C, H, W] in [-1, 1]; ValueError if not to be had.
+def distance_function(cfg, parent, device):
+    """mse or lpips of two batches of x0 [B, C, H, W]; ValueError if it is not to be had.
 
-    LPIPS (Zhang et al. 2018) is of VGG, at 224 x 224, as DMD has it.
+    LPIPS (Zhang et al. 2018) is of images in [-1, 1], by VGG, at 224 x 224, as DMD has it.
     """
-    if name == "mse":
+    if cfg.regression_distance == "mse":
         return F.mse_loss
+    if parent["autoencoder"]:
+        raise ValueError("--regression-distance lpips: is of images, and this teacher makes "
+                         "latents; use mse")
     try:
         import lpips
         net = lpips.LPIPS(net="vgg", verbose=False).to(device).requires_grad_(False)
@@ -553,7 +556,7 @@ def train(cfg):
     parts, sigmas = parts_of(cfg), generator_sigmas(cfg.student_steps, cfg.conditioning_sigma)
     num_classes, shape = len(parent["data"]["classes"]), shape_of(parent["network"])
     real_images = real_batches(cfg, parent, parts, device)
-    distance = distance_function(cfg.regression_distance, device) if cfg.regression_weight else None
+    distance = distance_function(cfg, parent, device) if cfg.regression_weight else None
     lowest = lowest_quantile(parent["schedule"])
     dm_range, fake_range, gan_range = ([max(lowest, u) for u in interval(text)] for text in
                                        (cfg.dm_range, cfg.fake_range, cfg.gan_range))

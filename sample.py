@@ -9,7 +9,7 @@
 
 A checkpoint of teacher.py or dmd2.py, a file of export.py, or a checkpoint of NVlabs/edm: its path
 is all that is needed. In reading order: samplers, options, EDM's checkpoints, any checkpoint as one
-function, features, quality, output.
+function, features, quality, output, pictures.
 """
 
 import dataclasses
@@ -615,13 +615,18 @@ def generate(sampler, label, seed, batch=BATCH):
     for start in range(rank() * batch, count, ranks() * batch):
         part = F.pad(label, (0, count - len(label)))[start:start + batch]
         noises = (noise.to(device) for noise in fresh_noise(len(part), shape, seed, start))
-        image = sampler.images(noises, part.to(device))
-        if not image.isfinite().all():
-            raise FloatingPointError(f"images are not finite, of the {sampler.name}")
-        images[start:start + batch] = to_uint8(image)
+        images[start:start + batch] = pixels_of(sampler, noises, part.to(device))
     if ranks() > 1:
         dist.all_reduce(images)
     return images[:len(label)].cpu()
+
+
+def pixels_of(sampler, noises, label):
+    """A sampler's images as uint8; FloatingPointError if they are not finite."""
+    image = sampler.images(noises, label)
+    if not image.isfinite().all():
+        raise FloatingPointError(f"images are not finite, of the {sampler.name}")
+    return to_uint8(image)
 
 
 # ---- features: a small classifier, its weights part of the protocol -----------------------------
@@ -897,6 +902,8 @@ def write_images(images, label, classes, out):
         Image.fromarray(image.squeeze()).save(out / f"{i:05d}_{c}.png")
 
 
+# ---- pictures -----------------------------------------------------------------------------------
+
 def save_beside(blocks, names, path, columns=5):
     """Write blocks, each a title and images uint8 [rows * columns, C, H, W], side by side."""
     grids = [images.unflatten(0, (len(names), columns)) for _, images in blocks]
@@ -966,9 +973,9 @@ def save_interpolation(sampler, label, seed, out):
         pairs = zip(noise[:rows], noise[rows:])
         return torch.stack([slerp(a, b, t) for a, b in pairs for t in steps]).to(sampler.device)
     noises = map(between, fresh_noise(2 * rows, sampler.shape, seed))
-    images = sampler.images(noises, label.repeat_interleave(len(steps)).to(sampler.device))
+    images = pixels_of(sampler, noises, label.repeat_interleave(len(steps)).to(sampler.device))
     names = [sampler.data["classes"][c] for c in label.tolist()]
-    save_grid(to_uint8(images).unflatten(0, (rows, -1)), names, out)
+    save_grid(images.unflatten(0, (rows, -1)), names, out)
 
 
 def save_map(cfg, sampler, out):
@@ -981,6 +988,8 @@ def save_map(cfg, sampler, out):
     save_plane({"real": (reference.features[:n], label), sampler.name: (features, label)},
                sampler.data["classes"], out, umap=True)
 
+
+# ---- main ---------------------------------------------------------------------------------------
 
 def measured(cfg, device):
     """The report() of --evaluate: of samples or, of an autoencoder, of reconstructions."""

@@ -770,8 +770,8 @@ def resumed(config_class, given):
     saved, fields = checkpoint["config"], dataclasses.fields(config_class)
     if other := saved.keys() ^ {field.name for field in fields}:
         raise ValueError(f"--resume {path}: holds a {checkpoint['kind']} of another script or "
-                         f"version, which differs in {', '.join(sorted(other)[:3])}; teacher.pt is "
-                         "teacher.py's to resume, last.pt dmd2.py's")
+                         f"version, which differs in {', '.join(sorted(other)[:3])}; last.pt is "
+                         "dmd2.py's to resume, the others are teacher.py's")
     if "out" in given:
         raise ValueError(f"--out {given['out']}: a resumed run goes on in its own folder, "
                          f"{Path(path).parent}")
@@ -832,8 +832,8 @@ def sources(cfg):
         found.update(data=autoencoder["data"]["name"])
         for name in ("data", "size"):
             if getattr(cfg, name) not in (None, found[name]):
-                raise ValueError(f"{flag(name)} {getattr(cfg, name)}: the autoencoder was trained "
-                                 f"on {found['data']}, {found[name]}; leave it out")
+                raise ValueError(f"{flag(name)} {getattr(cfg, name)}: the autoencoder's images are "
+                                 f"those of {found['data']}; leave it out")
         side = latent_shape(autoencoder["network"])[-1]
         levels = next(n for n in itertools.count(1) if side % 2**n or side >> n < 4)
         found.update(mults=",".join(("1" + "2" * levels)[:levels]))
@@ -1186,7 +1186,7 @@ class Autoencoder(nn.Module):
         """Set mean and standard deviation, per channel, of the latents that encode() scales."""
         z = self.posterior(images)[0]
         self.mean.copy_(z.mean((0, 2, 3)).view_as(self.mean))
-        self.std.copy_(z.std((0, 2, 3)).view_as(self.std))
+        self.std.copy_(z.std((0, 2, 3)).clamp(min=1e-6).view_as(self.std))
 
     def encode(self, images):
         """images [B, C, H, W] in [-1, 1] -> x0 [B, c, h, w]: the means, of deviation SIGMA_DATA"""
@@ -1509,7 +1509,7 @@ def prepare(cfg, device, *denoisers):
         for layer in denoiser.modules():
             if isinstance(layer, nn.Conv2d) and not layer.weight.requires_grad:
                 layer.to(denoiser.dtype)  # once, and not in every pass as autocast would
-            if isinstance(layer, Block) and cfg.checkpointing:
+            if isinstance(layer, (Block, Residual)) and cfg.checkpointing:
                 layer.forward = functools.partial(recompute, layer.forward, use_reentrant=False,
                                                   preserve_rng_state=False)
         if compile != "off":

@@ -42,6 +42,9 @@ TINY = "--steps 4 --batch 16 --width 8 --sample-every 0 --log-every 1".split()
 TINY_DMD = "--steps 4 --batch 16 --evaluate-n 100 --sample-every 0 --log-every 1".split()
 
 
+DIGITS = dict(name="digits", size=None, shape=(1, 8, 8), classes=tuple("0123456789"))
+
+
 def vectors(name):
     path = SHARED / "vectors" / f"{name}.npz"
     if not path.exists():
@@ -1366,20 +1369,19 @@ def test_guidance_moves_the_estimate_away_from_that_without_label(tiny_teacher):
 def test_pairs_are_the_teacher_s_images_and_kept_until_it_changes(tiny_teacher, tmp_path, capsys):
     checkpoint, path = teacher.load(tiny_teacher), tmp_path / "pairs.pt"
     denoiser = teacher.build(checkpoint)
-    sampler = sample.teacher_sampler(denoiser, "karras", checkpoint["data"],
-                                     torch.device("cpu"))
+    sampler = sample.teacher_sampler(denoiser, checkpoint, torch.device("cpu"))
     pairs = dmd2.load_pairs(sampler, "a", 12, path)
-    sigmas = teacher.sampling_sigmas(18, "karras")
+    sigmas = teacher.sampling_sigmas(18, "lognormal")
     expected = teacher.heun(denoiser, sigmas[0] * pairs.noise, sigmas, pairs.label)
     torch.testing.assert_close(pairs.images, expected, rtol=0, atol=1e-5)
     noise, label, images = pairs.batch(3, 5, seed=0)
     assert images.shape == noise.shape == (5, 1, 8, 8) and label.shape == (5,)
 
-    unused = sampler._replace(images=None)  # fails if it is called
+    unused = sampler._replace(x0=None)  # fails if it is called
     again = dmd2.load_pairs(unused, "a", 12, path)
     assert all(map(torch.equal, pairs, again)) and not capsys.readouterr().err
     denoiser = sample.Guided(denoiser, 1.5, 10)
-    guided = sample.teacher_sampler(denoiser, "karras", checkpoint["data"], None)
+    guided = sample.teacher_sampler(denoiser, checkpoint, torch.device("cpu"))
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 0xFF
     (tmp_path / "flipped.pt").write_bytes(content)
@@ -1404,17 +1406,20 @@ def test_regression_run_shows_its_pairs_and_uses_them_again(tiny_teacher, tmp_pa
     assert (tmp_path / "pairs.pt").stat().st_mtime_ns == made
 
 
+LPIPS = types.SimpleNamespace(regression_distance="lpips")
+
+
 def test_lpips_that_can_not_be_had_is_refused_in_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "lpips", None)
     with pytest.raises(ValueError, match="pip install lpips"):
-        dmd2.distance_function("lpips", "cpu")
+        dmd2.distance_function(LPIPS, {"autoencoder": None}, "cpu")
 
     def no_weights(**options):
         raise OSError("no network")
 
     monkeypatch.setitem(sys.modules, "lpips", types.SimpleNamespace(LPIPS=no_weights))
     with pytest.raises(ValueError, match="weights can't be had .no network."):
-        dmd2.distance_function("lpips", "cpu")
+        dmd2.distance_function(LPIPS, {"autoencoder": None}, "cpu")
 
 
 def test_lpips_sees_colour_images_of_224(monkeypatch):
@@ -1427,7 +1432,7 @@ def test_lpips_sees_colour_images_of_224(monkeypatch):
             return (a - b).square().mean((1, 2, 3), keepdim=True)
 
     monkeypatch.setitem(sys.modules, "lpips", types.SimpleNamespace(LPIPS=Seen))
-    distance = dmd2.distance_function("lpips", "cpu")
+    distance = dmd2.distance_function(LPIPS, {"autoencoder": None}, "cpu")
     assert distance(torch.ones(2, 1, 8, 8), torch.zeros(2, 1, 8, 8)).item() == pytest.approx(1)
 
 
@@ -1528,7 +1533,7 @@ def test_losses_draw_their_noise_levels_from_their_range(flags, name, quantiles,
 
 
 def test_without_gan_no_image_is_read(tiny_teacher, tmp_path, monkeypatch):
-    monkeypatch.setattr(dmd2, "load_data", None)
+    monkeypatch.setattr(dmd2, "load_images", None)
     dmd2.main([*TINY_DMD, "--teacher", tiny_teacher, "--out", str(tmp_path), "--gan-weight", "0",
                "--evaluate-every", "0"])
     assert not any("gan_loss" in line for line in log_of(tmp_path))
@@ -1623,7 +1628,7 @@ def test_distilling_digits_for_a_minute_comes_near_the_teacher(tmp_path):
     teacher.main(f"--steps 400 --sample-every 0 --out {tmp_path}/teacher".split())
     dmd2.main(f"--teacher {tmp_path}/teacher/teacher.pt --steps 300 --evaluate-every 0 "
               f"--sample-every 0 --out {tmp_path}/dmd2".split())
-    reference = sample.load_reference("digits", None, None)
+    reference = sample.load_reference(DIGITS)
     real, fake = (sample.measure(sample.load_sampler(f"{tmp_path}/{path}"), reference, 1000, 0)
                   for path in ("teacher/teacher.pt", "dmd2/generator.pt"))
     assert real["frechet_distance"] < 1.2 and real["accuracy"] > 0.9
@@ -1798,7 +1803,7 @@ def test_profile_tells_where_the_step_goes_and_touches_no_run(script, tiny_teach
     assert (tmp_path / "profile" / "last.pt").exists()
     assert {path.name for path in tmp_path.iterdir()} == {"last.pt", "profile"}
     assert "traceEvents" in json.loads((tmp_path / "profile" / "trace.json").read_text())
-    names = ("generator", "fake_score", "teacher") if script is dmd2 else ("denoiser",)
+    names = ("generator", "fake_score", "teacher") if script is dmd2 else ("teacher",)
     assert all(f"{name}, forward" in out for name in names) and "backward" in out
     step, arithmetic = (float(re.search(rf"{name} +([0-9.]+) ms", out)[1])
                         for name in ("a step", "arithmetic"))
@@ -2006,7 +2011,7 @@ def test_precision_counts_fakes_among_the_real_and_recall_reals_among_the_fake()
 
 
 def test_evaluation_of_the_training_images_themselves_is_perfect():
-    reference = sample.load_reference("digits", None, None)
+    reference = sample.load_reference(DIGITS)
     data = teacher.load_data("digits", "train")
     figures = sample.evaluate(data.images, data.labels, reference)
     assert figures["frechet_distance"] < 1e-6 and figures["accuracy"] == 1
@@ -2015,7 +2020,7 @@ def test_evaluation_of_the_training_images_themselves_is_perfect():
 
 
 def test_evaluation_sees_blur_and_lost_classes():
-    reference = sample.load_reference("digits", None, None)
+    reference = sample.load_reference(DIGITS)
     data = teacher.load_data("digits", "train")
     good = sample.evaluate(data.images[::2], data.labels[::2], reference)
     kept = data.labels[::2] < 8
@@ -2245,6 +2250,8 @@ def fails(main, argv, capsys):
     (dmd2.main, "--teacher TEACHER --batch 1500 --gan-weight 1", "digits has only 1497"),
     (dmd2.main, "--teacher NO_NULL --guidance 1.5", "knows no images without label"),
     (dmd2.main, "--teacher GENERATOR", "holds a generator"),
+    (dmd2.main, "--teacher LATENT --gan-weight 0 --regression-weight 1 --regression-distance lpips",
+     "this teacher makes latents; use mse"),
     (dmd2.main, "--teacher TEACHER --out /dev/null/run", "/dev/null/run"),
     (dmd2.main, "--resume LAST --batch 32", "--batch 32: the run to resume has 16"),
     (dmd2.main, "--resume GENERATOR", "holds no optimizers"),
@@ -2256,7 +2263,7 @@ def fails(main, argv, capsys):
     (teacher.main, "--autoencoder --schedule cosine", "--schedule cosine: is for teachers"),
     (teacher.main, "--kl-weight 1", "--kl-weight 1.0: is for --autoencoder; leave it out"),
     (teacher.main, "--latent TEACHER", "of kind teacher; needed is one of kind autoencoder"),
-    (teacher.main, "--latent AUTOENCODER --data mnist", "trained on digits, digits; leave it out"),
+    (teacher.main, "--latent AUTOENCODER --data mnist", "those of digits; leave it out"),
     (teacher.main, "--latent AUTOENCODER --autoencoder", "leave out --autoencoder"),
     (teacher.main, "--latent AUTOENCODER --mults 1,2,2,2", "side 4: the network's 4 levels"),
     (teacher.main, "--size 32", "--size 32: is for folders of images"),
@@ -2320,6 +2327,7 @@ def test_mistake_of_the_user_is_one_line_and_status_2(main, argv, says, tiny, ti
                  FOREIGN=str(tmp_path / "foreign.pt"), FOLDER=str(tiny / "dmd2"),
                  TEACHER_S=str(tiny / "teacher"), ONNX=str(tiny / "dmd2" / "generator.onnx"),
                  AUTOENCODER=str(latent / "moved" / "autoencoder.pt"),
+                 LATENT=str(latent / "teacher" / "teacher.pt"),
                  NO_NULL=str(tiny / "no_null.pt"), OTHER=str(tiny / "other.pt"))
     checkpoint = teacher.load(tiny_teacher)
     checkpoint["config"]["label_dropout"] = 0.0
@@ -2489,7 +2497,7 @@ def commands(readme):
 def test_every_command_of_the_readme_runs(tmp_path, persistence, monkeypatch):
     """In order, in an empty folder, by the scripts' own main, with tiny sizes put behind each.
 
-    EDM's checkpoint is a small one of its kind, CIFAR-10 a folder of noise.
+    EDM's checkpoint is a small one of its kind, CIFAR-10 and the photos are folders of noise.
     """
     monkeypatch.chdir(tmp_path)
     network = dict(TINY_EDM["edm_ddpmpp_tiny"], img_resolution=32)
@@ -2499,6 +2507,7 @@ def test_every_command_of_the_readme_runs(tmp_path, persistence, monkeypatch):
     for i, image in enumerate(pixels):
         Path(f"cifar10/{i % 10}").mkdir(parents=True, exist_ok=True)
         Image.fromarray(image).save(f"cifar10/{i % 10}/{i}.png")
+    photographs(tmp_path / "photos", count=15)
     monkeypatch.setattr(export, "BATCHES", (1,))
     monkeypatch.setattr(torch, "compile", lambda module, **options: module)  # has a test of its own
     ran = 0
@@ -2512,9 +2521,10 @@ def test_every_command_of_the_readme_runs(tmp_path, persistence, monkeypatch):
         if program != "python":
             assert command in ("pip install -r requirements.txt", "pytest test_all.py"), command
             continue
-        if "mnist" in command and not (SHARED / "data" / "MNIST").exists():
+        of_mnist = any(word in command for word in ("mnist", "autoencoder", "latent"))
+        if of_mnist and not (SHARED / "data" / "MNIST").exists():
             continue
-        words += ["--data-dir", str(SHARED / "data")] if words[1:3] == ["--data", "mnist"] else []
+        words += ["--data-dir", str(SHARED / "data")] if "mnist" in words else []
         words = [str(tmp_path / "cifar10") if word == "cifar10" else word for word in words]
         script = Path(words[0]).stem
         n = "100" if "--evaluate" in words else "20"
