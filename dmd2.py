@@ -26,15 +26,15 @@ from torch import nn
 from tqdm import tqdm
 
 from sample import (BATCH, EVALUATE_AT_LEAST, TITLES, few_step, generator_sampler, guided,
-                    load_images, load_reference, measure, name_of, open_checkpoint, shape_of,
-                    steps_of, summary, teacher_sampler)
+                    load_images, load_reference, measure, name_of, open_checkpoint, steps_of,
+                    summary, teacher_sampler)
 from teacher import (GENERATOR, PREDICTIONS, SIGMA_MAX, SIGMA_MIN, TRAINED_STEP, Descent, Draw, Log,
-                     TrainingOptions, arg, batch_at, build, check_batch, codec_of, due, encoded,
-                     filled, flag, frozen, group_norm, load, lowest_quantile,
+                     TrainingOptions, arg, batch_at, build, check_batch, check_out, codec_of, due,
+                     encoded, filled, flag, frozen, group_norm, load, load_folder, lowest_quantile,
                      make_run_folder, parse, parts_of, pick_device, plot_log, prepare, quantile_of,
                      rank_0_first, rate_at, read, recipe_of, restore, run_script, save, save_grid,
-                     seeded, sigma_at, tell, to_uint8, training_batches, training_steps, unit_error,
-                     unit_noise, update_ema)
+                     seeded, shape_of, sigma_at, tell, to_uint8, training_batches, training_steps,
+                     unit_error, unit_noise, update_ema)
 
 # What of dmd2.py depends on the data: it fills the options that were not given.
 RECIPES = {
@@ -325,16 +325,13 @@ def regression_loss(generator, sigma, noise, label, images, distance=F.mse_loss)
     return distance(few_step(generator, sigma * noise, [sigma], label), images)
 
 
-def distance_function(cfg, parent, device):
+def distance_function(name, device):
     """mse or lpips of two batches of x0 [B, C, H, W]; ValueError if it is not to be had.
 
     LPIPS (Zhang et al. 2018) is of images in [-1, 1], by VGG, at 224 x 224, as DMD has it.
     """
-    if cfg.regression_distance == "mse":
+    if name == "mse":
         return F.mse_loss
-    if parent["autoencoder"]:
-        raise ValueError("--regression-distance lpips: is of images, and this teacher makes "
-                         "latents; use mse")
     try:
         import lpips
         net = lpips.LPIPS(net="vgg", verbose=False).to(device).requires_grad_(False)
@@ -489,11 +486,10 @@ def read_teacher(cfg):
         raise ValueError(f"--teacher {cfg.teacher}: holds a {parent['kind']}; give a checkpoint of "
                          "teacher.py")
     name = name_of(parent["data"], cfg.teacher)
-    for path in filter(None, (cfg.teacher, cfg.init_from)):
-        same = Path(path).resolve().parent == Path(cfg.out).resolve()
-        if same and not (cfg.resume or cfg.profile):
-            raise ValueError(f"--out {cfg.out}: a new run there would remove {path}; name another "
-                             "folder")
+    check_out(cfg, cfg.teacher, cfg.init_from)
+    if parent["autoencoder"] and cfg.regression_weight and cfg.regression_distance == "lpips":
+        raise ValueError("--regression-distance lpips: is of images, and this teacher makes "
+                         "latents; use mse")
     recipe = recipe_of(name, RECIPES) if parent["autoencoder"] is None else RECIPES["latents"]
     cfg = filled(cfg, RANGES[parent["prediction"]], recipe)
     paths = {name: str(Path(path).resolve()) for name in ("teacher", "init_from", "data_dir")
@@ -518,6 +514,11 @@ def initial(cfg, parent, device):
             if a != b:
                 raise ValueError(f"--init-from {cfg.init_from}: has another {part} than --teacher "
                                  f"{cfg.teacher}; give a generator distilled from its kind")
+        a, b = (checkpoint["autoencoder"] or dict(model={}) for checkpoint in (source, parent))
+        a, b = a["model"], b["model"]
+        if a.keys() != b.keys() or not all(torch.equal(a[name], b[name]) for name in a):
+            raise ValueError(f"--init-from {cfg.init_from}: is of another autoencoder's latents "
+                             f"than --teacher {cfg.teacher}")
         if len(source["sigmas"]) != cfg.student_steps:
             raise ValueError(f"--init-from {cfg.init_from}: is a generator of "
                              f"{steps_of(len(source['sigmas']))}; give --student-steps "
@@ -529,20 +530,17 @@ def initial(cfg, parent, device):
                  for name in names)
 
 
-def real_batches(cfg, parent, parts, device):
-    """Yield real x0 [B, C, H, W] and labels [B] for each part of each step to do.
+def load_real(cfg, parent, device):
+    """The teacher's training data, as its x0; None where no option needs them.
 
-    It is None for both where no option needs them. Raises ValueError if there are fewer than a
-    batch or others than the teacher's, OSError if they are missing.
+    Raises ValueError if they are fewer than a batch or others now, OSError if they are missing.
     """
     if not cfg.gan_weight and cfg.backward_simulation:
-        return itertools.repeat((None, None))
+        return None
     facts = parent["data"]
     real = load_images(facts, "train", cfg.data_dir, cfg.stream)._replace(flip=facts["flip"])
     check_batch(cfg.batch, real, facts["name"])
-    real = encoded(real, codec_of(parent["autoencoder"], device), device)
-    start = load(cfg.resume)["step"] if cfg.resume else 0
-    return training_batches(real, start, cfg, parts, device)
+    return encoded(real, codec_of(parent["autoencoder"], device), device)
 
 
 def weighted(losses, weights):
@@ -555,8 +553,7 @@ def train(cfg):
     device, (parent, cfg) = pick_device(cfg.device), read_teacher(cfg)
     parts, sigmas = parts_of(cfg), generator_sigmas(cfg.student_steps, cfg.conditioning_sigma)
     num_classes, shape = len(parent["data"]["classes"]), shape_of(parent["network"])
-    real_images = real_batches(cfg, parent, parts, device)
-    distance = distance_function(cfg, parent, device) if cfg.regression_weight else None
+    distance = distance_function(cfg.regression_distance, device) if cfg.regression_weight else None
     lowest = lowest_quantile(parent["schedule"])
     dm_range, fake_range, gan_range = ([max(lowest, u) for u in interval(text)] for text in
                                        (cfg.dm_range, cfg.fake_range, cfg.gan_range))
@@ -577,6 +574,7 @@ def train(cfg):
     fake_descent = Descent(adamw([*fake_score.parameters(), *discriminator.head.parameters()]), cfg,
                            device)
     guide = guided(teacher, cfg.guidance, parent, cfg.teacher)
+    real_data = load_real(cfg, parent, device)
     keeper = Keeper(cfg, parent, guide, ema, sigmas, dict(
         generator=generator, fake_score=fake_score, head=discriminator.head,
         generator_descent=generator_descent, fake_descent=fake_descent))
@@ -585,6 +583,9 @@ def train(cfg):
     make_run_folder(cfg)
     log = Log(cfg, keeper.start)
     keeper.begin(log)
+    real_batches = (training_batches(real_data, keeper.start, cfg, parts, device) if real_data else
+                    itertools.repeat((None, None)))
+    load_folder.cache_clear()  # what is left of it is in `real_data`
     roles = dict(teacher=teacher, generator=generator, fake_score=fake_score,
                  discriminator=discriminator)
 
@@ -593,7 +594,7 @@ def train(cfg):
         update, k = step // cfg.fake_steps, trained_step(len(sigmas), cfg.seed, step)
         for part in parts:
             draw = Draw(GENERATOR, cfg.seed, step, cfg.batch, shape, device, part)
-            real, real_label = next(real_images)
+            real, real_label = next(real_batches)
             label = draw.label(num_classes)
             start, label = (None, label) if cfg.backward_simulation else (real, real_label)
             x, sigma = step_input(generator, sigmas, k, label, draw, start)

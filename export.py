@@ -33,9 +33,10 @@ from onnxscript import opset18
 from torch import nn
 from torch.utils._pytree import tree_map
 
-from sample import few_step, onnx_session, open_checkpoint, shape_of, teacher_sampler
+from sample import few_step, onnx_session, open_checkpoint, teacher_sampler
 from teacher import (Options, Pixels, arg, build, clock, codec_of, device_name, exported_noise,
-                     fresh_noise, parse, pick_device, place, run_script, to_uint8, unit_noise)
+                     fresh_noise, parse, pick_device, place, run_script, shape_of, to_uint8,
+                     unit_noise)
 
 OPSET = opset18.version  # the fewest nodes at run time, and read by every onnxruntime since 1.14
 BATCHES = (1, 16, 256)  # of the benchmark

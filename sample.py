@@ -39,8 +39,8 @@ from torch import nn
 from teacher import (DATA_DIR, FEATURES, HEUN_STEPS, KNOWN_DATA, SIGMA_DATA, SUBSET, Options,
                      Pixels, arg, build, codec_of, exported_noise, fits, flag, fresh_noise, heun,
                      load, load_data, on_rank_0, parse, pick_device, psnr, rank, rank_0_first,
-                     ranks, run_script, sampling_sigmas, save, save_grid, save_plane, seeded, tell,
-                     to_float, to_uint8)
+                     ranks, run_script, sampling_sigmas, save, save_grid, save_plane, seeded,
+                     shape_of, tell, to_float, to_uint8)
 
 ASSETS = Path(__file__).resolve().parent / "assets"
 DIMENSIONS = 64  # of the feature space in which quality is measured
@@ -156,8 +156,9 @@ class Config(Options):
 
     checkpoint: str = arg(None, "teacher.pt, generator.pt, generator.onnx or an EDM .pkl",
                           positional=True)
-    n: int = arg(None, f"number of images (default: 10 per class; with --evaluate {EVALUATE_N})",
-                 at_least=1)
+    n: int = arg(None, "number of images, or of the rows of --trajectory and --interpolate "
+                       f"(default: 10 per class; {STRIP_ROWS} and at most 10 rows; with "
+                       f"--evaluate {EVALUATE_N})", at_least=1)
     labels: str = arg(None, "the classes to sample, such as 3,3,7 (default: all, evenly)")
     sampler: str = arg(None, "of a teacher: Heun's method or Euler's, at EDM's noise levels, or "
                              "DDIM or DDPM, at those of the teacher's schedule unless that is "
@@ -432,7 +433,7 @@ class Sampler(NamedTuple):
     shape: tuple      # of noise and x0: of an image, or of its latents
     name: str         # "teacher, 18 Heun steps"
     evaluations: int  # of the network per image
-    data: dict        # name, data_dir, size, shape, classes, flip
+    data: dict        # name, size, shape, classes; but of an ONNX file data_dir and flip
     device: torch.device
     denoiser: nn.Module | None = None  # what x0 calls; none of an ONNX file
 
@@ -452,7 +453,7 @@ def open_checkpoint(path, data=None, data_dir=None):
     facts = checkpoint["data"]
     if data is None or data == facts["name"]:
         return checkpoint
-    if facts["name"] is not None:
+    if facts["name"] is not None and Path(data).name != Path(facts["name"]).name:
         raise ValueError(f"--data {data}: {path} was trained on {facts['name']}; leave it out")
     where = str(Path(data_dir or DATA_DIR).resolve())
     found = load_data(data, "train", where, facts["size"])
@@ -540,11 +541,6 @@ def sampler_of(x0, name, evaluations, denoiser, checkpoint, device):
                    checkpoint["data"], device, denoiser)
 
 
-def shape_of(network):
-    """The shape of x0 of a UNet of these arguments."""
-    return network["img_channels"], network["img_resolution"], network["img_resolution"]
-
-
 def steps_of(count):
     """A number of steps in words."""
     return "1 step" if count == 1 else f"{count} steps"
@@ -615,13 +611,13 @@ def generate(sampler, label, seed, batch=BATCH):
     for start in range(rank() * batch, count, ranks() * batch):
         part = F.pad(label, (0, count - len(label)))[start:start + batch]
         noises = (noise.to(device) for noise in fresh_noise(len(part), shape, seed, start))
-        images[start:start + batch] = pixels_of(sampler, noises, part.to(device))
+        images[start:start + batch] = uint8_images(sampler, noises, part.to(device))
     if ranks() > 1:
         dist.all_reduce(images)
     return images[:len(label)].cpu()
 
 
-def pixels_of(sampler, noises, label):
+def uint8_images(sampler, noises, label):
     """A sampler's images as uint8; FloatingPointError if they are not finite."""
     image = sampler.images(noises, label)
     if not image.isfinite().all():
@@ -656,7 +652,7 @@ def train_features(data, steps=1500, batch=128, device="cpu"):
     """Train the feature network on the training images, each batch shifted by a few pixels."""
     rng = seeded(FEATURES)
     torch.manual_seed(0)
-    images, labels = to_float(data.images), data.labels
+    images, labels = data.images, data.labels
     net = FeatureNet(images.shape[1], len(data.classes)).to(device)
     optimizer = torch.optim.AdamW(net.parameters(), weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, steps)
@@ -664,7 +660,7 @@ def train_features(data, steps=1500, batch=128, device="cpu"):
     for _ in range(steps):
         index = torch.randint(len(images), (batch,), generator=rng)
         dy, dx = torch.randint(-reach, reach + 1, (2,), generator=rng).tolist()
-        x = F.pad(images[index], (reach,) * 4, mode="replicate")
+        x = F.pad(to_float(images[index]), (reach,) * 4, mode="replicate")
         x = x[:, :, reach + dy:reach + dy + side, reach + dx:reach + dx + side]
         loss = F.cross_entropy(net(x.to(device))[1], labels[index].to(device), label_smoothing=0.1)
         optimizer.zero_grad()
@@ -682,7 +678,8 @@ def load_features(data, name, device="cpu"):
     """
     path = ASSETS / f"features_{name}.pt"
     if name not in SHA256:
-        content = hashlib.sha256(data.images.numpy().tobytes() + data.labels.numpy().tobytes())
+        content = hashlib.sha256(data.images.numpy())
+        content.update(data.labels.numpy())
         path = Path.home() / ".cache" / "dmd2" / f"features_{content.hexdigest()[:16]}.pt"
         with rank_0_first():
             if not path.exists():
@@ -742,7 +739,7 @@ def load_reference(facts, data_dir=None, device="cpu", stream=None):
                          "--evaluate-every 0")
     net, digest = load_features(data, name, device)
     order = torch.randperm(len(data.images), generator=seeded(SUBSET))  # a prefix is a fair sample
-    features, _ = extract(net, data.images[order])
+    features = torch.cat([extract(net, data.images[part])[0] for part in order.split(1000)])
     protocol = f"reference {len(features)} training images of {name}, feature network {digest}"
     reference = Reference(net, features, data.labels[order], {}, protocol)
     floor = evaluate(held_out.images, held_out.labels, reference)
@@ -833,11 +830,11 @@ def sampler_report(sampler, reference, n, seeds, batch=BATCH):
 
 
 @torch.no_grad()
-def autoencoder_report(checkpoint, reference, held_out, device):
+def autoencoder_report(checkpoint, reference, held_out, device, batch=BATCH):
     """report() of an autoencoder's reconstructions of the held-out images, with their PSNR."""
     codec = build(checkpoint, device)
     decoded = [codec.reconstruct(to_float(part.to(device))).cpu()
-               for part in held_out.images.split(BATCH)]
+               for part in held_out.images.split(batch)]
     decoded = to_uint8(torch.cat(decoded))
     figures = evaluate(decoded, held_out.labels, reference)
     result = report([figures], reference, f"{len(decoded)} reconstructions of held-out images")
@@ -937,14 +934,15 @@ def compare(cfg, sampler, out):
 def save_trajectory(sampler, label, seed, out):
     """Write what a sampler's denoiser was given and what it made of it, as columns of noise levels.
 
-    At most STRIP_COLUMNS, of which the last is the last.
+    They are STRIP_COLUMNS at most, evenly spread over its calls, the first and last among them.
     """
     if sampler.denoiser is None:
         raise ValueError("--trajectory: an ONNX file tells its images only; give the generator.pt")
     calls = []
     hook = sampler.denoiser.register_forward_hook(
         lambda _, given, x0_hat: calls.append((*given[:2], x0_hat)))
-    generate(sampler, label, seed, len(label))
+    noises = (noise.to(sampler.device) for noise in fresh_noise(len(label), sampler.shape, seed))
+    sampler.x0(noises, label.to(sampler.device))
     hook.remove()
     columns = min(len(calls), STRIP_COLUMNS)
     shown = [calls[round(i)] for i in np.linspace(0, len(calls) - 1, columns)]
@@ -953,7 +951,7 @@ def save_trajectory(sampler, label, seed, out):
     images = torch.stack([torch.stack(pair) for pair in rows]).permute(2, 1, 0, 3, 4, 5)
     names = [name for c in label.tolist() for name in (sampler.data["classes"][c], "estimate")]
     titles = [f"{sigma[0].item():.2g}" for _, sigma, _ in shown]
-    save_grid(to_uint8(images[:len(label)].flatten(0, 1)), names, out, titles)
+    save_grid(to_uint8(images.flatten(0, 1)), names, out, titles)
 
 
 def slerp(a, b, t):
@@ -967,15 +965,14 @@ def slerp(a, b, t):
 
 def save_interpolation(sampler, label, seed, out):
     """Write a row per label: images of the noises between two, in STRIP_COLUMNS steps."""
-    steps, rows = torch.linspace(0, 1, STRIP_COLUMNS).tolist(), len(label)
-
-    def between(noise):
-        pairs = zip(noise[:rows], noise[rows:])
-        return torch.stack([slerp(a, b, t) for a, b in pairs for t in steps]).to(sampler.device)
-    noises = map(between, fresh_noise(2 * rows, sampler.shape, seed))
-    images = pixels_of(sampler, noises, label.repeat_interleave(len(steps)).to(sampler.device))
+    steps, rows = torch.linspace(0, 1, STRIP_COLUMNS).tolist(), []
+    for i, c in enumerate(label.tolist()):
+        ends = zip(fresh_noise(1, sampler.shape, seed, i),
+                   fresh_noise(1, sampler.shape, seed, len(label) + i))
+        noises = (torch.cat([slerp(a, b, t) for t in steps]).to(sampler.device) for a, b in ends)
+        rows.append(uint8_images(sampler, noises, torch.full((len(steps),), c).to(sampler.device)))
     names = [sampler.data["classes"][c] for c in label.tolist()]
-    save_grid(images.unflatten(0, (rows, -1)), names, out)
+    save_grid(torch.stack(rows), names, out)
 
 
 def save_map(cfg, sampler, out):
@@ -983,7 +980,7 @@ def save_map(cfg, sampler, out):
     name_of(sampler.data, cfg.checkpoint)
     reference = load_reference(sampler.data, cfg.data_dir, sampler.device)
     n = min(cfg.n or MAP_N, len(reference.labels))
-    label = reference.labels[:n]
+    label = reference.labels[:n].clamp(max=len(sampler.data["classes"]) - 1)  # or it has no labels
     features, _ = extract(reference.net, generate(sampler, label, cfg.seed, cfg.batch))
     save_plane({"real": (reference.features[:n], label), sampler.name: (features, label)},
                sampler.data["classes"], out, umap=True)
@@ -995,10 +992,14 @@ def measured(cfg, device):
     """The report() of --evaluate: of samples or, of an autoencoder, of reconstructions."""
     path = cfg.checkpoint
     if Path(path).suffix == ".pt" and (checkpoint := load(path))["kind"] == "autoencoder":
+        for name in ("n", "guidance", "sampler", "steps", *SAMPLER_OPTIONS):
+            if getattr(cfg, name) is not None:
+                raise ValueError(f"{flag(name)} {getattr(cfg, name)}: {path} holds an autoencoder, "
+                                 "of which all held-out images are evaluated; leave it out")
         name_of(checkpoint["data"], path)
         reference = load_reference(checkpoint["data"], cfg.data_dir, device)
         held_out = load_images(checkpoint["data"], "test", cfg.data_dir).in_memory()
-        return autoencoder_report(checkpoint, reference, held_out, device)
+        return autoencoder_report(checkpoint, reference, held_out, device, cfg.batch)
     sampler = load_sampler(path, device, cfg)
     name_of(sampler.data, path)
     reference = load_reference(sampler.data, cfg.data_dir, device)

@@ -36,6 +36,7 @@ import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
+import matplotlib
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -55,8 +56,9 @@ SIGMA_MIN, SIGMA_MAX, RHO, SIGMA_DATA = 0.002, 80.0, 7.0, 0.5  # EDM, Table 1
 HEUN_STEPS = 18  # of a teacher's sampler, as EDM has for CIFAR-10
 KNOWN_DATA = ("digits", "mnist", "fashion", "cifar10")
 DATA_DIR, FOLDER_SIZE = "data", 32
+OUT, AUTOENCODER_OUT = "runs/teacher", "runs/autoencoder"
 MEMORY = 4 * 2**30  # bytes: a folder with more pixels stays on the disk
-GREY = {"1", "L", "LA", "La", "I", "I;16", "F"}  # PIL's modes of images without colour
+GREY = {"1", "L", "LA", "La", "I", "I;16", "I;16B"}  # PIL's modes of images without colour
 
 # What of teacher.py depends on the data: it fills the options that were not given.
 RECIPES = {
@@ -167,7 +169,7 @@ class Denoiser(nn.Module):
         """Both in one pass, x0_hat and features; x0_hat None without decode."""
         x, sigma_ = x.float(), sigma.float().view(-1, 1, 1, 1)
         c_skip, c_out, c_in = precondition(self.prediction, sigma_)
-        with torch.autocast(x.device.type, self.dtype, enabled=self.dtype != torch.float32):
+        with autocast(x.device, self.dtype):
             f, features = self.net(c_in * x, sigma.float().log() / 4, label, decode)
         return c_skip * x + c_out * f.float() if decode else None, features.float()
 
@@ -246,61 +248,8 @@ def heun(denoiser, x, sigmas, label, noises=(), churn=0.0, s_min=0.0, s_max=math
 
 # ---- training -----------------------------------------------------------------------------------
 
-def train(cfg):
-    """Train a teacher, or an autoencoder; returns the path of its checkpoint."""
-    device, (cfg, autoencoder) = pick_device(cfg.device), sources(cfg)
-    parts, codec = parts_of(cfg), codec_of(autoencoder, device)
-    data, held_out, facts = load_to_train(cfg, codec, device)
-    task = (AutoencoderTask if cfg.autoencoder else DiffusionTask)(cfg, data, codec)
-    torch.manual_seed(cfg.seed)
-    model = place(task.model(), device)
-    ema, path = frozen(model), Path(cfg.out) / f"{task.kind}.pt"
-    optimizer = torch.optim.Adam(model.parameters(), fused=device.type != "mps")
-    descent = Descent(optimizer, cfg, device)
-    start = 0
-    if cfg.resume:
-        checkpoint = load(cfg.resume, resume=True)
-        start = checkpoint["step"]
-        restore(dict(ema=ema, model=model, descent=descent),
-                dict(checkpoint["training"], ema=checkpoint["model"]), cfg.resume)
-    prepare(cfg, device, model)  # not ema: samples and validation are always float32
-    make_run_folder(cfg)
-    log = Log(cfg, start)
-    millions = sum(p.numel() for p in model.parameters()) / 1e6
-    log.say(f"{cfg.data}: {len(data.labels)} images; {millions:.2f} M parameters; on {device}")
-    batches = training_batches(data, start, cfg, parts, device)
-
-    for step in training_steps(start, cfg, device, {task.kind: model}):
-        for part in parts:
-            x0, label = next(batches)
-            draw = Draw(task.stream, cfg.seed, step, cfg.batch, task.shape, device, part)
-            losses = task.losses(model, x0, label, draw)
-            descent.add(losses["loss"])
-            log.note(**losses)
-        norm = descent.step(rate_at(step, cfg.lr, cfg.warmup, cfg.decay_after))
-        update_ema(ema, model, cfg.ema, step)
-
-        log.note(gradient_norm=norm)
-        log.step()
-        if due(step, cfg.sample_every, cfg.steps):
-            log.check()
-            figures = task.validate(ema, *held_out)
-            log.write(step + 1, **figures)
-            told = ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
-            log.say(f"step {step + 1}: {told.replace('_', ' ')}")
-            task.picture(ema, *held_out, path.with_name(f"samples_{step + 1:06d}.png"))
-        if due(step, cfg.save_every, cfg.steps):
-            log.check()
-            plot_log(log.path)
-            save(dict(kind=task.kind, config=dataclasses.asdict(cfg), step=step + 1,
-                      network=task.network, **task.facts(), data=facts, model=ema.state_dict(),
-                      training=dict(model=model.state_dict(), descent=descent.state_dict())), path)
-    log.close()
-    return path
-
-
 class DiffusionTask:
-    """What train() trains: a denoiser of images or, by a codec, of their latents."""
+    """Training a denoiser of images or, by a codec, of their latents: what train() needs of it."""
 
     kind = "teacher"
 
@@ -311,9 +260,6 @@ class DiffusionTask:
                             label_dim=len(data.classes), model_channels=cfg.width,
                             channel_mult=mults, num_blocks=cfg.blocks,
                             attn_resolutions=(side >> len(mults) - 1,))
-
-    def model(self):
-        return Denoiser(UNet(**self.network), self.cfg.prediction)
 
     def facts(self):
         """What the checkpoint holds besides network and weights."""
@@ -343,6 +289,62 @@ class DiffusionTask:
         x0_hat = heun(denoiser, sigmas[0] * noise, sigmas, label.to(x0.device))
         images = to_uint8(self.codec.decode(x0_hat))
         save_grid(images.unflatten(0, (-1, columns)), self.classes[:10], path)
+
+
+def train(cfg):
+    """Train a teacher, or by AutoencoderTask an autoencoder; returns its checkpoint's path."""
+    device, (cfg, autoencoder) = pick_device(cfg.device), read_sources(cfg)
+    parts, codec = parts_of(cfg), codec_of(autoencoder, device)
+    data, held_out, facts = load_to_train(cfg, codec, device)
+    task = (AutoencoderTask if cfg.autoencoder else DiffusionTask)(cfg, data, codec)
+    torch.manual_seed(cfg.seed)
+    model = place(network_of(dict(kind=task.kind, network=task.network, **task.facts())), device)
+    ema, path = frozen(model), Path(cfg.out) / f"{task.kind}.pt"
+    optimizer = torch.optim.Adam(model.parameters(), fused=device.type != "mps")
+    descent = Descent(optimizer, cfg, device)
+    start = 0
+    if cfg.resume:
+        checkpoint = load(cfg.resume, resume=True)
+        start = checkpoint["step"]
+        restore(dict(ema=ema, model=model, descent=descent),
+                dict(checkpoint["training"], ema=checkpoint["model"]), cfg.resume)
+    prepare(cfg, device, model)  # not ema: samples and validation are always float32
+    make_run_folder(cfg)
+    log = Log(cfg, start)
+    millions = sum(p.numel() for p in model.parameters()) / 1e6
+    mirrored = " (half of them mirrored)" * bool(cfg.latent and cfg.flip)
+    log.say(f"{cfg.data}: {len(data.labels)} images{mirrored}; {millions:.2f} M parameters; "
+            f"on {device}")
+    batches = training_batches(data, start, cfg, parts, device)
+    load_folder.cache_clear()  # what is left of it is in `data`
+
+    for step in training_steps(start, cfg, device, {task.kind: model}):
+        for part in parts:
+            x0, label = next(batches)
+            draw = Draw(task.stream, cfg.seed, step, cfg.batch, task.shape, device, part)
+            losses = task.losses(model, x0, label, draw)
+            descent.add(losses["loss"])
+            log.note(**losses)
+        norm = descent.step(rate_at(step, cfg.lr, cfg.warmup, cfg.decay_after))
+        update_ema(ema, model, cfg.ema, step)
+
+        log.note(gradient_norm=norm)
+        log.step()
+        if due(step, cfg.sample_every, cfg.steps):
+            log.check()
+            figures = task.validate(ema, *held_out)
+            log.write(step + 1, **figures)
+            told = ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
+            log.say(f"step {step + 1}: {told.replace('_', ' ')}")
+            task.picture(ema, *held_out, path.with_name(f"samples_{step + 1:06d}.png"))
+        if due(step, cfg.save_every, cfg.steps):
+            log.check()
+            plot_log(log.path)
+            save(dict(kind=task.kind, config=dataclasses.asdict(cfg), step=step + 1,
+                      network=task.network, **task.facts(), data=facts, model=ema.state_dict(),
+                      training=dict(model=model.state_dict(), descent=descent.state_dict())), path)
+    log.close()
+    return path
 
 
 def due(step, every, steps):
@@ -433,9 +435,7 @@ class UNet(nn.Module):
     def __init__(self, img_resolution, img_channels, label_dim, model_channels, channel_mult,
                  num_blocks, attn_resolutions, model_type="SongUNet"):
         super().__init__()
-        halved(img_resolution, channel_mult)
-        if model_channels % 4:
-            raise ValueError(f"--width {model_channels}: must be a multiple of 4")
+        check_sizes(img_resolution, model_channels, channel_mult)
         kind = ARCHITECTURES[model_type]
         self.label_dim, self.adm, c_emb = label_dim, kind.adm, 4 * model_channels
         half, c_label = model_channels // 2, c_emb if self.adm else model_channels
@@ -522,11 +522,18 @@ def halved(side, channel_mult):
     """The side of a network's last level, each half the one before; ValueError if it can't be."""
     factor = 2 ** (len(channel_mult) - 1)
     if side % factor:
-        near = side - side % factor
+        near = max(side - side % factor, factor)
         raise ValueError(f"images of side {side}: the network's {len(channel_mult)} levels need a "
-                         f"multiple of {factor}, such as {near or 2 * factor} or {near + factor} "
-                         "(--size); or give fewer --mults")
+                         f"multiple of {factor}, such as {near} or {near + factor}; or give fewer "
+                         "--mults")
     return side // factor
+
+
+def check_sizes(img_resolution, model_channels, channel_mult):
+    """Raises ValueError if a level can't be halved, or its channels can't be grouped."""
+    halved(img_resolution, channel_mult)
+    if model_channels % 4:
+        raise ValueError(f"--width {model_channels}: must be a multiple of 4")
 
 
 def initialise(layer):
@@ -589,8 +596,9 @@ class TrainingOptions(Options):
 
     data_dir: str = arg(None, "where mnist, fashion and cifar10 are, or are downloaded to "
                               f"(default: {DATA_DIR}, or where the teacher found them)", free=True)
-    stream: bool = arg(None, "read a folder's images from the disk while training (default: if "
-                             f"their pixels take more than {MEMORY >> 30} GB)", free=True)
+    stream: bool = arg(None, "leave a folder's images on the disk and read them when they are "
+                             f"needed (default: if their pixels take more than {MEMORY >> 30} GB)",
+                       free=True)
     seed: int = arg(0, "seed of every random draw", at_least=0, below=2**63)
     steps: int = arg(None, "training steps (default: by data)", at_least=1, free=True)
     batch: int = arg(None, "images per step, of all GPUs together (default: by data)", at_least=1)
@@ -631,8 +639,7 @@ class TrainingOptions(Options):
 class Config(TrainingOptions):
     """Options of teacher.py; those left at None take their values from RECIPES."""
 
-    out: str = arg(None, "folder of the run (default: runs/teacher, or runs/autoencoder)",
-                   free=True)
+    out: str = arg(None, f"folder of the run (default: {OUT}, or {AUTOENCODER_OUT})", free=True)
     data: str = arg(None, f"{', '.join(KNOWN_DATA)}, or a folder that holds a folder of images for "
                           "each class (default: digits, or what --latent was trained on)")
     size: int = arg(None, "side of a folder's images, scaled and cropped (default: "
@@ -642,7 +649,7 @@ class Config(TrainingOptions):
     autoencoder: bool = arg(False, "train no teacher but an autoencoder, for --latent")
     latent_channels: int = arg(4, "of --autoencoder: channels of its latents", at_least=1)
     kl_weight: float = arg(1e-3, "of --autoencoder: weight of the KL term", at_least=0)
-    latent: str = arg(None, "autoencoder.pt, on whose latents to train the teacher", free=True)
+    latent: str = arg(None, "autoencoder.pt, on whose latents to train the teacher")
     width: int = arg(None, "channels of the network's first level (default: by data)", at_least=4)
     mults: str = arg(None, "channels of each level as multiples of --width (default: by data)")
     blocks: int = arg(None, "residual blocks per level (default: by data)", at_least=1)
@@ -668,7 +675,7 @@ class Config(TrainingOptions):
             owners = {name: "teachers" for name in ("prediction", "schedule", "min_snr_gamma",
                                                     "label_dropout")}
         if not self.latent and self.data in (None, *KNOWN_DATA):
-            owners.update(size="folders of images", stream="folders of images")
+            owners["size"] = "folders of images"
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.name in owners and value != field.default:
@@ -817,35 +824,47 @@ def run_script(main):
         sys.exit(2)
 
 
-def sources(cfg):
+def read_sources(cfg):
     """The config, filled by its data and recipes, and the autoencoder of --latent, or None.
 
     Raises ValueError if they don't fit each other.
     """
-    autoencoder, found = None, dict(out="runs/autoencoder" if cfg.autoencoder else "runs/teacher")
+    autoencoder, found = None, dict(out=AUTOENCODER_OUT if cfg.autoencoder else OUT)
     kind = "latents" if cfg.latent else "autoencoder" if cfg.autoencoder else None
     if cfg.resume:  # its checkpoint has the autoencoder, and its config is whole
         autoencoder = load(cfg.resume, resume=True).get("autoencoder")
     elif cfg.latent:
         autoencoder = load(cfg.latent, kind="autoencoder")
-        found.update((name, autoencoder["data"][name]) for name in ("size", "data_dir"))
-        found.update(data=autoencoder["data"]["name"])
-        for name in ("data", "size"):
-            if getattr(cfg, name) not in (None, found[name]):
-                raise ValueError(f"{flag(name)} {getattr(cfg, name)}: the autoencoder's images are "
-                                 f"those of {found['data']}; leave it out")
+        facts = autoencoder["data"]
+        found.update(data=facts["name"], size=facts["size"], data_dir=facts["data_dir"])
+        for name, kept in (("data", Path(facts["name"]).name), ("size", facts["size"])):
+            value = getattr(cfg, name)
+            if value is not None and (value if name == "size" else Path(value).name) != kept:
+                raise ValueError(f"{flag(name)} {value}: the autoencoder's images are those of "
+                                 f"{facts['name']}; leave it out")
         side = latent_shape(autoencoder["network"])[-1]
         levels = next(n for n in itertools.count(1) if side % 2**n or side >> n < 4)
-        found.update(mults=",".join(("1" + "2" * levels)[:levels]))
+        found["mults"] = "1" + ",2" * (levels - 1)  # halved while it stays whole and 4 or more
     data = cfg.data or found.get("data", "digits")
     base = dict(data=data, data_dir=DATA_DIR, flip=False,
                 size=None if data in KNOWN_DATA else FOLDER_SIZE)
     cfg = filled(cfg, base, recipe_of(data, RECIPES), RECIPES.get(kind, {}), found)
+    side = latent_shape(autoencoder["network"])[-1] if autoencoder else cfg.size
+    if side:  # told before any image is read
+        check_sizes(side, cfg.width, mults_of(cfg))
+    check_out(cfg, cfg.latent)
     paths = {name: str(Path(path).resolve()) for name in ("latent", "data_dir")
              if (path := getattr(cfg, name)) is not None}
-    if cfg.size and not cfg.latent:
-        halved(cfg.size, mults_of(cfg))  # before its images are read
     return dataclasses.replace(cfg, **paths), autoencoder
+
+
+def check_out(cfg, *inputs):
+    """Raises ValueError if a new run would remove a file that it is made of."""
+    for path in filter(None, inputs):
+        same = Path(path).resolve().parent == Path(cfg.out).resolve()
+        if same and not (cfg.resume or cfg.profile):
+            raise ValueError(f"--out {cfg.out}: a new run there would remove {path}; name another "
+                             "folder")
 
 
 # ---- several GPUs: torchrun starts a process for each, a rank, and one alone is rank 0 of 1 -----
@@ -960,19 +979,25 @@ class FolderImages:
 
     def pixels(self, path):
         with readable(path) as image:
-            image = ImageOps.exif_transpose(image).convert(self.mode)
-            pixels = np.array(ImageOps.fit(image, (self.size, self.size)))
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I"):  # 16 bits, which convert() would clip to the lower 8
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            image = ImageOps.fit(image.convert(self.mode), (self.size, self.size))
+            pixels = np.array(image)
         return torch.from_numpy(pixels.reshape(self.size, self.size, -1)).permute(2, 0, 1)
 
     def read(self, index):
         """The same as indexing, for many: index [N] -> uint8 [N, C, H, W]"""
-        return torch.cat(list(self.batches(index.split(256))))
+        images = torch.empty(len(index), *self.shape[1:], dtype=torch.uint8)
+        for part, found in zip(images.split(256), self.batches(index.split(256))):
+            part.copy_(found)
+        return images
 
     def batches(self, indices):
-        """Yield the images at each of indices, which other processes read ahead."""
-        few = len(self) < 100
-        loader = DataLoader(self, batch_size=None, sampler=indices,
-                            num_workers=0 if few else min(8, torch.get_num_threads()))
+        """Yield the images at each of indices, which other processes read ahead, 8 at most."""
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        workers = 0 if len(self) < 100 else max(1, min(8, cores // ranks()))
+        loader = DataLoader(self, batch_size=None, sampler=indices, num_workers=workers)
         try:
             yield from loader
         except ValueError as error:  # to which a worker adds its traceback
@@ -984,6 +1009,8 @@ def readable(path):
     """The PIL image of a file; ValueError if it is none, or turns out to be damaged."""
     try:
         with Image.open(path) as image:
+            if image.mode == "F":
+                raise OSError("its pixels are floating-point numbers, of no known range")
             yield image
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path}: not a readable image ({error}); mend or remove it") from error
@@ -993,7 +1020,7 @@ def load_data(name, split, data_dir=DATA_DIR, size=FOLDER_SIZE, stream=None):
     """The training or the held-out images of a data set.
 
     name    one of KNOWN_DATA, or a folder with one sub-folder of images per class, or with two such
-            folders, train, and test or val
+            folders, train, and test or, if there is none, val
     split   "train" or "test", the held-out images: the official test set, of digits and of a folder
             without one every sixth image of a fixed permutation
     size    side of a folder's images
@@ -1002,6 +1029,8 @@ def load_data(name, split, data_dir=DATA_DIR, size=FOLDER_SIZE, stream=None):
     Raises ValueError for an unknown name or an unfit folder, OSError where files are missing and
     can't be downloaded to data_dir.
     """
+    if stream and name in KNOWN_DATA:
+        raise ValueError(f"--stream: is for folders of images, and {name} is none; leave it out")
     if name == "digits":
         digits = load_digits()
         images = torch.from_numpy(np.rint(digits.images * 255 / 16).astype(np.uint8))[:, None]
@@ -1035,7 +1064,7 @@ def download(dataset, data_dir, train, name):
 def load_folder(folder, split, size, stream):
     """The images of a folder of folders: grey if all of them are, else RGB; ValueError if none."""
     train = test = Path(folder)
-    for name in ("test", "val"):
+    for name in ("val", "test"):
         if has_folders(Path(folder, "train")) and has_folders(Path(folder, name)):
             train, test = Path(folder, "train"), Path(folder, name)
     try:
@@ -1047,9 +1076,9 @@ def load_folder(folder, split, size, stream):
     if found.classes != other.classes:
         raise ValueError(f"--data {folder}: its {train.name} and {test.name} have other classes")
     paths, labels = [path for path, _ in found.samples], torch.tensor(found.targets)
-    if train == test:
-        chosen = hold_out(len(paths), split)
-        paths, labels = [paths[i] for i in chosen.tolist()], labels[chosen]
+    chosen = (hold_out(len(paths), split) if train == test else
+              permutation(len(paths), 0, 0, "cpu"))  # for some held-out images to be of all classes
+    paths, labels = [paths[i] for i in chosen.tolist()], labels[chosen]
     images = FolderImages(paths, size, "L" if is_grey(train) else "RGB")
     if not (math.prod(images.shape) > MEMORY if stream is None else stream):
         images = images.read(torch.arange(len(paths)))
@@ -1111,9 +1140,6 @@ def to_uint8(images):
 class Pixels:
     """The codec of models whose x0 is the image."""
 
-    def calibrate(self, images):
-        pass
-
     def encode(self, images):
         return images
 
@@ -1137,7 +1163,7 @@ class Autoencoder(nn.Module):
     def __init__(self, img_resolution, img_channels, latent_channels, model_channels, channel_mult,
                  num_blocks):
         super().__init__()
-        halved(img_resolution, channel_mult)
+        check_sizes(img_resolution, model_channels, channel_mult)
         self.network = dict(img_resolution=img_resolution, img_channels=img_channels,
                             latent_channels=latent_channels, model_channels=model_channels,
                             channel_mult=channel_mult, num_blocks=num_blocks)
@@ -1151,9 +1177,9 @@ class Autoencoder(nn.Module):
                        nn.Upsample(scale_factor=2)]
             down += [Residual(width) for _ in range(num_blocks)]
             up += [Residual(width) for _ in range(num_blocks)]
-        self.encoder = nn.Sequential(*down, *read_out(widths[-1], 2 * latent_channels))
+        self.encoder = nn.Sequential(*down, *norm_act_conv(widths[-1], 2 * latent_channels))
         self.decoder = nn.Sequential(nn.Conv2d(latent_channels, widths[-1], 3, padding=1),
-                                     *reversed(up), *read_out(widths[0], img_channels))
+                                     *reversed(up), *norm_act_conv(widths[0], img_channels))
         # Of the latents of training images; so x0 has EDM's standard deviation, SIGMA_DATA.
         self.register_buffer("mean", torch.zeros(latent_channels, 1, 1))
         self.register_buffer("std", torch.full((latent_channels, 1, 1), SIGMA_DATA))
@@ -1161,7 +1187,7 @@ class Autoencoder(nn.Module):
 
     def posterior(self, images):
         """images [B, C, H, W] in [-1, 1] -> mean and log of the variance of z, [B, c, h, w]"""
-        with self.autocast(images):
+        with autocast(images.device, self.dtype):
             mean, log_variance = self.encoder(images).float().chunk(2, dim=1)
         return mean, log_variance.clamp(-20, 10)
 
@@ -1175,11 +1201,8 @@ class Autoencoder(nn.Module):
         return self.decoded(mean + (log_variance / 2).exp() * noise), kl
 
     def decoded(self, z):
-        with self.autocast(z):
+        with autocast(z.device, self.dtype):
             return self.decoder(z).float()
-
-    def autocast(self, x):
-        return torch.autocast(x.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     @torch.no_grad()
     def calibrate(self, images):
@@ -1209,14 +1232,15 @@ class Residual(nn.Module):
 
     def __init__(self, channels):
         super().__init__()
-        self.layers = nn.Sequential(*read_out(channels, channels), *read_out(channels, channels))
+        self.layers = nn.Sequential(*norm_act_conv(channels, channels),
+                                    *norm_act_conv(channels, channels))
         scaled(self.layers[-1], 0.1)
 
     def forward(self, x):
         return x + self.layers(x)
 
 
-def read_out(c_in, c_out):
+def norm_act_conv(c_in, c_out):
     return group_norm(c_in), nn.SiLU(), nn.Conv2d(c_in, c_out, 3, padding=1)
 
 
@@ -1227,7 +1251,7 @@ def latent_shape(network):
 
 
 class AutoencoderTask:
-    """What train() trains with --autoencoder; in all else like DiffusionTask."""
+    """Training an autoencoder, likewise (see DiffusionTask)."""
 
     kind = "autoencoder"
 
@@ -1238,27 +1262,30 @@ class AutoencoderTask:
                             channel_mult=mults_of(cfg), num_blocks=cfg.blocks)
         self.shape = latent_shape(self.network)
 
-    def model(self):
-        return Autoencoder(**self.network)
-
     def facts(self):
         return {}
 
     def losses(self, autoencoder, x0, label, draw):
-        decoded, kl = autoencoder(x0, draw.normal())
+        return self.terms(autoencoder, x0, draw.normal())
+
+    def terms(self, autoencoder, x0, noise):
+        """The loss and its two terms: squared error per pixel, divergence per latent value."""
+        decoded, kl = autoencoder(x0, noise)
         error = (decoded - x0).square().mean()
-        return dict(loss=error + self.cfg.kl_weight * kl, squared_error=error, kl=kl)
+        return dict(loss=error + self.cfg.kl_weight * kl, reconstruction_loss=error, kl=kl)
 
     @torch.no_grad()
     def validate(self, autoencoder, x0, label):
         """Figures: the loss, with fixed noise, and how near reconstructions without noise come."""
-        decoded, kl = autoencoder(x0, unit_noise(len(x0), self.shape, 0).to(x0.device))
-        loss = (decoded - x0).square().mean() + self.cfg.kl_weight * kl
-        return dict(validation_loss=loss.item(), psnr=psnr(autoencoder.reconstruct(x0), x0))
+        noise = unit_noise(len(x0), self.shape, 0).to(x0.device)
+        return dict(validation_loss=self.terms(autoencoder, x0, noise)["loss"].item(),
+                    psnr=psnr(autoencoder.reconstruct(x0), x0))
 
     @torch.no_grad()
     def picture(self, autoencoder, x0, label, path, rows=3, columns=10):
         """Images above their reconstructions; and latents.png, where latents lie by class."""
+        columns = min(columns, len(x0))
+        rows = min(rows, len(x0) // columns)
         shown = x0[:rows * columns]
         pairs = torch.stack([shown, autoencoder.reconstruct(shown)]).unflatten(1, (rows, -1))
         save_grid(to_uint8(pairs.transpose(0, 1).flatten(0, 1)), ("real", "decoded") * rows, path)
@@ -1281,14 +1308,13 @@ def encoded(data, codec, device):
     """Data on a device, of a codec's x0: latents, with --flip those of the mirror images too."""
     if isinstance(codec, Pixels):
         return data.to(device)
-    latents, flips, parts = [], (False, True)[:1 + data.flip], len(data.labels) // 256 + 1
-    for flip in flips:
-        batches = data.batches(torch.arange(len(data.labels)).chunk(parts))
-        for images in tqdm(batches, "latents", parts, disable=True if rank() else None):
-            x0 = to_float(images.to(device))
-            latents.append(codec.encode(x0.flip(-1) if flip else x0))
+    flips, parts = (False, True)[:1 + data.flip], len(data.labels) // 256 + 1
+    images = (to_float(part.to(device)) for part in
+              data.batches(torch.arange(len(data.labels)).chunk(parts)))
+    latents = [[codec.encode(x0.flip(-1) if flip else x0) for flip in flips]
+               for x0 in tqdm(images, "latents", parts, disable=True if rank() else None)]
     labels = data.labels.repeat(len(flips)).to(device)
-    return Data(torch.cat(latents), labels, data.classes)
+    return Data(torch.cat([torch.cat(part) for part in zip(*latents)]), labels, data.classes)
 
 
 def load_to_train(cfg, codec, device):
@@ -1301,10 +1327,11 @@ def load_to_train(cfg, codec, device):
     check_batch(cfg.batch, data, cfg.data)
     facts = dict(name=cfg.data, data_dir=cfg.data_dir, size=cfg.size, shape=data.shape,
                  classes=data.classes, flip=cfg.flip)
-    some = permutation(len(data.labels), 0, 0, "cpu")[:512]
-    if not cfg.resume:  # else the codec is calibrated already
+    count = min(512, max(1, 2**24 // math.prod(data.shape)))  # what a network takes at once
+    if cfg.latent and not cfg.resume:
+        some = permutation(len(data.labels), 0, 0, "cpu")[:count]
         codec.calibrate(to_float(data.images[some]).to(device))
-    some = torch.arange(min(512, len(held_out.labels)))
+    some = torch.arange(min(count, len(held_out.labels)))
     x0 = codec.encode(to_float(held_out.images[some]).to(device))
     data = encoded(data._replace(flip=cfg.flip), codec, device)
     return data, (x0, held_out.labels[some].to(device)), facts
@@ -1358,7 +1385,7 @@ def batch_at(step, count, batch, seed, device="cpu"):
     return permutation(count, seed, epoch, device)[position * batch:(position + 1) * batch]
 
 
-@functools.lru_cache(maxsize=8)  # of real images, and of DMD's pairs; copied to a GPU once
+@functools.lru_cache(maxsize=8)  # copied to a GPU once; few images are read epochs ahead
 def permutation(count, seed, epoch, device):
     return torch.randperm(count, generator=seeded(ORDER, seed, epoch)).to(device)
 
@@ -1490,6 +1517,11 @@ def dtype_of(cfg, device):
     return torch.bfloat16 if bfloat16 else torch.float16
 
 
+def autocast(device, dtype):
+    """The context in which networks compute in a dtype, float32 as it is."""
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
 def place(denoiser, device):
     """Move a denoiser to a device; a GPU's convolutions are fastest with the channels last."""
     cuda = torch.device(device).type == "cuda"
@@ -1539,9 +1571,10 @@ def load(path, resume=False, kind=None):
 
     returns its dictionary: kind ("teacher", "generator", "autoencoder"), config, step, data (name,
     data_dir, size, shape, classes, flip), network (arguments of UNet or Autoencoder), model (the
-    EMA weights); but for an autoencoder prediction, schedule, autoencoder (None, or one of kind,
-    network and model); of a generator sigmas, figures, best, teacher_figures, teacher_sha256, and
-    in generator.pt fake_score; training (weights and optimizers) where --resume can go on from it
+    EMA weights); of a teacher or generator prediction, schedule, autoencoder (None, or a dictionary
+    of kind, network and model); of a generator sigmas, figures, best, teacher_figures,
+    teacher_sha256, and in generator.pt fake_score; training (weights and optimizers) where --resume
+    can go on from it
     Raises ValueError if the file is missing, foreign, damaged, of another kind, or can't be
     resumed from.
     """
@@ -1549,7 +1582,8 @@ def load(path, resume=False, kind=None):
         raise ValueError(f"{path}: no such checkpoint file; teacher.py and dmd2.py write them")
     checkpoint = read(path, fits)
     if checkpoint is None:
-        raise ValueError(f"{path}: not a checkpoint of this project, or damaged")
+        raise ValueError(f"{path}: not a checkpoint of this project, or of another version of it, "
+                         "or damaged")
     if kind not in (None, checkpoint["kind"]):
         raise ValueError(f"{path}: holds a checkpoint of kind {checkpoint['kind']}; needed is one "
                          f"of kind {kind}")
@@ -1574,26 +1608,30 @@ def read(path, fits):
 def fits(checkpoint):
     """Whether a dictionary has the fields that load() tells of, and these fit each other."""
     kind, data, network = (checkpoint[name] for name in ("kind", "data", "network"))
-    side, channels = network["img_resolution"], network["img_channels"]
-    shape = channels, side, side
+    shape = shape_of(network)
     if not (fits_network(checkpoint) and checkpoint["step"] > 0
-            and isinstance(checkpoint["config"], dict) and {"name", "size", "flip"} <= data.keys()):
+            and isinstance(checkpoint["config"], dict)
+            and {"name", "size", "classes", "flip"} <= data.keys()):
         return False
     if kind == "autoencoder":
-        return tuple(data["shape"]) == shape
+        latent_shape(network)
+        return tuple(data["shape"]) == shape and "data_dir" in data
     autoencoder, classes = checkpoint["autoencoder"], network["label_dim"]
     if autoencoder is not None:
-        if autoencoder["kind"] != "autoencoder" or not fits_network(autoencoder):
+        if (autoencoder["kind"] != "autoencoder" or not fits_network(autoencoder)
+                or latent_shape(autoencoder["network"]) != shape):
             return False
-        images = autoencoder["network"]["img_channels"], autoencoder["network"]["img_resolution"]
-        if latent_shape(autoencoder["network"]) != shape:
-            return False
-        shape = *images, images[1]
+        shape = shape_of(autoencoder["network"])
     sigmas = checkpoint["sigmas"] if kind == "generator" else [SIGMA_MAX]
     return (kind in ("teacher", "generator") and tuple(data["shape"]) == shape
             and classes in (0, len(data["classes"]))
             and len(sigmas) > 0 and all(SIGMA_MIN <= sigma <= SIGMA_MAX for sigma in sigmas)
             and checkpoint["prediction"] in PREDICTIONS and checkpoint["schedule"] in SCHEDULES)
+
+
+def shape_of(network):
+    """The shape [C, H, W] of what a network of these arguments takes."""
+    return network["img_channels"], network["img_resolution"], network["img_resolution"]
 
 
 def fits_network(checkpoint):
@@ -1616,6 +1654,13 @@ def restore(parts, states, path):
                          "and optimizers of this run") from error
 
 
+def network_of(checkpoint):
+    """A new denoiser or autoencoder of a checkpoint's arguments."""
+    if checkpoint["kind"] == "autoencoder":
+        return Autoencoder(**checkpoint["network"])
+    return Denoiser(UNet(**checkpoint["network"]), checkpoint["prediction"])
+
+
 def build(checkpoint, device="cpu"):
     """The denoiser or autoencoder of a checkpoint, in eval mode, without gradients.
 
@@ -1624,10 +1669,7 @@ def build(checkpoint, device="cpu"):
     damaged = f"damaged checkpoint of a {checkpoint['kind']}: its weights"
     try:
         with torch.device("meta"):  # which takes no memory before the weights are known to fit
-            if checkpoint["kind"] == "autoencoder":
-                model = Autoencoder(**checkpoint["network"])
-            else:
-                model = Denoiser(UNet(**checkpoint["network"]), checkpoint["prediction"])
+            model = network_of(checkpoint)
         model.load_state_dict(checkpoint["model"], assign=True)
     except (RuntimeError, TypeError, LookupError, AttributeError, ValueError) as error:
         raise ValueError(f"{damaged} don't fit its network") from error
@@ -1648,7 +1690,7 @@ def make_run_folder(cfg):
     out.mkdir(parents=True, exist_ok=True)
     if not (cfg.resume or cfg.profile):
         stale = [path for pattern in ("autoencoder.pt", "teacher.pt", "generator.pt",
-                                                "last.pt", "samples_*.png", "latents.png")
+                                               "last.pt", "samples_*.png", "latents.png")
                  for path in out.glob(pattern)]
         if stale:
             print(f"replacing the run that was in {out}", file=sys.stderr)
@@ -1912,28 +1954,31 @@ def save_grid(rows, names, path, titles=()):
 def save_plane(groups, classes, path, umap=False):
     """Draw features as dots in one plane, a colour per class: of PCA, or if asked of UMAP.
 
+    The classes are named if there are 10 at most.
+
     groups  by name: features [N, D] and labels [N]; the plane is of all of them
 
     UMAP (McInnes et al. 2018) needs umap-learn; without it, the plane is PCA's.
     """
-    features = torch.cat([features for features, _ in groups.values()]).double().cpu()
+    features = torch.cat([features for features, _ in groups.values()]).cpu().double()
     if umap and importlib.util.find_spec("umap"):
         from umap import UMAP
         kind, points = "UMAP", UMAP(random_state=0, n_jobs=1).fit_transform(features.numpy())
     else:
-        features = features - features.mean(0)
-        axes = torch.linalg.eigh(features.T @ features).eigenvectors[:, -2:].flip(1)
-        kind, points = "PCA", (features @ axes).numpy()
+        u, s, _ = torch.linalg.svd(features - features.mean(0), full_matrices=False)
+        kind, points = "PCA", F.pad(u * s, (0, 2))[:, :2].numpy()  # two, even of one image
     figure = Figure(figsize=(0.6 + 4.4 * len(groups), 4.4), layout="constrained")
     panels = figure.subplots(1, len(groups), sharex=True, sharey=True, squeeze=False)[0]
-    start = 0
+    few, start = len(classes) <= 10, 0
+    colour = matplotlib.colormaps["tab10" if few else "turbo"].resampled(len(classes))
     for panel, (name, (_, label)) in zip(panels, groups.items()):
         part, start = points[start:start + len(label)], start + len(label)
         for c in label.unique().tolist():
             x, y = part[(label == c).cpu().numpy()].T
-            panel.scatter(x, y, 3, f"C{c}", label=classes[c])
+            panel.scatter(x, y, 3, [colour(c)], label=classes[c])
         panel.set(title=f"{name} ({kind})", xticks=[], yticks=[])
-    panels[-1].legend(loc="center left", bbox_to_anchor=(1, 0.5), markerscale=3)
+    if few:
+        panels[-1].legend(loc="center left", bbox_to_anchor=(1, 0.5), markerscale=3)
     figure.savefig(path, dpi=90)
 
 

@@ -308,7 +308,7 @@ def test_denoiser_keeps_shape_and_type_at_both_ends_of_sigma_and_batch_1():
 
 
 def test_unet_names_the_sides_that_work():
-    with pytest.raises(ValueError, match="multiple of 4"):
+    with pytest.raises(ValueError, match="multiple of 4, such as 28 or 32; or"):
         teacher.UNet(30, 1, 10, 8, (1, 2, 2), 1, ())
 
 
@@ -817,15 +817,35 @@ def test_generator_of_latents_gives_images_wherever_it_goes(latent, tmp_path, ca
 
 def test_discriminator_s_real_x0_are_latents_by_the_autoencoder_that_travels(latent):
     parent = teacher.load(latent / "teacher" / "teacher.pt")
-    cfg = types.SimpleNamespace(gan_weight=1, backward_simulation=True, batch=16, seed=0,
-                                data_dir=None, stream=None, resume=None)
-    cpu = torch.device("cpu")
-    x0, label = next(dmd2.real_batches(cfg, parent, [slice(None)], cpu))
+    cfg = types.SimpleNamespace(gan_weight=1, batch=16, data_dir=None, stream=None)
+    real = dmd2.load_real(cfg, parent, torch.device("cpu"))
     data = teacher.load_data("digits", "train")
-    index = teacher.batch_at(0, 1497, 16, 0)
-    expected = teacher.codec_of(parent["autoencoder"]).encode(teacher.to_float(data.images[index]))
-    torch.testing.assert_close(x0, expected)
-    assert torch.equal(label, data.labels[index])
+    expected = teacher.codec_of(parent["autoencoder"]).encode(teacher.to_float(data.images))
+    torch.testing.assert_close(real.images, expected)
+    assert torch.equal(real.labels, data.labels)
+
+
+def test_second_stage_in_other_latents_is_refused(latent, tmp_path, capsys):
+    checkpoint = teacher.load(latent / "dmd2" / "generator.pt")
+    checkpoint["autoencoder"]["model"]["std"] += 1
+    torch.save(checkpoint, tmp_path / "generator.pt")
+    line = fails(dmd2.main, ["--teacher", str(latent / "teacher" / "teacher.pt"), "--init-from",
+                             str(tmp_path / "generator.pt"), "--out", str(tmp_path / "x")], capsys)
+    assert "is of another autoencoder's latents" in line
+
+
+@pytest.mark.parametrize("count", [1, 4, 41])
+def test_autoencoder_of_few_images_has_its_pictures(count, tmp_path):
+    teacher.main([*TINY, "--data", photographs(tmp_path / "photos", count=count), "--size", "8",
+                  "--autoencoder", "--batch", "1", "--sample-every", "4", "--out",
+                  str(tmp_path / "run")])
+    assert (tmp_path / "run" / "samples_000004.png").exists()
+
+
+def test_run_does_not_replace_the_autoencoder_that_it_is_made_of(latent, capsys):
+    path = latent / "moved" / "autoencoder.pt"
+    line = fails(teacher.main, ["--latent", str(path), "--out", str(path.parent)], capsys)
+    assert f"would remove {path}; name another folder" in line and path.exists()
 
 
 def test_evaluation_of_an_autoencoder_is_of_its_reconstructions(latent, capsys):
@@ -864,6 +884,20 @@ def test_folder_is_grey_where_all_of_its_images_are(modes, shape, tmp_path):
     assert teacher.load_data(str(tmp_path), "train", size=16).shape == shape
 
 
+def test_16_bits_are_scaled_and_floating_point_is_refused(tmp_path):
+    (tmp_path / "a").mkdir()
+    levels = np.arange(256, dtype=np.uint16).reshape(16, 16)
+    for name in ("1.png", "2.png"):
+        Image.fromarray(levels * 257).save(tmp_path / "a" / name)
+    images = teacher.load_data(str(tmp_path), "train", size=16).images
+    assert torch.equal(images[0, 0], torch.from_numpy(levels.astype(np.uint8)))
+    Image.fromarray(levels.astype(np.float32)).save(tmp_path / "a" / "3.tif")
+    teacher.load_folder.cache_clear()
+    teacher.is_grey.cache_clear()
+    with pytest.raises(ValueError, match="3.tif: not a readable image .its pixels are floating"):
+        teacher.load_data(str(tmp_path), "train", size=16)
+
+
 def test_images_are_turned_as_exif_says_and_cropped_in_the_middle(tmp_path):
     pixels = np.zeros((10, 30, 3), np.uint8)
     pixels[:, 10:20] = [[255, 0, 0]] * 10  # the middle, red, its upper half brighter
@@ -884,6 +918,7 @@ def test_folder_of_splits_is_read_as_such(name, tmp_path):
     photographs(tmp_path / name, count=2)
     train, test = (teacher.load_data(str(tmp_path), split, size=8) for split in ("train", "test"))
     assert (len(train.labels), len(test.labels)) == (10, 4) and train.classes == ("cats", "dogs")
+    assert train.labels.tolist() != sorted(train.labels.tolist())  # some of them are of all classes
     shutil.rmtree(tmp_path / name / "cats")
     teacher.load_folder.cache_clear()
     with pytest.raises(ValueError, match=f"its train and {name} have other classes"):
@@ -1406,20 +1441,17 @@ def test_regression_run_shows_its_pairs_and_uses_them_again(tiny_teacher, tmp_pa
     assert (tmp_path / "pairs.pt").stat().st_mtime_ns == made
 
 
-LPIPS = types.SimpleNamespace(regression_distance="lpips")
-
-
 def test_lpips_that_can_not_be_had_is_refused_in_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "lpips", None)
     with pytest.raises(ValueError, match="pip install lpips"):
-        dmd2.distance_function(LPIPS, {"autoencoder": None}, "cpu")
+        dmd2.distance_function("lpips", "cpu")
 
     def no_weights(**options):
         raise OSError("no network")
 
     monkeypatch.setitem(sys.modules, "lpips", types.SimpleNamespace(LPIPS=no_weights))
     with pytest.raises(ValueError, match="weights can't be had .no network."):
-        dmd2.distance_function(LPIPS, {"autoencoder": None}, "cpu")
+        dmd2.distance_function("lpips", "cpu")
 
 
 def test_lpips_sees_colour_images_of_224(monkeypatch):
@@ -1432,7 +1464,7 @@ def test_lpips_sees_colour_images_of_224(monkeypatch):
             return (a - b).square().mean((1, 2, 3), keepdim=True)
 
     monkeypatch.setitem(sys.modules, "lpips", types.SimpleNamespace(LPIPS=Seen))
-    distance = dmd2.distance_function(LPIPS, {"autoencoder": None}, "cpu")
+    distance = dmd2.distance_function("lpips", "cpu")
     assert distance(torch.ones(2, 1, 8, 8), torch.zeros(2, 1, 8, 8)).item() == pytest.approx(1)
 
 
@@ -2267,7 +2299,10 @@ def fails(main, argv, capsys):
     (teacher.main, "--latent AUTOENCODER --autoencoder", "leave out --autoencoder"),
     (teacher.main, "--latent AUTOENCODER --mults 1,2,2,2", "side 4: the network's 4 levels"),
     (teacher.main, "--size 32", "--size 32: is for folders of images"),
-    (teacher.main, "--autoencoder --data fashion --stream", "--stream True: is for folders"),
+    (teacher.main, "--stream", "--stream: is for folders of images, and digits is none"),
+    (dmd2.main, "--teacher TEACHER --stream", "--stream: is for folders of images, and digits is"),
+    (sample.main, "AUTOENCODER --evaluate --n 200", "of which all held-out images are evaluated"),
+    (teacher.main, "--resume LATENT --latent x.pt --steps 9", "--latent x.pt: the run to resume"),
     (sample.main, "AUTOENCODER", "holds an autoencoder; a teacher of its latents"),
     (dmd2.main, "--teacher AUTOENCODER", "holds an autoencoder; a teacher of its latents"),
     (export.main, "AUTOENCODER", "holds an autoencoder; a teacher of its latents"),
