@@ -37,10 +37,10 @@ from PIL import Image
 from torch import nn
 
 from teacher import (DATA_DIR, FEATURES, HEUN_STEPS, KNOWN_DATA, SIGMA_DATA, SUBSET, Options,
-                     Pixels, arg, build, codec_of, exported_noise, fits, flag, fresh_noise, heun,
-                     load, load_data, on_rank_0, parse, pick_device, psnr, rank, rank_0_first,
-                     ranks, run_script, sampling_sigmas, save, save_grid, save_plane, seeded,
-                     shape_of, tell, to_float, to_uint8)
+                     Pixels, arg, build, check_same, codec_of, exported_noise, fits, flag,
+                     fresh_noise, heun, load, load_data, on_rank_0, parse, pick_device, psnr, rank,
+                     rank_0_first, ranks, run_script, sampling_sigmas, save, save_grid, save_plane,
+                     seeded, shape_of, tell, to_float, to_uint8)
 
 ASSETS = Path(__file__).resolve().parent / "assets"
 DIMENSIONS = 64  # of the feature space in which quality is measured
@@ -721,10 +721,7 @@ def load_images(facts, split, data_dir=None, stream=None):
     """load_data() of the images that a checkpoint tells of; ValueError if they are others now."""
     where = data_dir or facts.get("data_dir", DATA_DIR)  # an exported file doesn't tell
     data = load_data(facts["name"], split, where, facts["size"], stream)
-    shape, classes = tuple(facts["shape"]), len(facts["classes"])
-    if data.shape != shape or classes not in (1, len(data.classes)):
-        raise ValueError(f"--data {facts['name']}: has {len(data.classes)} classes of images "
-                         f"{data.shape} now; the checkpoint was trained on {classes} of {shape}")
+    check_same(facts, data)
     return data
 
 
@@ -818,7 +815,8 @@ def report(runs, reference, measured):
               for name, values in columns.items()}
     return dict(mean=mean, spread=spread, floor=reference.floor,
                 protocol=f"{measured}; {reference.protocol}",
-                ratio_to_floor=mean["frechet_distance"] / reference.floor["frechet_distance"])
+                ratio_to_floor=(mean["frechet_distance"]
+                                / max(reference.floor["frechet_distance"], 1e-12)))
 
 
 def sampler_report(sampler, reference, n, seeds, batch=BATCH):

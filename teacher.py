@@ -643,7 +643,7 @@ class Config(TrainingOptions):
     data: str = arg(None, f"{', '.join(KNOWN_DATA)}, or a folder that holds a folder of images for "
                           "each class (default: digits, or what --latent was trained on)")
     size: int = arg(None, "side of a folder's images, scaled and cropped (default: "
-                          f"{FOLDER_SIZE})", at_least=4)
+                          f"{FOLDER_SIZE})", at_least=4, below=2**12)
     flip: bool = arg(None, "show images mirrored left to right, half of the time (default: by "
                            "data: for cifar10 on, else off)")
     autoencoder: bool = arg(False, "train no teacher but an autoencoder, for --latent")
@@ -981,7 +981,10 @@ class FolderImages:
         with readable(path) as image:
             image = ImageOps.exif_transpose(image)
             if image.mode.startswith("I"):  # 16 bits, which convert() would clip to the lower 8
-                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+                levels = np.asarray(image)
+                if levels.min() < 0 or levels.max() >= 2**16:
+                    raise ValueError("its pixels have more than 16 bits")
+                image = Image.fromarray((levels >> 8).astype(np.uint8))
             image = ImageOps.fit(image.convert(self.mode), (self.size, self.size))
             pixels = np.array(image)
         return torch.from_numpy(pixels.reshape(self.size, self.size, -1)).permute(2, 0, 1)
@@ -1010,9 +1013,9 @@ def readable(path):
     try:
         with Image.open(path) as image:
             if image.mode == "F":
-                raise OSError("its pixels are floating-point numbers, of no known range")
+                raise ValueError("its pixels are floating-point numbers, of no known range")
             yield image
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except Exception as error:  # of every kind, from PIL's many decoders
         raise ValueError(f"{path}: not a readable image ({error}); mend or remove it") from error
 
 
@@ -1067,6 +1070,9 @@ def load_folder(folder, split, size, stream):
     for name in ("val", "test"):
         if has_folders(Path(folder, "train")) and has_folders(Path(folder, name)):
             train, test = Path(folder, "train"), Path(folder, name)
+    if train == test and has_folders(Path(folder, "train")):
+        raise ValueError(f"--data {folder}: has train, but neither test nor val; add one, or give "
+                         f"{Path(folder, 'train')}")
     try:
         found, other = (torchvision.datasets.ImageFolder(part) for part in
                         ((train, test) if split == "train" else (test, train)))
@@ -1079,6 +1085,9 @@ def load_folder(folder, split, size, stream):
     chosen = (hold_out(len(paths), split) if train == test else
               permutation(len(paths), 0, 0, "cpu"))  # for some held-out images to be of all classes
     paths, labels = [paths[i] for i in chosen.tolist()], labels[chosen]
+    if not paths:
+        raise ValueError(f"--data {folder}: one image is too few, for some are held out; give 2 or "
+                         "more")
     images = FolderImages(paths, size, "L" if is_grey(train) else "RGB")
     if not (math.prod(images.shape) > MEMORY if stream is None else stream):
         images = images.read(torch.arange(len(paths)))
@@ -1209,7 +1218,7 @@ class Autoencoder(nn.Module):
         """Set mean and standard deviation, per channel, of the latents that encode() scales."""
         z = self.posterior(images)[0]
         self.mean.copy_(z.mean((0, 2, 3)).view_as(self.mean))
-        self.std.copy_(z.std((0, 2, 3)).clamp(min=1e-6).view_as(self.std))
+        self.std.copy_(z.std((0, 2, 3), correction=0).clamp(min=1e-6).view_as(self.std))
 
     def encode(self, images):
         """images [B, C, H, W] in [-1, 1] -> x0 [B, c, h, w]: the means, of deviation SIGMA_DATA"""
@@ -1300,7 +1309,8 @@ def codec_of(autoencoder, device="cpu"):
 
 def psnr(images, originals):
     """Peak signal-to-noise ratio of images in [-1, 1], in dB."""
-    return -10 * math.log10((images - originals).square().mean().item() / 4)
+    error = (images - originals).square().mean().item()
+    return -10 * math.log10(max(error, 1e-10) / 4)
 
 
 @torch.no_grad()
@@ -1317,6 +1327,15 @@ def encoded(data, codec, device):
     return Data(torch.cat([torch.cat(part) for part in zip(*latents)]), labels, data.classes)
 
 
+def check_same(facts, data):
+    """Raises ValueError if data are not what a checkpoint tells of them, in shape and classes."""
+    shape, classes = tuple(facts["shape"]), tuple(facts["classes"])
+    if data.shape != shape or classes not in (data.classes, ("all",)):
+        raise ValueError(f"--data {facts['name']}: has images {data.shape} of the classes "
+                         f"{', '.join(data.classes[:10])} now; the checkpoint was trained on "
+                         f"{shape} of {', '.join(classes[:10])}")
+
+
 def load_to_train(cfg, codec, device):
     """The training data, as x0; x0 and labels of some held-out images; what checkpoints tell of it.
 
@@ -1325,6 +1344,8 @@ def load_to_train(cfg, codec, device):
     data, held_out = (load_data(cfg.data, split, cfg.data_dir, cfg.size, cfg.stream)
                       for split in ("train", "test"))
     check_batch(cfg.batch, data, cfg.data)
+    if source := cfg.resume or cfg.latent:
+        check_same(load(source)["data"], data)
     facts = dict(name=cfg.data, data_dir=cfg.data_dir, size=cfg.size, shape=data.shape,
                  classes=data.classes, flip=cfg.flip)
     count = min(512, max(1, 2**24 // math.prod(data.shape)))  # what a network takes at once
@@ -1610,12 +1631,14 @@ def fits(checkpoint):
     kind, data, network = (checkpoint[name] for name in ("kind", "data", "network"))
     shape = shape_of(network)
     if not (fits_network(checkpoint) and checkpoint["step"] > 0
-            and isinstance(checkpoint["config"], dict)
-            and {"name", "size", "classes", "flip"} <= data.keys()):
+            and isinstance(checkpoint["config"], dict) and type(data["flip"]) is bool
+            and all(type(name) is str for name in (*data["classes"], data["name"] or "",
+                                                   data.get("data_dir", "")))
+            and data["size"] in (None, data["shape"][-1])):
         return False
     if kind == "autoencoder":
         latent_shape(network)
-        return tuple(data["shape"]) == shape and "data_dir" in data
+        return tuple(data["shape"]) == shape and {"name", "data_dir"} <= data.keys()
     autoencoder, classes = checkpoint["autoencoder"], network["label_dim"]
     if autoencoder is not None:
         if (autoencoder["kind"] != "autoencoder" or not fits_network(autoencoder)
@@ -1666,15 +1689,17 @@ def build(checkpoint, device="cpu"):
 
     Raises ValueError if the weights don't fit the network or are not finite.
     """
-    damaged = f"damaged checkpoint of a {checkpoint['kind']}: its weights"
+    damaged = f"damaged checkpoint of kind {checkpoint['kind']}: its weights"
     try:
         with torch.device("meta"):  # which takes no memory before the weights are known to fit
             model = network_of(checkpoint)
         model.load_state_dict(checkpoint["model"], assign=True)
     except (RuntimeError, TypeError, LookupError, AttributeError, ValueError) as error:
         raise ValueError(f"{damaged} don't fit its network") from error
-    if not all(weight.dtype == torch.float32 and weight.isfinite().all()
-               for weight in model.state_dict().values()):
+    weights = model.state_dict().values()
+    if any(4 * weight.numel() > weight.untyped_storage().nbytes() for weight in weights):
+        raise ValueError(f"{damaged} are more than the file holds")
+    if not all(weight.dtype == torch.float32 and weight.isfinite().all() for weight in weights):
         raise ValueError(f"{damaged} are not finite float32")
     return place(frozen(model), device)
 
@@ -1961,7 +1986,7 @@ def save_plane(groups, classes, path, umap=False):
     UMAP (McInnes et al. 2018) needs umap-learn; without it, the plane is PCA's.
     """
     features = torch.cat([features for features, _ in groups.values()]).cpu().double()
-    if umap and importlib.util.find_spec("umap"):
+    if umap and len(features) > 15 and importlib.util.find_spec("umap"):  # its neighbourhoods
         from umap import UMAP
         kind, points = "UMAP", UMAP(random_state=0, n_jobs=1).fit_transform(features.numpy())
     else:
@@ -1979,6 +2004,7 @@ def save_plane(groups, classes, path, umap=False):
         panel.set(title=f"{name} ({kind})", xticks=[], yticks=[])
     if few:
         panels[-1].legend(loc="center left", bbox_to_anchor=(1, 0.5), markerscale=3)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=90)
 
 

@@ -764,7 +764,7 @@ def test_autoencoder_halves_each_level_and_gives_x0_the_deviation_of_edm():
     x0 = autoencoder.encode(images)
     assert x0.shape[1:] == (3, 7, 7) == teacher.latent_shape(autoencoder.network)
     torch.testing.assert_close(x0.mean((0, 2, 3)), torch.zeros(3), rtol=0, atol=1e-5)
-    torch.testing.assert_close(x0.std((0, 2, 3)), torch.full((3,), teacher.SIGMA_DATA))
+    torch.testing.assert_close(x0.std((0, 2, 3), correction=0), torch.full((3,), 0.5))
     torch.testing.assert_close(autoencoder.reconstruct(images), before)  # no matter the scale
     assert before.shape == images.shape
 
@@ -888,14 +888,15 @@ def test_16_bits_are_scaled_and_floating_point_is_refused(tmp_path):
     (tmp_path / "a").mkdir()
     levels = np.arange(256, dtype=np.uint16).reshape(16, 16)
     for name in ("1.png", "2.png"):
-        Image.fromarray(levels * 257).save(tmp_path / "a" / name)
+        Image.fromarray(levels * 257).save(tmp_path / "a" / name)  # level 255 is 65,535
     images = teacher.load_data(str(tmp_path), "train", size=16).images
     assert torch.equal(images[0, 0], torch.from_numpy(levels.astype(np.uint8)))
-    Image.fromarray(levels.astype(np.float32)).save(tmp_path / "a" / "3.tif")
-    teacher.load_folder.cache_clear()
-    teacher.is_grey.cache_clear()
-    with pytest.raises(ValueError, match="3.tif: not a readable image .its pixels are floating"):
-        teacher.load_data(str(tmp_path), "train", size=16)
+    for dtype, says in ((np.float32, "are floating-point"), (np.int32, "have more than 16 bits")):
+        Image.fromarray(levels.astype(dtype) - 1).save(tmp_path / "a" / "3.tif")
+        teacher.load_folder.cache_clear()
+        teacher.is_grey.cache_clear()
+        with pytest.raises(ValueError, match=f"3.tif: not a readable image .its pixels {says}"):
+            [teacher.load_data(str(tmp_path), split, size=16) for split in ("train", "test")]
 
 
 def test_images_are_turned_as_exif_says_and_cropped_in_the_middle(tmp_path):
@@ -1021,7 +1022,41 @@ def test_folder_that_changed_is_refused(tmp_path, capsys):
     capsys.readouterr()
     line = fails(dmd2.main, ["--teacher", str(tmp_path / "run" / "teacher.pt"), "--out",
                              str(tmp_path / "dmd2")], capsys)
-    assert "images (3, 8, 8) now; the checkpoint was trained on 2 of (1, 8, 8)" in line
+    assert "has images (3, 8, 8) of the classes cats, dogs now; the checkpoint was" in line
+
+
+@pytest.mark.parametrize("flags", ["--resume", "--teacher"])
+def test_class_renamed_since_training_is_refused(flags, tmp_path, capsys):
+    folder, run = photographs(tmp_path / "data"), tmp_path / "run" / "teacher.pt"
+    teacher.main([*TINY, "--data", folder, "--size", "8", "--mults", "1,2", "--blocks", "1",
+                  "--batch", "8", "--out", str(run.parent)])
+    (tmp_path / "data" / "cats").rename(tmp_path / "data" / "lynxes")
+    teacher.load_folder.cache_clear()
+    capsys.readouterr()
+    script, more = (teacher, "--steps") if flags == "--resume" else (dmd2, "--batch")
+    line = fails(script.main, [flags, str(run), more, "8"] + ["--out", str(tmp_path / "x")] *
+                 (script is dmd2), capsys)
+    assert "of the classes dogs, lynxes now; the checkpoint was trained on" in line
+
+
+def test_folder_of_train_alone_or_of_one_image_is_refused(tmp_path):
+    photographs(tmp_path / "a" / "train")
+    with pytest.raises(ValueError, match="has train, but neither test nor val; add one, or give"):
+        teacher.load_data(str(tmp_path / "a"), "train")
+    folder = photographs(tmp_path / "b", count=1, classes=("cats",))
+    with pytest.raises(ValueError, match="one image is too few"):
+        teacher.load_data(folder, "train")
+
+
+def test_autoencoder_of_images_all_alike_is_measured(tmp_path, capsys):
+    for i in range(30):
+        (tmp_path / "photos" / str(i % 2)).mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8)).save(tmp_path / "photos" / str(i % 2) / f"{i}.png")
+    teacher.main([*TINY, "--data", str(tmp_path / "photos"), "--size", "8", "--autoencoder",
+                  "--out", str(tmp_path / "run")])
+    teacher.main([*TINY, "--latent", str(tmp_path / "run" / "autoencoder.pt"), "--out",
+                  str(tmp_path / "teacher")])
+    assert teacher.psnr(torch.ones(2), torch.ones(2)) > 100
 
 
 # ---- pictures -----------------------------------------------------------------------------------
@@ -1948,12 +1983,23 @@ def test_weights_that_do_not_fit_or_are_not_finite_are_refused(tiny_generator):
         teacher.build(checkpoint)
 
 
+def test_weights_that_are_more_than_their_file_are_refused(tiny_generator):
+    checkpoint = teacher.load(tiny_generator)
+    checkpoint["model"] = {name: torch.zeros(1).expand(weight.shape)
+                           for name, weight in checkpoint["model"].items()}
+    with pytest.raises(ValueError, match="are more than the file holds"):
+        teacher.build(checkpoint)
+
+
 @pytest.mark.parametrize("change", [
     dict(kind="other"), dict(data=None), dict(sigmas=[]), dict(network={}), dict(model={}),
     dict(prediction="w"), dict(config=None), dict(schedule="w"), dict(step=-1),
     dict(sigmas=[math.nan]),
     dict(data=dict(name="digits", size=None, shape=(1, 16, 16), classes=tuple("0123456789"),
                    flip=False)),
+    dict(data=dict(name=5, size=None, shape=(1, 8, 8), classes=tuple("0123456789"), flip=False)),
+    dict(data=dict(name="x", size=9, shape=(1, 8, 8), classes=tuple("0123456789"), flip=False)),
+    dict(data=dict(name="x", size=8, shape=(1, 8, 8), classes=tuple(range(10)), flip=False)),
     dict(autoencoder={}), dict(autoencoder=dict(kind="autoencoder", network={}, model={})),
     dict(autoencoder=dict(kind="autoencoder", model={f"{i}": torch.zeros(1) for i in range(9)},
                           network=dict(img_resolution=8, img_channels=1, latent_channels=4,
