@@ -159,13 +159,14 @@ def facts_of(checkpoint, path, cfg):
     """The contract and the origin of an exported file, as its metadata tells them."""
     data = {name: checkpoint["data"][name] for name in ("name", "size", "shape", "classes")}
     data["name"] = Path(data["name"]).name  # of a folder, not where it lies on this machine
-    steps = len(checkpoint["sigmas"])
+    steps, (channels, height, width) = len(checkpoint["sigmas"]), data["shape"]
     return dict(
         data=data, steps=steps, sigmas=checkpoint["sigmas"],
         noise=f"float32 [{f'{steps}, ' * (steps > 1)}batch, "
               f"{', '.join(map(str, shape_of(checkpoint['network'])))}], standard normal",
         label=f"int64 [batch], 0 to {len(data['classes']) - 1}",
-        image="uint8 [batch, H, W, C]" if cfg.uint8 else "float32 [batch, C, H, W] in [-1, 1]",
+        image=f"uint8 [batch, {height}, {width}, {channels}]" if cfg.uint8 else
+              f"float32 [batch, {channels}, {height}, {width}] in [-1, 1]",
         arithmetic="float16" if cfg.fp16 else "float32",
         training_step=checkpoint["step"], figures=checkpoint["figures"],
         teacher_figures=checkpoint["teacher_figures"], git_commit=git_commit(),

@@ -154,12 +154,13 @@ def guided(denoiser, guidance, checkpoint, path):
 class Config(Options):
     """Options of sample.py."""
 
-    checkpoint: str = arg(None, "teacher.pt, generator.pt, generator.onnx or an EDM .pkl",
-                          positional=True)
+    checkpoint: str = arg(None, "teacher.pt, generator.pt, generator.onnx, an EDM .pkl or, to "
+                                "--evaluate, autoencoder.pt", positional=True)
     n: int = arg(None, "number of images, or of the rows of --trajectory and --interpolate "
                        f"(default: 10 per class; {STRIP_ROWS} and at most 10 rows; with "
                        f"--evaluate {EVALUATE_N})", at_least=1)
-    labels: str = arg(None, "the classes to sample, such as 3,3,7 (default: all, evenly)")
+    labels: str = arg(None, "the classes to sample, by number or name, such as 3,3,7 (default: "
+                            "all, evenly)")
     sampler: str = arg(None, "of a teacher: Heun's method or Euler's, at EDM's noise levels, or "
                              "DDIM or DDPM, at those of the teacher's schedule unless that is "
                              f"lognormal (default: {SAMPLER})", tuple(SAMPLERS))
@@ -449,7 +450,8 @@ def open_checkpoint(path, data=None, data_dir=None):
     checkpoint = load_edm(path) if Path(path).suffix == ".pkl" else load(path)
     if checkpoint["kind"] == "autoencoder":
         raise ValueError(f"{path}: holds an autoencoder; a teacher of its latents is trained by "
-                         f"python teacher.py --latent {path}")
+                         f"python teacher.py --latent {path}, and it is measured by python "
+                         f"sample.py {path} --evaluate")
     facts = checkpoint["data"]
     if data is None or data == facts["name"]:
         return checkpoint

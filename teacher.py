@@ -314,7 +314,7 @@ def train(cfg):
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     mirrored = " (half of them mirrored)" * bool(cfg.latent and cfg.flip)
     log.say(f"{cfg.data}: {len(data.labels)} images{mirrored}; {millions:.2f} M parameters; "
-            f"on {device}")
+            f"on {device}; {cfg.steps} steps")
     batches = training_batches(data, start, cfg, parts, device)
     load_folder.cache_clear()  # what is left of it is in `data`
 
@@ -523,9 +523,10 @@ def halved(side, channel_mult):
     factor = 2 ** (len(channel_mult) - 1)
     if side % factor:
         near = max(side - side % factor, factor)
+        levels = next(n for n in itertools.count(1) if side % 2**n)
         raise ValueError(f"images of side {side}: the network's {len(channel_mult)} levels need a "
-                         f"multiple of {factor}, such as {near} or {near + factor}; or give fewer "
-                         "--mults")
+                         f"multiple of {factor}, such as {near} or {near + factor}; or give "
+                         f"--mults 1{',2' * (levels - 1)}")
     return side // factor
 
 
@@ -1077,17 +1078,19 @@ def load_folder(folder, split, size, stream):
         found, other = (torchvision.datasets.ImageFolder(part) for part in
                         ((train, test) if split == "train" else (test, train)))
     except FileNotFoundError as error:
-        raise ValueError(f"--data {folder}: {str(error).rstrip('.')}; it needs a folder of images "
-                         "for each class, such as cats/1.jpg") from error
+        raise ValueError(f"--data {folder}: {str(error).rstrip('.')}; every class needs a folder "
+                         "with images, such as cats/1.jpg, and images without classes one for all, "
+                         "such as all/1.jpg") from error
     if found.classes != other.classes:
         raise ValueError(f"--data {folder}: its {train.name} and {test.name} have other classes")
     paths, labels = [path for path, _ in found.samples], torch.tensor(found.targets)
     chosen = (hold_out(len(paths), split) if train == test else
               permutation(len(paths), 0, 0, "cpu"))  # for some held-out images to be of all classes
     paths, labels = [paths[i] for i in chosen.tolist()], labels[chosen]
-    if not paths:
-        raise ValueError(f"--data {folder}: one image is too few, for some are held out; give 2 or "
-                         "more")
+    missing = set(range(len(found.classes))) - set(labels.tolist())
+    if missing and (split == "train" or not paths):
+        raise ValueError(f"--data {folder}: too few images; as every sixth is held out, none is "
+                         f"left for {split} of {found.classes[min(missing)]}")
     images = FolderImages(paths, size, "L" if is_grey(train) else "RGB")
     if not (math.prod(images.shape) > MEMORY if stream is None else stream):
         images = images.read(torch.arange(len(paths)))
@@ -1607,7 +1610,7 @@ def load(path, resume=False, kind=None):
                          "or damaged")
     if kind not in (None, checkpoint["kind"]):
         raise ValueError(f"{path}: holds a checkpoint of kind {checkpoint['kind']}; needed is one "
-                         f"of kind {kind}")
+                         f"of kind {kind}, which teacher.py --{kind} makes")
     if resume and "training" not in checkpoint:
         raise ValueError(f"{path}: holds no optimizers to resume from; teacher.pt and last.pt do")
     return checkpoint
