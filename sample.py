@@ -182,8 +182,8 @@ class Config(Options):
     seed: int = arg(0, "seed of the noise", at_least=0, below=2**63)
     out: str = arg(None, "a .png (a grid), a .npz (images uint8 [N, H, W, C] and labels), or a "
                          "folder for a PNG file each (default: samples.png)")
-    evaluate: bool = arg(False, "print Fréchet distance, precision and recall (of an autoencoder's "
-                                "reconstructions, too); writes no images")
+    evaluate: bool = arg(False, "print Fréchet distance, precision and recall (also of an "
+                                "autoencoder's reconstructions); writes no images")
     seeds: int = arg(3, "with --evaluate: the number of seeds, from --seed on", at_least=1)
     beside: str = arg(None, "a second checkpoint: the picture shows real images, its images, and "
                             "those of the first for the same noise")
@@ -980,7 +980,7 @@ def save_map(cfg, sampler, out):
     name_of(sampler.data, cfg.checkpoint)
     reference = load_reference(sampler.data, cfg.data_dir, sampler.device)
     n = min(cfg.n or MAP_N, len(reference.labels))
-    label = reference.labels[:n].clamp(max=len(sampler.data["classes"]) - 1)  # or it has no labels
+    label = reference.labels[:n].clamp(max=len(sampler.data["classes"]) - 1)  # 0 if unconditional
     features, _ = extract(reference.net, generate(sampler, label, cfg.seed, cfg.batch))
     save_plane({"real": (reference.features[:n], label), sampler.name: (features, label)},
                sampler.data["classes"], out, umap=True)

@@ -293,9 +293,10 @@ class DiffusionTask:
 
 def train(cfg):
     """Train a teacher, or by AutoencoderTask an autoencoder; returns its checkpoint's path."""
-    device, (cfg, autoencoder) = pick_device(cfg.device), read_sources(cfg)
+    device, source = pick_device(cfg.device), read_source(cfg)
+    cfg, autoencoder = completed(cfg, source)
     parts, codec = parts_of(cfg), codec_of(autoencoder, device)
-    data, held_out, facts = load_to_train(cfg, codec, device)
+    data, held_out, facts = load_to_train(cfg, source, codec, device)
     task = (AutoencoderTask if cfg.autoencoder else DiffusionTask)(cfg, data, codec)
     torch.manual_seed(cfg.seed)
     model = place(network_of(dict(kind=task.kind, network=task.network, **task.facts())), device)
@@ -304,10 +305,10 @@ def train(cfg):
     descent = Descent(optimizer, cfg, device)
     start = 0
     if cfg.resume:
-        checkpoint = load(cfg.resume, resume=True)
-        start = checkpoint["step"]
+        start = source["step"]
         restore(dict(ema=ema, model=model, descent=descent),
-                dict(checkpoint["training"], ema=checkpoint["model"]), cfg.resume)
+                dict(source["training"], ema=source["model"]), cfg.resume)
+    del source  # which may be large
     prepare(cfg, device, model)  # not ema: samples and validation are always float32
     make_run_folder(cfg)
     log = Log(cfg, start)
@@ -825,32 +826,39 @@ def run_script(main):
         sys.exit(2)
 
 
-def read_sources(cfg):
+def read_source(cfg):
+    """The checkpoint that a run goes on from, or the autoencoder of --latent, or None."""
+    if cfg.resume:
+        return load(cfg.resume, resume=True)
+    return load(cfg.latent, kind="autoencoder") if cfg.latent else None
+
+
+def completed(cfg, source):
     """The config, filled by its data and recipes, and the autoencoder of --latent, or None.
 
     Raises ValueError if they don't fit each other.
     """
-    autoencoder, found = None, dict(out=AUTOENCODER_OUT if cfg.autoencoder else OUT)
+    autoencoder, side = None, None
+    found = dict(out=AUTOENCODER_OUT if cfg.autoencoder else OUT)
     kind = "latents" if cfg.latent else "autoencoder" if cfg.autoencoder else None
-    if cfg.resume:  # its checkpoint has the autoencoder, and its config is whole
-        autoencoder = load(cfg.resume, resume=True).get("autoencoder")
-    elif cfg.latent:
-        autoencoder = load(cfg.latent, kind="autoencoder")
-        facts = autoencoder["data"]
+    if cfg.latent:
+        autoencoder = source["autoencoder"] if cfg.resume else source
+        side = latent_shape(autoencoder["network"])[-1]
+    if cfg.latent and not cfg.resume:  # which has all options
+        facts = source["data"]
         found.update(data=facts["name"], size=facts["size"], data_dir=facts["data_dir"])
         for name, kept in (("data", Path(facts["name"]).name), ("size", facts["size"])):
             value = getattr(cfg, name)
             if value is not None and (value if name == "size" else Path(value).name) != kept:
                 raise ValueError(f"{flag(name)} {value}: the autoencoder's images are those of "
                                  f"{facts['name']}; leave it out")
-        side = latent_shape(autoencoder["network"])[-1]
         levels = next(n for n in itertools.count(1) if side % 2**n or side >> n < 4)
         found["mults"] = "1" + ",2" * (levels - 1)  # halved while it stays whole and 4 or more
     data = cfg.data or found.get("data", "digits")
     base = dict(data=data, data_dir=DATA_DIR, flip=False,
                 size=None if data in KNOWN_DATA else FOLDER_SIZE)
     cfg = filled(cfg, base, recipe_of(data, RECIPES), RECIPES.get(kind, {}), found)
-    side = latent_shape(autoencoder["network"])[-1] if autoencoder else cfg.size
+    side = side or cfg.size
     if side:  # told before any image is read
         check_sizes(side, cfg.width, mults_of(cfg))
     check_out(cfg, cfg.latent)
@@ -1016,7 +1024,9 @@ def readable(path):
             if image.mode == "F":
                 raise ValueError("its pixels are floating-point numbers, of no known range")
             yield image
-    except Exception as error:  # of every kind, from PIL's many decoders
+    except MemoryError:
+        raise
+    except Exception as error:  # PIL's many decoders have no base in common for theirs
         raise ValueError(f"{path}: not a readable image ({error}); mend or remove it") from error
 
 
@@ -1339,7 +1349,7 @@ def check_same(facts, data):
                          f"{shape} of {', '.join(classes[:10])}")
 
 
-def load_to_train(cfg, codec, device):
+def load_to_train(cfg, source, codec, device):
     """The training data, as x0; x0 and labels of some held-out images; what checkpoints tell of it.
 
     Raises ValueError if there are fewer training images than a batch.
@@ -1347,8 +1357,8 @@ def load_to_train(cfg, codec, device):
     data, held_out = (load_data(cfg.data, split, cfg.data_dir, cfg.size, cfg.stream)
                       for split in ("train", "test"))
     check_batch(cfg.batch, data, cfg.data)
-    if source := cfg.resume or cfg.latent:
-        check_same(load(source)["data"], data)
+    if source:
+        check_same(source["data"], data)
     facts = dict(name=cfg.data, data_dir=cfg.data_dir, size=cfg.size, shape=data.shape,
                  classes=data.classes, flip=cfg.flip)
     count = min(512, max(1, 2**24 // math.prod(data.shape)))  # what a network takes at once
@@ -1612,7 +1622,8 @@ def load(path, resume=False, kind=None):
         raise ValueError(f"{path}: holds a checkpoint of kind {checkpoint['kind']}; needed is one "
                          f"of kind {kind}, which teacher.py --{kind} makes")
     if resume and "training" not in checkpoint:
-        raise ValueError(f"{path}: holds no optimizers to resume from; teacher.pt and last.pt do")
+        raise ValueError(f"{path}: holds no optimizers to resume from; teacher.pt, autoencoder.pt "
+                         "and last.pt do")
     return checkpoint
 
 
@@ -1718,7 +1729,7 @@ def make_run_folder(cfg):
     out.mkdir(parents=True, exist_ok=True)
     if not (cfg.resume or cfg.profile):
         stale = [path for pattern in ("autoencoder.pt", "teacher.pt", "generator.pt",
-                                               "last.pt", "samples_*.png", "latents.png")
+                                    "last.pt", "samples_*.png", "latents.png")
                  for path in out.glob(pattern)]
         if stale:
             print(f"replacing the run that was in {out}", file=sys.stderr)
