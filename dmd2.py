@@ -29,12 +29,12 @@ from sample import (BATCH, EVALUATE_AT_LEAST, TITLES, few_step, generator_sample
                     load_images, load_reference, measure, name_of, open_checkpoint, steps_of,
                     summary, teacher_sampler)
 from teacher import (GENERATOR, PREDICTIONS, SIGMA_MAX, SIGMA_MIN, TRAINED_STEP, Descent, Draw, Log,
-                     TrainingOptions, arg, batch_at, build, check_batch, check_out, codec_of, due,
-                     encoded, filled, flag, frozen, group_norm, load, load_folder, lowest_quantile,
-                     make_run_folder, parse, parts_of, pick_device, plot_log, prepare, quantile_of,
-                     rank_0_first, rate_at, read, recipe_of, restore, run_script, save, save_grid,
-                     seeded, shape_of, sigma_at, tell, to_uint8, training_batches, training_steps,
-                     unit_error, unit_noise, update_ema)
+                     TrainingOptions, arg, batch_at, build, check_batch, check_out, check_resumed,
+                     codec_of, due, encoded, filled, flag, frozen, group_norm, load, load_folder,
+                     lowest_quantile, make_run_folder, not_finite, parse, parts_of, pick_device,
+                     prepare, quantile_of, rank_0_first, rate_at, read, recipe_of, restore,
+                     run_script, save, save_grid, seeded, shape_of, sigma_at, tell, to_uint8,
+                     training_batches, training_steps, unit_error, unit_noise, update_ema)
 
 # What of dmd2.py depends on the data: it fills the options that were not given.
 RECIPES = {
@@ -299,19 +299,21 @@ def load_pairs(sampler, teacher_sha256, count, path):
     def fits(stored):
         images = stored["images"]
         return (stored["origin"] == origin and images.shape == noise.shape
-                and images.dtype == noise.dtype and images.isfinite().all())
+                and images.dtype == noise.dtype and not not_finite(images))
 
-    stored = read(path, fits) if path.exists() else None
-    if stored is None:
-        if path.exists():
+    stored = None
+    if path.exists():
+        try:
+            stored = read(path, fits)
+        except ValueError:
             print(f"{path}: of another teacher or setting, or damaged; making the pairs anew",
                   file=sys.stderr)
-        path.parent.mkdir(parents=True, exist_ok=True)
+    if stored is None:
         parts = list(zip(noise.split(BATCH), label.split(BATCH)))
         images = [sampler.x0(iter([z.to(device)]), c.to(device)).cpu()
                   for z, c in tqdm(parts, "pairs", disable=None)]
         stored = dict(origin=origin, images=torch.cat(images))
-        if not fits(stored):
+        if not_finite(stored):
             raise FloatingPointError("the teacher's images for the regression loss are not finite")
         save(stored, path)
     return Pairs(*(part.to(device) for part in (noise, label, stored["images"])))
@@ -380,11 +382,12 @@ def save_estimates(teacher, fake_score, sampler, sigmas, path, pairs=None, colum
 class Keeper:
     """Evaluates, pictures, saves and resumes a run; generator.pt is the best of its EMA generators.
 
-    networks holds what a resumed run needs besides the EMA: networks and optimizers by name.
+    networks  what a resumed run needs besides the EMA: networks and optimizers by name
+    images    how many real ones it is trained on; None where no option needs them
     """
 
-    def __init__(self, cfg, parent, teacher, ema, sigmas, networks):
-        self.cfg, self.teacher, self.ema = cfg, teacher, ema
+    def __init__(self, cfg, parent, teacher, ema, sigmas, networks, images):
+        self.cfg, self.teacher, self.ema, self.images = cfg, teacher, ema, images
         self.sigmas, self.networks, self.out = sigmas, networks, Path(cfg.out)
         self.device = next(teacher.parameters()).device
         self.inherited = dict({name: parent[name] for name in INHERITED}, sigmas=sigmas)
@@ -416,7 +419,8 @@ class Keeper:
                              f"{self.cfg.resume} began with")
         restore(dict(self.networks, ema=self.ema),
                 dict(checkpoint["training"], ema=checkpoint["model"]), self.cfg.resume)
-        self.best = checkpoint.get("best") if (self.out / "generator.pt").exists() else None
+        check_resumed(checkpoint, self.cfg, self.images, self.inherited["data"]["name"])
+        self.best = checkpoint["best"] if (self.out / "generator.pt").exists() else None
         return checkpoint["step"]
 
     def begin(self, log):
@@ -440,13 +444,16 @@ class Keeper:
             with torch.compiler.set_stance("force_eager"):  # its batch is of another size
                 save_estimates(self.teacher, self.networks["fake_score"], self.sampler, self.sigmas,
                                self.out / f"samples_{step + 1:06d}.png", self.pairs)
-        if due(step, cfg.save_every, cfg.steps):
-            log.check()
-            plot_log(log.path)
-            if not cfg.evaluate_every:
-                self.save_generator(step + 1)
-            training = {name: network.state_dict() for name, network in self.networks.items()}
-            save(dict(self.checkpoint(step + 1), training=training), self.out / "last.pt")
+
+    def keep(self, step):
+        """Write last.pt, of so many steps done, and without evaluations generator.pt, too."""
+        if not self.cfg.evaluate_every:
+            self.save_generator(step)
+        training = {name: network.state_dict() for name, network in self.networks.items()}
+        path = self.out / "last.pt"
+        save(dict(self.checkpoint(step), training=dict(training, images=self.images)), path,
+             self.cfg.keep)
+        return path
 
     def merit(self, figures):
         """Sorts generators: those of about the teacher's recall first, by Fréchet distance.
@@ -570,14 +577,15 @@ def train(cfg):
     discriminator = Discriminator(teacher if cfg.gan_features == "teacher" else fake_score)
     discriminator.to(device)
     adamw = functools.partial(torch.optim.AdamW, weight_decay=0.01, fused=device.type != "mps")
-    generator_descent = Descent(adamw(generator.parameters()), cfg, device)
+    generator_descent = Descent(adamw(generator.parameters()), cfg, device, "generator_")
     fake_descent = Descent(adamw([*fake_score.parameters(), *discriminator.head.parameters()]), cfg,
-                           device)
+                           device, "fake_")
     guide = guided(teacher, cfg.guidance, parent, cfg.teacher)
     real_data = load_real(cfg, parent, device)
     keeper = Keeper(cfg, parent, guide, ema, sigmas, dict(
         generator=generator, fake_score=fake_score, head=discriminator.head,
-        generator_descent=generator_descent, fake_descent=fake_descent))
+        generator_descent=generator_descent, fake_descent=fake_descent),
+                    images=len(real_data.labels) if real_data else None)
     # After the keeper measured the teacher and made its pairs in float32; not ema, for the same.
     prepare(cfg, device, teacher, generator, fake_score)
     make_run_folder(cfg)
@@ -589,7 +597,7 @@ def train(cfg):
     roles = dict(teacher=teacher, generator=generator, fake_score=fake_score,
                  discriminator=discriminator)
 
-    for step in training_steps(keeper.start, cfg, device, roles):
+    for step in training_steps(keeper.start, cfg, device, roles, log, keeper.keep):
         update_generator = step % cfg.fake_steps == 0  # DMD2's two time-scale update rule
         update, k = step // cfg.fake_steps, trained_step(len(sigmas), cfg.seed, step)
         for part in parts:
@@ -634,10 +642,10 @@ def train(cfg):
 
         if update_generator:
             rate = rate_at(update, cfg.lr, cfg.warmup, cfg.decay_after)
-            log.note(generator_gradient_norm=generator_descent.step(rate))
+            log.note(**generator_descent.step(rate))
             update_ema(ema, generator, cfg.ema, update)
         rate = rate_at(step, cfg.fake_lr, cfg.warmup)
-        log.note(fake_gradient_norm=fake_descent.step(rate))
+        log.note(**fake_descent.step(rate))
         log.step()
         keeper.after(step, log)
     log.close()

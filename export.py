@@ -18,7 +18,6 @@ import hashlib
 import itertools
 import json
 import math
-import os
 import statistics
 import subprocess
 import sys
@@ -29,14 +28,15 @@ import numpy as np
 import onnx
 import onnxruntime
 import torch
+import torch.nn.functional as F
 from onnxscript import opset18
 from torch import nn
 from torch.utils._pytree import tree_map
 
 from sample import few_step, onnx_session, open_checkpoint, teacher_sampler
 from teacher import (Options, Pixels, arg, build, clock, codec_of, device_name, exported_noise,
-                     fresh_noise, parse, pick_device, place, run_script, shape_of, to_uint8,
-                     unit_noise)
+                     fresh_noise, parse, pick_device, place, replacing, run_script, shape_of,
+                     to_uint8, unit_noise)
 
 OPSET = opset18.version  # the fewest nodes at run time, and read by every onnxruntime since 1.14
 BATCHES = (1, 16, 256)  # of the benchmark
@@ -67,13 +67,20 @@ class Config(Options):
 class Exported(nn.Module):
     """A generator with its noise scaling, decoded, clamped and if asked converted to uint8."""
 
-    def __init__(self, generator, sigmas, uint8=False, codec=None):
+    def __init__(self, generator, sigmas, num_classes, uint8=False, codec=None):
         super().__init__()
         self.generator, self.sigmas, self.uint8 = generator, sigmas, uint8
         self.codec = codec or Pixels()
+        self.register_buffer("labels", torch.arange(num_classes)[:, None])
 
     def forward(self, noise, label):
-        """noise as of example(), label [batch] int64 -> image, as the file says"""
+        """noise as of example(), label [batch] int64 -> image, as the file says
+
+        Raises IndexError, and onnxruntime INVALID_ARGUMENT, for a label that is no class: it is
+        looked up in a table of them, where a negative one would count from the end.
+        """
+        label = torch.where(label < 0, len(self.labels), label)
+        label = F.embedding(label, self.labels)[:, 0]
         noise = noise if len(self.sigmas) > 1 else noise[None]
         x0 = few_step(self.generator, self.sigmas[0] * noise[0], self.sigmas, label, noise[1:])
         image = self.codec.decode(x0).clamp(-1, 1)
@@ -294,7 +301,8 @@ def main(argv=None):
     kind = "_uint8" * cfg.uint8 + "_fp16" * cfg.fp16
     default = Path(cfg.checkpoint).with_name(Path(cfg.checkpoint).stem + kind + ".onnx")
     path, shape = Path(cfg.out or default), shape_of(checkpoint["network"])
-    exported = Exported(build(checkpoint), checkpoint["sigmas"], cfg.uint8,
+    classes = len(checkpoint["data"]["classes"])
+    exported = Exported(build(checkpoint), checkpoint["sigmas"], classes, cfg.uint8,
                         codec_of(checkpoint["autoencoder"]))
     to_export = copy.deepcopy(exported)
     if cfg.fp16:
@@ -304,20 +312,14 @@ def main(argv=None):
     tolerance = 1e-2 if cfg.fp16 else 1e-4 if device == "cuda" else 1e-5
     tolerance *= 2 if checkpoint["autoencoder"] else 1  # two networks, one after the other
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
+    with replacing(path) as temporary:
         facts = facts_of(checkpoint, cfg.checkpoint, cfg)
         export_onnx(to_export, shape, facts, temporary)
-        classes = len(checkpoint["data"]["classes"])
         error = check_onnx(temporary, exported, shape, classes, device)
         if not error <= tolerance:
             print(f"export.py: onnxruntime differs from PyTorch by {error:.1e}, more than "
                   f"{tolerance:.0e}; no file was written", file=sys.stderr)
             sys.exit(1)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
     print(f"{path}: {path.stat().st_size / 1e6:.1f} MB; differs from PyTorch by {error:.1e}, of "
           f"{tolerance:.0e} allowed{' beyond one level' * cfg.uint8}, on {device}\n"
           f"next: python sample.py {path}")

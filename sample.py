@@ -19,7 +19,6 @@ import io
 import itertools
 import json
 import math
-import pickle
 import pickletools
 import reprlib
 import statistics
@@ -38,9 +37,9 @@ from torch import nn
 
 from teacher import (DATA_DIR, FEATURES, HEUN_STEPS, KNOWN_DATA, SIGMA_DATA, SUBSET, Options,
                      Pixels, arg, build, check_same, codec_of, exported_noise, fits, flag,
-                     fresh_noise, heun, load, load_data, on_rank_0, parse, pick_device, psnr, rank,
-                     rank_0_first, ranks, run_script, sampling_sigmas, save, save_grid, save_plane,
-                     seeded, shape_of, tell, to_float, to_uint8)
+                     fresh_noise, heun, load, load_data, not_finite, on_rank_0, parse, pick_device,
+                     psnr, rank, rank_0_first, ranks, read, replacing, run_script, sampling_sigmas,
+                     save, save_grid, save_plane, seeded, shape_of, tell, to_float, to_uint8)
 
 ASSETS = Path(__file__).resolve().parent / "assets"
 DIMENSIONS = 64  # of the feature space in which quality is measured
@@ -556,7 +555,10 @@ def onnx_sampler(path, device):
     def images(noises, label):
         noise = exported_noise(noises, steps).cpu().numpy()
         feed = {"noise": noise, "label": label.cpu().numpy()}
-        image = torch.from_numpy(session.run(["image"], feed)[0])
+        try:
+            image = torch.from_numpy(session.run(["image"], feed)[0])
+        except Exception as error:  # onnxruntime's exceptions have no other base in common
+            raise ValueError(f"{path}: onnxruntime can't run it: {error}") from error
         return to_float(image.permute(0, 3, 1, 2)) if image.dtype == torch.uint8 else image
     shape = tuple(session.get_inputs()[0].shape[-3:])
     return Sampler(images, Pixels().decode, shape, f"ONNX generator, {steps_of(steps)}", steps,
@@ -580,7 +582,7 @@ def onnx_session(path, device, provider_options=None, batch=None):
         raise ValueError(f"--device {device}: onnxruntime runs files of export.py on cpu and cuda")
     provider = providers[device]
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # errors are raised
     options.intra_op_num_threads = torch.get_num_threads()
     if batch:
         options.add_free_dimension_override_by_name("batch", batch)
@@ -593,12 +595,28 @@ def onnx_session(path, device, provider_options=None, batch=None):
         raise ValueError(f"--device {device}: onnxruntime did not load {provider}, only {loaded}")
     try:
         facts = json.loads(session.get_modelmeta().custom_metadata_map["dmd2"])
-        ours = {"data", "steps", "sigmas"} <= facts.keys()
-    except (KeyError, ValueError, AttributeError):
+        ours = fits_graph(facts, session)
+    except (KeyError, ValueError, AttributeError, TypeError, RecursionError):
         ours = False
-    if not ours or [i.name for i in session.get_inputs()] != ["noise", "label"]:
+    if not ours:
         raise ValueError(f"{path}: an ONNX file, but not one of export.py")
     return session, facts
+
+
+def fits_graph(facts, session):
+    """Whether the metadata of an exported file say what its graph takes and gives."""
+    data, steps = facts["data"], facts["steps"]
+    (noise, label), (image,) = session.get_inputs(), session.get_outputs()
+    order = (1, 2, 3) if image.type == "tensor(float)" else (3, 1, 2)
+    return (type(steps) is int and steps == len(facts["sigmas"]) > 0
+            and [image.shape[i] for i in order] == data["shape"]
+            and (noise.name, noise.type) == ("noise", "tensor(float)")
+            and (label.name, label.type) == ("label", "tensor(int64)")
+            and image.name == "image" and image.type in ("tensor(float)", "tensor(uint8)")
+            and len(noise.shape) == 4 + (steps > 1) and len(label.shape) == 1
+            and all(type(size) is int for size in (*data["shape"], *noise.shape[-3:]))
+            and len(data["classes"]) > 0 and type(data["name"]) is str
+            and all(type(name) is str for name in data["classes"]))
 
 
 def generate(sampler, label, seed, batch=BATCH):
@@ -693,15 +711,14 @@ def load_features(data, name, device="cpu"):
         raise ValueError(f"{path}: SHA-256 {digest[:12]} is not {SHA256[name][:12]}; restore it")
     net = FeatureNet(data.images.shape[1], len(data.classes))
     try:
-        net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    except (pickle.UnpicklingError, RuntimeError, EOFError, TypeError) as error:
+        net.load_state_dict(read(path, lambda weights: not not_finite(weights)))
+    except (ValueError, RuntimeError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: damaged; delete it, and it is made anew") from error
     return net.to(device).eval().requires_grad_(False), digest[:12]
 
 
 def write_features(data, path, device="cpu"):
     """Train a feature network and keep it at path."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     net = train_features(data, device=device)
     save(net.cpu().state_dict(), path)
     print(f"wrote {path}, SHA-256 {hashlib.sha256(path.read_bytes()).hexdigest()}", file=sys.stderr)
@@ -891,12 +908,12 @@ def write_images(images, label, classes, out):
         return
     pixels = images.permute(0, 2, 3, 1).numpy()
     if out.suffix == ".npz":
-        out.parent.mkdir(parents=True, exist_ok=True)
-        np.savez_compressed(out, images=pixels, labels=label.numpy())
+        with replacing(out) as path:
+            np.savez_compressed(path, images=pixels, labels=label.numpy())
         return
-    out.mkdir(parents=True, exist_ok=True)
     for i, (image, c) in enumerate(zip(pixels, label.tolist())):
-        Image.fromarray(image.squeeze()).save(out / f"{i:05d}_{c}.png")
+        with replacing(out / f"{i:05d}_{c}.png") as path:
+            Image.fromarray(image.squeeze()).save(path)
 
 
 # ---- pictures -----------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ image), random numbers, optimisation, checkpoints, logging, --profile, pictures.
 """
 
 import argparse
+import collections
 import contextlib
 import copy
 import dataclasses
@@ -29,9 +30,17 @@ import json
 import math
 import os
 import pickle
+import pickletools
+import re
+import reprlib
+import shutil
+import signal
 import statistics
+import struct
 import sys
+import threading
 import time
+import warnings
 import zipfile
 from pathlib import Path
 from typing import NamedTuple
@@ -50,6 +59,7 @@ from torch.profiler import record_function
 from torch.utils.checkpoint import checkpoint as recompute
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
 SIGMA_MIN, SIGMA_MAX, RHO, SIGMA_DATA = 0.002, 80.0, 7.0, 0.5  # EDM, Table 1
@@ -297,6 +307,7 @@ def train(cfg):
     cfg, autoencoder = completed(cfg, source)
     parts, codec = parts_of(cfg), codec_of(autoencoder, device)
     data, held_out, facts = load_to_train(cfg, source, codec, device)
+    count = len(data.labels)
     task = (AutoencoderTask if cfg.autoencoder else DiffusionTask)(cfg, data, codec)
     torch.manual_seed(cfg.seed)
     model = place(network_of(dict(kind=task.kind, network=task.network, **task.facts())), device)
@@ -308,28 +319,35 @@ def train(cfg):
         start = source["step"]
         restore(dict(ema=ema, model=model, descent=descent),
                 dict(source["training"], ema=source["model"]), cfg.resume)
+        check_resumed(source, cfg, count, cfg.data)
     del source  # which may be large
     prepare(cfg, device, model)  # not ema: samples and validation are always float32
     make_run_folder(cfg)
     log = Log(cfg, start)
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     mirrored = " (half of them mirrored)" * bool(cfg.latent and cfg.flip)
-    log.say(f"{cfg.data}: {len(data.labels)} images{mirrored}; {millions:.2f} M parameters; "
-            f"on {device}; {cfg.steps} steps")
+    log.say(f"{cfg.data}: {count} images{mirrored}; {millions:.2f} M parameters; on {device}; "
+            f"{cfg.steps} steps")
     batches = training_batches(data, start, cfg, parts, device)
     load_folder.cache_clear()  # what is left of it is in `data`
 
-    for step in training_steps(start, cfg, device, {task.kind: model}):
+    def keep(step):
+        save(dict(kind=task.kind, config=dataclasses.asdict(cfg), step=step, network=task.network,
+                  **task.facts(), data=facts, model=ema.state_dict(),
+                  training=dict(model=model.state_dict(), descent=descent.state_dict(),
+                                images=count)), path, cfg.keep)
+        return path
+
+    for step in training_steps(start, cfg, device, {task.kind: model}, log, keep):
         for part in parts:
             x0, label = next(batches)
             draw = Draw(task.stream, cfg.seed, step, cfg.batch, task.shape, device, part)
             losses = task.losses(model, x0, label, draw)
             descent.add(losses["loss"])
             log.note(**losses)
-        norm = descent.step(rate_at(step, cfg.lr, cfg.warmup, cfg.decay_after))
+        log.note(**descent.step(rate_at(step, cfg.lr, cfg.warmup, cfg.decay_after)))
         update_ema(ema, model, cfg.ema, step)
 
-        log.note(gradient_norm=norm)
         log.step()
         if due(step, cfg.sample_every, cfg.steps):
             log.check()
@@ -338,12 +356,6 @@ def train(cfg):
             told = ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
             log.say(f"step {step + 1}: {told.replace('_', ' ')}")
             task.picture(ema, *held_out, path.with_name(f"samples_{step + 1:06d}.png"))
-        if due(step, cfg.save_every, cfg.steps):
-            log.check()
-            plot_log(log.path)
-            save(dict(kind=task.kind, config=dataclasses.asdict(cfg), step=step + 1,
-                      network=task.network, **task.facts(), data=facts, model=ema.state_dict(),
-                      training=dict(model=model.state_dict(), descent=descent.state_dict())), path)
     log.close()
     return path
 
@@ -575,8 +587,11 @@ class Options:
         for field in dataclasses.fields(self):
             value, choices = getattr(self, field.name), field.metadata["choices"]
             low, top, high = (field.metadata[name] for name in ("at_least", "at_most", "below"))
-            if value is None:
+            if value is None and field.default is None:
                 continue
+            if type(value) not in (field.type, int if field.type is float else field.type):
+                raise ValueError(f"{flag(field.name)} {reprlib.repr(value)}: must be of type "
+                                 f"{field.type.__name__}")
             if value == "":
                 raise ValueError(f"{flag(field.name)}: is empty; leave it out or give a value")
             if high is None:
@@ -625,6 +640,8 @@ class TrainingOptions(Options):
                                "else goes to the folder profile in --out", free=True)
     log_every: int = arg(50, "steps between lines of log.jsonl", at_least=1, free=True)
     save_every: int = arg(200, "steps between checkpoints", at_least=1, free=True)
+    keep: int = arg(2, "how many checkpoints before the last one to keep, such as last.1.pt and "
+                       "last.2.pt", at_least=2, at_most=9, free=True)
     sample_every: int = arg(500, "steps between pictures (and validation losses); 0 for none",
                             at_least=0, free=True)
     wandb: bool = arg(False, "log to Weights & Biases too", free=True)
@@ -789,6 +806,10 @@ def resumed(config_class, given):
         if name in given and not field.metadata["free"] and given[name] != saved[name]:
             raise ValueError(f"{flag(name)} {given[name]}: the run to resume has {saved[name]}; "
                              "leave the flag out, or start a new run")
+    try:
+        config_class(**saved)
+    except ValueError as error:
+        raise ValueError(f"--resume {path}: holds options that are none: {error}") from error
     cfg = config_class(**{**saved, **given, "out": str(Path(path).parent)})
     if cfg.steps <= checkpoint["step"] and not cfg.profile:
         raise ValueError(f"--steps {cfg.steps}: {path} has done {checkpoint['step']} already; give "
@@ -799,13 +820,19 @@ def resumed(config_class, given):
 def run_script(main):
     """Call `main`; what the user can mend (ValueError, OSError) is one line and exit status 2."""
     name = Path(sys.argv[0]).name
+    if threading.current_thread() is threading.main_thread():  # or temporary files would be left
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     if dist.is_torchelastic_launched():
         dist.init_process_group(timeout=datetime.timedelta(hours=1))  # rank 0 may have to download
         name += f", rank {rank()}"
     try:
         main()
+        sys.stdout.flush()
         if dist.is_initialized():
             dist.destroy_process_group()
+    except BrokenPipeError:  # such as that of `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
     except (ValueError, OSError) as error:
         print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
@@ -817,7 +844,9 @@ def run_script(main):
               "written", file=sys.stderr)
         sys.exit(130)
     except (RuntimeError, MemoryError) as error:
-        if rank() > 0 and "peer" in str(error):  # which tells why it went
+        if ranks() > 1 and "peer" in str(error):
+            tell(f"{name}: another process has ended; --resume goes on from the last checkpoint, "
+                 "if one was written", file=sys.stderr)
             sys.exit(1)
         if not isinstance(error, MemoryError) and "memory" not in str(error):
             raise
@@ -972,7 +1001,7 @@ class Data(NamedTuple):
 class FolderImages:
     """Image files that look like a tensor uint8 [N, C, H, W], and are read when they are indexed.
 
-    Scaled, the middle cropped to a square, and turned as EXIF says. ValueError if one is damaged.
+    Scaled, and the middle cropped to a square. ValueError if one turns out to be damaged.
     """
 
     def __init__(self, paths, size, mode):
@@ -984,19 +1013,12 @@ class FolderImages:
 
     def __getitem__(self, index):
         """index [B] int64 -> uint8 [B, C, H, W]"""
-        return torch.stack([self.pixels(self.paths[i]) for i in index.tolist()])
+        return torch.stack([square(decoded(path)[0].convert(self.mode), self.size)
+                            for path in self.paths[index.numpy()]])
 
-    def pixels(self, path):
-        with readable(path) as image:
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):  # 16 bits, which convert() would clip to the lower 8
-                levels = np.asarray(image)
-                if levels.min() < 0 or levels.max() >= 2**16:
-                    raise ValueError("its pixels have more than 16 bits")
-                image = Image.fromarray((levels >> 8).astype(np.uint8))
-            image = ImageOps.fit(image.convert(self.mode), (self.size, self.size))
-            pixels = np.array(image)
-        return torch.from_numpy(pixels.reshape(self.size, self.size, -1)).permute(2, 0, 1)
+    def some(self, index):
+        """Those of an index as FolderImages."""
+        return FolderImages(self.paths[index.numpy()], self.size, self.mode)
 
     def read(self, index):
         """The same as indexing, for many: index [N] -> uint8 [N, C, H, W]"""
@@ -1006,28 +1028,108 @@ class FolderImages:
         return images
 
     def batches(self, indices):
-        """Yield the images at each of indices, which other processes read ahead, 8 at most."""
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        workers = 0 if len(self) < 100 else max(1, min(8, cores // ranks()))
-        loader = DataLoader(self, batch_size=None, sampler=indices, num_workers=workers)
-        try:
-            yield from loader
-        except ValueError as error:  # to which a worker adds its traceback
-            raise ValueError(str(error).strip().split("ValueError: ")[-1]) from error
+        """Yield the images at each of indices, which other processes read ahead."""
+        return read_ahead(self, indices)
+
+
+class Survey:
+    """Image files, each decoded to see whether it can be, and what of it a user should know."""
+
+    def __init__(self, paths, size, keep):
+        self.paths, self.size, self.keep = paths, size, keep
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, index):
+        """index [B] int64 -> uint8 [B, 3, H, W] (None without keep); a list of what each image is:
+        why it can't be read or None, whether it is grey, and notes"""
+        pixels, found = torch.zeros(len(index), 3, self.size, self.size, dtype=torch.uint8), []
+        for row, i in zip(pixels, index.tolist()):
+            try:
+                image, notes = decoded(self.paths[i])
+            except ValueError as error:
+                found.append((str(error), True, []))
+                continue
+            notes += ["smaller than --size and enlarged"] * (min(image.size) < self.size)
+            found.append((None, image.mode == "L", notes))
+            if self.keep:
+                row.copy_(square(image.convert("RGB"), self.size))
+        return pixels if self.keep else None, found
+
+
+def read_ahead(files, indices):
+    """Yield files[index] for each of indices, read ahead by other processes, 8 at most.
+
+    Raises ValueError as files[index] does, OSError if one of the processes was killed.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    workers = 0 if len(files) < 100 else max(1, min(8, cores // ranks()))
+    loader = DataLoader(files, batch_size=None, sampler=indices, num_workers=workers,
+                        collate_fn=as_it_is, worker_init_fn=ignore_signals)
+    try:
+        yield from loader
+    except ValueError as error:  # to which a worker adds its traceback
+        raise ValueError(str(error).strip().split("ValueError: ")[-1]) from error
+    except RuntimeError as error:
+        raise OSError(f"a process that reads images was killed, for want of memory perhaps; a "
+                      f"smaller --batch or --size needs less ({error})") from error
+
+
+def as_it_is(batch):
+    return batch
+
+
+def ignore_signals(worker):
+    """They are for the process that trains, which needs its workers to end a step."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def square(image, size):
+    """A PIL image -> uint8 [C, size, size], scaled, and the middle cropped."""
+    pixels = np.array(ImageOps.fit(image, (size, size)))
+    return torch.from_numpy(pixels.reshape(size, size, -1)).permute(2, 0, 1)
+
+
+def decoded(path):
+    """The image in a file, of mode RGB or L, turned as EXIF says; and what was done to it.
+
+    Raises ValueError if the file can't be read.
+    """
+    notes = []
+    with readable(path) as image:
+        if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # which cameras write
+            notes.append("of several frames, the first of which is taken")
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):  # 16 bits, which convert() would clip to the lower 8
+            levels = np.asarray(image)
+            if levels.min() < 0 or levels.max() >= 2**16:
+                raise ValueError("its pixels have more than 16 bits")
+            image = Image.fromarray((levels >> 8).astype(np.uint8))
+        mode = "L" if image.mode in GREY else "RGB"
+        if image.has_transparency_data:
+            layer = image.convert("RGBA")
+            if layer.getextrema()[3][0] < 255:
+                notes.append("transparent, and put on white")
+                image = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
+        return image.convert(mode), notes
 
 
 @contextlib.contextmanager
 def readable(path):
     """The PIL image of a file; ValueError if it is none, or turns out to be damaged."""
     try:
-        with Image.open(path) as image:
+        with warnings.catch_warnings(), Image.open(path) as image:
+            warnings.simplefilter("ignore")  # of EXIF, and of sizes that are no error yet
             if image.mode == "F":
                 raise ValueError("its pixels are floating-point numbers, of no known range")
             yield image
     except MemoryError:
         raise
     except Exception as error:  # PIL's many decoders have no base in common for theirs
-        raise ValueError(f"{path}: not a readable image ({error}); mend or remove it") from error
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise ValueError(f"{path}: not a readable image ({reason})") from error
 
 
 def load_data(name, split, data_dir=DATA_DIR, size=FOLDER_SIZE, stream=None):
@@ -1060,7 +1162,7 @@ def load_data(name, split, data_dir=DATA_DIR, size=FOLDER_SIZE, stream=None):
         return Data(images, torch.as_tensor(found.targets).long(), classes)
     if not Path(name).is_dir():
         raise ValueError(f"--data {name}: no such folder, and none of {', '.join(KNOWN_DATA)}")
-    return load_folder(name, split, size, stream)
+    return load_folder(name, size, stream)[split]
 
 
 def download(dataset, data_dir, train, name):
@@ -1069,55 +1171,125 @@ def download(dataset, data_dir, train, name):
         try:
             return dataset(data_dir, train=train, download=True)  # if they are not there
         except (OSError, RuntimeError) as error:
+            for path in (Path(data_dir, dataset.__name__, "raw"), Path(data_dir, dataset.__name__)):
+                with contextlib.suppress(OSError):
+                    path.rmdir()  # which the attempt left empty
             raise OSError(f"--data {name}: its files are not in {Path(data_dir).resolve()} and "
                           f"can't be downloaded ({error}); --data-dir tells where they are, and "
                           "--data digits needs no download") from error
 
 
-@functools.lru_cache(maxsize=2)  # a run asks for both splits more than once
-def load_folder(folder, split, size, stream):
-    """The images of a folder of folders: grey if all of them are, else RGB; ValueError if none."""
+@functools.lru_cache(maxsize=2)  # a run asks for it more than once
+def load_folder(folder, size, stream):
+    """The images of a folder of folders, by split: grey if all of them are, else RGB.
+
+    Raises ValueError if the folder has not what it takes, or a class no image that can be read.
+    """
     train = test = Path(folder)
     for name in ("val", "test"):
-        if has_folders(Path(folder, "train")) and has_folders(Path(folder, name)):
+        if folders_in(Path(folder, "train")) and folders_in(Path(folder, name)):
             train, test = Path(folder, "train"), Path(folder, name)
-    if train == test and has_folders(Path(folder, "train")):
+    if train == test and folders_in(Path(folder, "train")):
         raise ValueError(f"--data {folder}: has train, but neither test nor val; add one, or give "
                          f"{Path(folder, 'train')}")
-    try:
-        found, other = (torchvision.datasets.ImageFolder(part) for part in
-                        ((train, test) if split == "train" else (test, train)))
-    except FileNotFoundError as error:
-        raise ValueError(f"--data {folder}: {str(error).rstrip('.')}; every class needs a folder "
-                         "with images, such as cats/1.jpg, and images without classes one for all, "
-                         "such as all/1.jpg") from error
-    if found.classes != other.classes:
+    classes = folders_in(train)
+    if folders_in(test) != classes:
         raise ValueError(f"--data {folder}: its {train.name} and {test.name} have other classes")
-    paths, labels = [path for path, _ in found.samples], torch.tensor(found.targets)
-    chosen = (hold_out(len(paths), split) if train == test else
-              permutation(len(paths), 0, 0, "cpu"))  # for some held-out images to be of all classes
-    paths, labels = [paths[i] for i in chosen.tolist()], labels[chosen]
-    missing = set(range(len(found.classes))) - set(labels.tolist())
-    if missing and (split == "train" or not paths):
-        raise ValueError(f"--data {folder}: too few images; as every sixth is held out, none is "
-                         f"left for {split} of {found.classes[min(missing)]}")
-    images = FolderImages(paths, size, "L" if is_grey(train) else "RGB")
-    if not (math.prod(images.shape) > MEMORY if stream is None else stream):
-        images = images.read(torch.arange(len(paths)))
-    return Data(images, labels, tuple(found.classes))
+    images, labels, in_test, damaged = survey(folder, dict.fromkeys((train, test)), classes, size,
+                                              stream)
+    splits = {}
+    for split in ("train", "test"):
+        if train == test:
+            chosen = hold_out(len(labels), split)
+        else:  # shuffled, for some held-out images to be of all classes
+            chosen = (in_test == (split == "test")).nonzero()[:, 0]
+            chosen = chosen[permutation(len(chosen), 0, 0, "cpu")]
+        missing = set(range(len(classes))) - set(labels[chosen].tolist())
+        if not len(chosen) or missing and split == "train":
+            name = f" of {classes[min(missing)]}" if missing else ""
+            reason = f" ({damaged[0]})" if damaged else ""
+            raise ValueError(f"--data {folder}: too few images{reason}; none is left for {split}"
+                             f"{name}. Every class needs a folder of them, such as cats/1.jpg "
+                             "(images without classes one for all, such as all/1.jpg), and every "
+                             "sixth is held out")
+        some = images.some if isinstance(images, FolderImages) else images.__getitem__
+        splits[split] = Data(some(chosen), labels[chosen], classes)
+    return splits
 
 
-def has_folders(path):
-    return path.is_dir() and any(child.is_dir() for child in path.iterdir())
+def survey(folder, parts, classes, size, stream):
+    """Decode every image once, also of those that stay on the disk, for none to fail later.
+
+    What can't be read is left out; that, and whatever else a user should know, is told.
+
+    parts  folders that hold a folder of each class: of training images, of test images
+    returns images, a tensor or FolderImages; labels [N]; whether they are test images [N]; and of
+    those that were left out, why
+    """
+    notes, damaged = collections.Counter(), []
+    files = [(path, label, i) for i, part in enumerate(parts) for label, name in enumerate(classes)
+             for path in image_files(part, name, notes)]
+    shape = len(files), 3, size, size
+    keep = math.prod(shape) <= MEMORY if stream is None else not stream
+    images = torch.empty(shape if keep else 0, dtype=torch.uint8)
+    index, whole, grey = torch.arange(len(files)).split(256), [], True
+    found = read_ahead(Survey([path for path, _, _ in files], size, keep), index)
+    for part, (pixels, facts) in zip(index, tqdm(found, "images", len(index), disable=True if
+                                                 rank() or len(index) < 10 else None)):
+        if keep:
+            images[part] = pixels
+        for i, (error, is_grey, its_notes) in zip(part.tolist(), facts):
+            if error is None:
+                whole.append(i)
+                grey = grey and is_grey
+                notes.update(its_notes)
+            else:
+                damaged.append(error)
+    if damaged:
+        notes[f"left out as unreadable: {'; '.join(damaged[:3])}{'; ...' * (len(damaged) > 3)}"] = \
+            len(damaged)
+    if notes:
+        tell(f"{folder}: {len(whole)} images; " + ", ".join(
+             f"{count} {note}" for note, count in notes.items()), file=sys.stderr)
+    whole, mode = torch.tensor(whole, dtype=torch.long), "L" if grey else "RGB"
+    paths, labels, in_test = zip(*files) if files else ((), (), ())
+    images = images[:, :len(mode)][whole] if keep else \
+        FolderImages(np.array(paths, object)[whole.numpy()], size, mode)
+    return images, torch.tensor(labels)[whole], torch.tensor(in_test)[whole] == 1, damaged
 
 
-@functools.lru_cache(maxsize=2)
-def is_grey(folder):
-    """Whether no image of a folder of folders has colour, as their heads tell."""
-    def grey(path):
-        with readable(path) as image:
-            return image.mode in GREY
-    return all(grey(path) for path, _ in torchvision.datasets.ImageFolder(folder).samples)
+def folders_in(path):
+    """The names of the folders in one, those of classes: sorted, without hidden ones."""
+    return tuple(sorted(child.name for child in path.iterdir() if child.is_dir()
+                        and not child.name.startswith("."))) if path.is_dir() else ()
+
+
+def image_files(folder, name, told):
+    """The images in a folder's folder of a class and below it; links are followed.
+
+    told  a Counter, to which it adds what it passes over
+    """
+    first, found = Path(folder, name), []
+    seen = {os.path.realpath(path) for path in (folder, *Path(folder).iterdir())}
+    seen.discard(os.path.realpath(first))
+
+    def refuse(error):
+        raise error
+    for root, folders, names in os.walk(first, followlinks=True, onerror=refuse):
+        if os.path.realpath(root) in seen:
+            folders.clear()
+            told["links that lead back"] += 1
+            continue
+        seen.add(os.path.realpath(root))
+        hidden = [child for child in (*folders, *names) if child.startswith(".")]
+        told.update(["hidden"] * len(hidden))
+        folders[:] = [child for child in folders if child not in hidden]
+        for child in set(names) - set(hidden):
+            if child.lower().endswith(IMG_EXTENSIONS):
+                found.append((root, child))
+            else:
+                told[f"of another kind ({Path(child).suffix.lower() or 'no ending'})"] += 1
+    return [os.path.join(*path) for path in sorted(found)]
 
 
 def hold_out(count, split):
@@ -1340,6 +1512,21 @@ def encoded(data, codec, device):
     return Data(torch.cat([torch.cat(part) for part in zip(*latents)]), labels, data.classes)
 
 
+def check_resumed(checkpoint, cfg, count, name):
+    """Tell where a run goes on, and which of its options are others now.
+
+    Raises ValueError if the number of training images is another.
+    """
+    before, saved = checkpoint["training"].get("images"), checkpoint["config"]
+    if before != count:
+        raise ValueError(f"--resume {cfg.resume}: its run is trained on {before} images, and "
+                         f"{name} has {count} now; restore them, or start a new run")
+    changed = [f"{flag(key)} {value} (it was {saved[key]})"
+               for key, value in dataclasses.asdict(cfg).items()
+               if value != saved[key] and key not in ("out", "resume")]
+    tell(", ".join([f"resuming after step {checkpoint['step']}", *changed]), file=sys.stderr)
+
+
 def check_same(facts, data):
     """Raises ValueError if data are not what a checkpoint tells of them, in shape and classes."""
     shape, classes = tuple(facts["shape"]), tuple(facts["classes"])
@@ -1456,8 +1643,9 @@ class Descent:
     step passes through once, and of losses that train every network they pass through.
     """
 
-    def __init__(self, optimizer, cfg, device):
+    def __init__(self, optimizer, cfg, device, name=""):
         self.optimizer, self.clip, self.parts = optimizer, cfg.clip, cfg.accumulate
+        self.name = name  # before those of what step() returns
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         # Does nothing but in float16, whose small gradients would vanish.
         enabled = dtype_of(cfg, device) == torch.float16
@@ -1470,11 +1658,11 @@ class Descent:
 
     @record_function("optimizer")
     def step(self, lr):
-        """Step at learning rate `lr` with a gradient of norm at most --clip; returns its norm.
+        """Step at learning rate `lr` with a gradient of norm at most --clip.
 
-        The norm is detached, of before, and not looked at here, which would make the CPU wait for
-        the GPU: Log raises FloatingPointError if it is not finite. In float16 it is 0 where the
-        scale was too large and the step left out.
+        returns what to log: gradient_norm, that of before, which is not looked at here, for the CPU
+        would wait for the GPU: Log raises FloatingPointError if it is not finite. In float16 it is
+        0 where the scale was too large and the step left out; then left_out is 1.
         """
         average([p.grad for p in self.parameters if p.grad is not None])
         self.scaler.unscale_(self.optimizer)
@@ -1485,7 +1673,11 @@ class Descent:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        return torch.where(norm.isfinite() | (scale <= 1), norm, 0)
+        left_out = ~norm.isfinite() & (scale > 1)
+        values = {f"{self.name}gradient_norm": torch.where(left_out, 0, norm)}
+        if self.scaler.is_enabled():
+            values[f"{self.name}left_out"] = left_out.float()
+        return values
 
     def state_dict(self):
         return dict(optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict())
@@ -1493,6 +1685,8 @@ class Descent:
     def load_state_dict(self, state):
         self.optimizer.load_state_dict(state["optimizer"])
         for p, found in self.optimizer.state.items():  # with the strides of another device
+            if not all(value.shape in ((), p.shape) for value in found.values()):
+                raise ValueError("an optimizer's state is of another shape than its parameter")
             found.update({name: torch.empty_like(p).copy_(value) for name, value in found.items()
                           if value.shape == p.shape})
         if state["scaler"]:
@@ -1586,18 +1780,74 @@ def prepare(cfg, device, *denoisers):
 
 # ---- checkpoints --------------------------------------------------------------------------------
 
-@on_rank_0
-def save(checkpoint, path):
-    """Write a checkpoint whole or not at all: to a temporary name, to the disk, then renamed."""
-    temporary = Path(f"{path}.tmp")
+@contextlib.contextmanager
+def writing(path):
+    """Makes the OSError of a full disk, a folder that can't be written... name the path."""
     try:
+        yield
+    except (OSError, RuntimeError) as error:
+        reason = error if isinstance(error, OSError) else error.__context__  # so torch.save has it
+        if not isinstance(reason, OSError) or reason.errno is None:
+            raise
+        raise OSError(f"{path}: can't be written ({os.strerror(reason.errno)})") from error
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """A path to write a file to; when it is whole and on the disk it takes the name `path`.
+
+    Raises OSError that names path, and leaves what is there as it is, if it can't be written.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}")
+    with writing(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+
+
+@on_rank_0
+def save(checkpoint, path, keep=0):
+    """Write a checkpoint, and keep so many of those that were there before, as older() names them.
+
+    Raises OSError if it can't be written, FloatingPointError naming a tensor that is not finite;
+    both leave what was there as it was.
+    """
+    if name := not_finite(checkpoint):
+        raise FloatingPointError(f"{name} is not finite after step {checkpoint.get('step')}")
+    with replacing(path) as temporary:
         with open(temporary, "wb") as file:
             torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        if keep and Path(path).exists():
+            for age in range(keep, 1, -1):
+                if older(path, age - 1).exists():
+                    os.replace(older(path, age - 1), older(path, age))
+            with replacing(older(path, 1)) as second:  # path stays until the new one is there
+                try:
+                    os.link(path, second)
+                except OSError:  # no hard links on this file system
+                    shutil.copyfile(path, second)
+
+
+def older(path, age):
+    """The name of what save() replaced: last.1.pt, and last.2.pt of what it replaced before."""
+    return Path(path).with_suffix(f".{age}{Path(path).suffix}")
+
+
+def not_finite(state, name=""):
+    """The name of the first tensor in nested dictionaries and lists that is not finite; or None."""
+    if isinstance(state, torch.Tensor):
+        return None if state.isfinite().all() else name
+    items = state.items() if isinstance(state, dict) else \
+        enumerate(state) if isinstance(state, (list, tuple)) else ()
+    found = (not_finite(value, f"{name}.{key}".lstrip(".")) for key, value in items)
+    return next(filter(None, found), None)
 
 
 def load(path, resume=False, kind=None):
@@ -1610,14 +1860,21 @@ def load(path, resume=False, kind=None):
     teacher_sha256, and in generator.pt fake_score; training (weights and optimizers) where --resume
     can go on from it
     Raises ValueError if the file is missing, foreign, damaged, of another kind, or can't be
-    resumed from.
+    resumed from; it tells of others there that could be taken instead.
     """
+    others = sorted(Path(path).glob("*.pt")) if Path(path).is_dir() else []
+    if others:
+        raise ValueError(f"{path}: is a folder; give a checkpoint in it, such as {others[-1]}")
     if not Path(path).is_file():
-        raise ValueError(f"{path}: no such checkpoint file; teacher.py and dmd2.py write them")
-    checkpoint = read(path, fits)
-    if checkpoint is None:
-        raise ValueError(f"{path}: not a checkpoint of this project, or of another version of it, "
-                         "or damaged")
+        raise ValueError(f"{path}: no such checkpoint file; teacher.py and dmd2.py write them"
+                         + instead_of(path))
+    try:
+        checkpoint = read(path, fits)
+        assembled(checkpoint)
+        if checkpoint.get("autoencoder"):
+            assembled(checkpoint["autoencoder"])
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}{instead_of(path)}") from error
     if kind not in (None, checkpoint["kind"]):
         raise ValueError(f"{path}: holds a checkpoint of kind {checkpoint['kind']}; needed is one "
                          f"of kind {kind}, which teacher.py --{kind} makes")
@@ -1627,17 +1884,63 @@ def load(path, resume=False, kind=None):
     return checkpoint
 
 
+def instead_of(path):
+    """What to say after a checkpoint that can't be had: which whole ones save() kept beside it."""
+    for candidate in sorted(Path(path).parent.glob(f"{Path(path).stem}.*{Path(path).suffix}")):
+        with contextlib.suppress(ValueError, OSError):
+            return f"; use {candidate}, of step {read(candidate, fits)['step']}"
+    return ""
+
+
+# All that the pickle in a checkpoint names, and how the zip archive around it is laid out.
+PICKLED = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2", "torch FloatStorage",
+           "torch LongStorage"}
+LAYOUT = re.compile(r"[^/]+/(data\.pkl|data/\d+|version|byteorder|\.[\w/]+)")
+
+
 def read(path, fits):
-    """What save() wrote, executing nothing from it; None if it is damaged or does not fit."""
-    try:
-        with zipfile.ZipFile(path) as archive:  # torch does not look at the checksums
-            if archive.testzip() is None:
-                content = torch.load(path, map_location="cpu", weights_only=True)
-                return content if fits(content) else None
-    except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, EOFError, LookupError,
-            ValueError, TypeError, AttributeError):
-        pass
-    return None
+    """What save() wrote, executing nothing from it, in memory of a small multiple of its size.
+
+    Raises ValueError if it is damaged or foreign, or does not fit.
+    """
+    check_archive(path)
+    with contextlib.suppress(pickle.UnpicklingError, RuntimeError, EOFError, LookupError,
+                             ValueError, TypeError, AttributeError, OverflowError):
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        if fits(content):
+            return content
+    raise ValueError("not a checkpoint of this project, or of another version of it")
+
+
+def check_archive(path):
+    """Raises ValueError if a file is damaged, or something else than save() writes.
+
+    PyTorch looks at no checksum; and without executing anything, it would make room for what
+    compressed parts say that they hold, and a bytearray as large as a pickle asks for.
+    """
+    with open(path, "rb") as file:
+        reason = "not a checkpoint of this project"
+        if file.read(4) == b"PK\3\4":
+            reason = "a damaged checkpoint, which is not whole or was changed"
+        with contextlib.suppress(zipfile.BadZipFile, RuntimeError, OSError, EOFError, LookupError,
+                                 ValueError, OverflowError, struct.error):
+            archive = zipfile.ZipFile(file)
+            entries, size = archive.infolist(), os.fstat(file.fileno()).st_size
+            names = {entry.filename.lower() for entry in entries}
+            if (len(names) < len(entries) or not all(map(LAYOUT.fullmatch, names))
+                    or any(entry.compress_type for entry in entries)
+                    or sum(entry.file_size for entry in entries) > size):
+                reason = "not a checkpoint of this project, but an archive of another kind"
+            elif archive.testzip() is None:
+                content, = (archive.read(entry) for entry in entries
+                            if entry.filename.lower().endswith("data.pkl"))
+                found = {value or opcode.name for opcode, value, _ in pickletools.genops(content)
+                         if opcode.name in ("GLOBAL", "STACK_GLOBAL", "INST")}
+                if found <= PICKLED:
+                    return
+                reason = (f"names {min(found - PICKLED)!r:.100}, which no checkpoint of this "
+                          "project does; refused")
+    raise ValueError(reason)
 
 
 def fits(checkpoint):
@@ -1645,6 +1948,7 @@ def fits(checkpoint):
     kind, data, network = (checkpoint[name] for name in ("kind", "data", "network"))
     shape = shape_of(network)
     if not (fits_network(checkpoint) and checkpoint["step"] > 0
+            and type(checkpoint["step"]) is int
             and isinstance(checkpoint["config"], dict) and type(data["flip"]) is bool
             and all(type(name) is str for name in (*data["classes"], data["name"] or "",
                                                    data.get("data_dir", "")))
@@ -1684,6 +1988,8 @@ def fits_network(checkpoint):
 def restore(parts, states, path):
     """Load states into networks and optimizers of the same names; ValueError if they don't fit."""
     try:
+        if name := not_finite(states):
+            raise ValueError(f"{name} is not finite")
         for name, part in parts.items():
             part.load_state_dict(states[name])
     except (RuntimeError, TypeError, LookupError, AttributeError, ValueError) as error:
@@ -1703,6 +2009,11 @@ def build(checkpoint, device="cpu"):
 
     Raises ValueError if the weights don't fit the network or are not finite.
     """
+    return place(frozen(assembled(checkpoint)), device)
+
+
+def assembled(checkpoint):
+    """A network of a checkpoint with its weights, which it shares; ValueError likewise."""
     damaged = f"damaged checkpoint of kind {checkpoint['kind']}: its weights"
     try:
         with torch.device("meta"):  # which takes no memory before the weights are known to fit
@@ -1715,27 +2026,53 @@ def build(checkpoint, device="cpu"):
         raise ValueError(f"{damaged} are more than the file holds")
     if not all(weight.dtype == torch.float32 and weight.isfinite().all() for weight in weights):
         raise ValueError(f"{damaged} are not finite float32")
-    return place(frozen(model), device)
+    return model
 
 
 @on_rank_0
 def make_run_folder(cfg):
     """Create cfg.out with config.json in it; OSError if it can't be written.
 
-    A new run first removes what an older one left there, so that no file is of another run;
-    pairs.pt stays, for it knows its teacher.
+    A new run first moves what an older one left there into the folder `old`, in place of what that
+    has of a run; so no file is of another run. pairs.pt stays, for it knows its teacher.
     """
-    out = Path(cfg.out)
-    out.mkdir(parents=True, exist_ok=True)
-    if not (cfg.resume or cfg.profile):
-        stale = [path for pattern in ("autoencoder.pt", "teacher.pt", "generator.pt",
-                                    "last.pt", "samples_*.png", "latents.png")
-                 for path in out.glob(pattern)]
-        if stale:
-            print(f"replacing the run that was in {out}", file=sys.stderr)
-        for path in stale:
-            path.unlink()
-    (out / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=1) + "\n")
+    def files(folder):
+        names = ("autoencoder.pt", "teacher.pt", "generator.pt", "last.pt", "autoencoder.[0-9].pt",
+                 "teacher.[0-9].pt", "last.[0-9].pt", "config.json", "log.jsonl", "loss.png",
+                 "latents.png", "samples_*.png")
+        return [path for name in names for path in folder.glob(name)]
+
+    out, old = Path(cfg.out), Path(cfg.out, "old")
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+        make_run_folder.lock = locked(out)  # until this process ends, or begins another run
+        found = [] if cfg.resume or cfg.profile else files(out)
+        if any(path.suffix == ".pt" for path in found):
+            tell(f"the run that was in {out} is in {old} now", file=sys.stderr)
+            old.mkdir(exist_ok=True)
+            for path in files(old):
+                path.unlink()
+            for path in found:
+                path.replace(old / path.name)
+    with replacing(out / "config.json") as path:
+        path.write_text(json.dumps(dataclasses.asdict(cfg), indent=1) + "\n")
+
+
+def locked(folder):
+    """A file by which this process holds a folder until it is closed.
+
+    Raises ValueError if another process has it; where there are no locks, none is held.
+    """
+    file = open(folder / ".lock", "w")
+    try:
+        import fcntl
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:
+        raise ValueError(f"--out {folder}: another process is training there; stop it, or name "
+                         "another folder") from error
+    except (ImportError, OSError):  # Windows, some network file systems
+        pass
+    return file
 
 
 # ---- logging ------------------------------------------------------------------------------------
@@ -1751,8 +2088,9 @@ class Log:
         self.pending, self.now, self.began = [], start + 1, 0.0
         if rank() == 0:  # drop the lines of steps that will be done anew
             lines = read_log(self.path) if start and self.path.exists() else []
-            self.path.write_text("".join(json.dumps(line) + "\n" for line in lines
-                                         if line["step"] <= start))
+            with replacing(self.path) as path:
+                path.write_text("".join(json.dumps(line) + "\n" for line in lines
+                                        if line["step"] <= start))
         self.bar = tqdm(total=cfg.steps, initial=start, disable=True if rank() else None,
                         dynamic_ncols=True)
         self.wandb = start_wandb(cfg) if cfg.wandb and rank() == 0 else None
@@ -1796,7 +2134,7 @@ class Log:
     def write(self, step, **values):
         """Append a line for a step now."""
         line = dict(step=step, **{name: float(f"{value:.6g}") for name, value in values.items()})
-        with open(self.path, "a") as file:
+        with writing(self.path), open(self.path, "a") as file:
             file.write(json.dumps(line) + "\n")
         if self.wandb:
             self.wandb.log(values, step=step)
@@ -1822,11 +2160,14 @@ def start_wandb(cfg):
 def read_log(path):
     """The lines of a log.jsonl as dictionaries, up to the first that was not written whole."""
     lines = []
-    for line in Path(path).read_text().splitlines():
+    for text in Path(path).read_text(errors="replace").splitlines():
         try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
+            line = json.loads(text)
+            if not all(type(value) in (int, float) for value in line.values()) or line["step"] < 0:
+                break
+        except (ValueError, AttributeError, KeyError, RecursionError):
             break
+        lines.append(line)
     return lines
 
 
@@ -1856,21 +2197,73 @@ def plot_log(path):
             panel.legend()
         if min(values) > 0 and max(values) > 3 * min(values):
             panel.set_yscale("log")
-    figure.savefig(Path(path).with_name("loss.png"), dpi=90)
+    with replacing(Path(path).with_name("loss.png")) as path:
+        figure.savefig(path, dpi=90)
 
 
 # ---- the steps of a run, and --profile ----------------------------------------------------------
 
-def training_steps(start, cfg, device, networks):
+def training_steps(start, cfg, device, networks, log, keep):
     """The numbers of the steps to do; with --profile of a few, which end with a report.
 
-    networks: by the names that they have in the report
+    networks  by the names that they have in the report
+    keep      writes a checkpoint of a number of steps done, and returns its path
+
+    Asked by a signal to stop, it ends the process when the step under way is done and saved.
     """
     steps = iter(range(start, cfg.steps))
-    for step in profiled(steps, cfg, device, networks) if cfg.profile else steps:
-        if device.type == "cuda":  # what the last step's graphs computed may be overwritten
-            torch.compiler.cudagraph_mark_step_begin()
-        yield step
+    steps = profiled(steps, cfg, device, networks) if cfg.profile else steps
+    with Signals(wait=not cfg.profile) as signals:
+        for step in steps:
+            if device.type == "cuda":  # what the last step's graphs computed may be overwritten
+                torch.compiler.cudagraph_mark_step_begin()
+            yield step
+            number = signals.received()
+            if number or due(step, cfg.save_every, cfg.steps):
+                log.check()
+                plot_log(log.path)
+                path = keep(step + 1)
+            if number:
+                log.close()
+                tell(f"stopped after step {step + 1} of {cfg.steps}, which is saved; go on with "
+                     f"--resume {path}", file=sys.stderr)
+                sys.exit(128 + number)
+
+
+class Signals:
+    """SIGINT and SIGTERM, taken note of for a step to end first; another SIGINT does not wait.
+
+    With several processes they go on until all know of it, and no signal ends one of them at once.
+    """
+
+    def __init__(self, wait):
+        self.wait, self.number, self.before = wait, 0, {}
+
+    def __enter__(self):
+        if self.wait and threading.current_thread() is threading.main_thread():
+            self.before = {number: signal.signal(number, self.note)
+                           for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *error):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def note(self, number, frame):
+        if number == self.number == signal.SIGINT and ranks() == 1:
+            raise KeyboardInterrupt
+        if not self.number:
+            tell(f"{signal.Signals(number).name}: stops when this step is done and saved",
+                 file=sys.stderr, flush=True)
+        self.number = number
+
+    def received(self):
+        """The number of the last signal that came to any of the ranks; 0 if none came."""
+        if ranks() == 1 or not self.wait:
+            return self.number
+        number = torch.tensor(self.number)
+        dist.all_reduce(number, dist.ReduceOp.MAX)
+        return number.item()
 
 
 def profiled(steps, cfg, device, networks, warmup=5, times=20):
@@ -1985,8 +2378,8 @@ def save_grid(rows, names, path, titles=()):
         for k, pixels in enumerate(row):
             pixels = pixels.transpose(1, 2, 0).repeat(zoom, 0).repeat(zoom, 1)
             sheet.paste(Image.fromarray(pixels.squeeze()), (left + k * step, top + r * step))
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path)
+    with replacing(path) as path:
+        sheet.save(path)
 
 
 @on_rank_0
@@ -2018,8 +2411,8 @@ def save_plane(groups, classes, path, umap=False):
         panel.set(title=f"{name} ({kind})", xticks=[], yticks=[])
     if few:
         panels[-1].legend(loc="center left", bbox_to_anchor=(1, 0.5), markerscale=3)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=90)
+    with replacing(path) as path:
+        figure.savefig(path, dpi=90)
 
 
 # ---- main ---------------------------------------------------------------------------------------
