@@ -1803,6 +1803,7 @@ def replacing(path):
     with writing(path):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.unlink(missing_ok=True)  # of a process that was killed; it may be a link
             yield temporary
             with open(temporary, "rb+") as file:
                 os.fsync(file.fileno())
@@ -1862,8 +1863,7 @@ def load(path, resume=False, kind=None):
     Raises ValueError if the file is missing, foreign, damaged, of another kind, or can't be
     resumed from; it tells of others there that could be taken instead.
     """
-    others = sorted(Path(path).glob("*.pt")) if Path(path).is_dir() else []
-    if others:
+    if others := sorted(Path(path).glob("[!.]*.pt")):
         raise ValueError(f"{path}: is a folder; give a checkpoint in it, such as {others[-1]}")
     if not Path(path).is_file():
         raise ValueError(f"{path}: no such checkpoint file; teacher.py and dmd2.py write them"
@@ -2046,6 +2046,8 @@ def make_run_folder(cfg):
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
         make_run_folder.lock = locked(out)  # until this process ends, or begins another run
+        for path in out.glob(".*.pt"):  # what a process that was killed had begun to write
+            path.unlink()
         found = [] if cfg.resume or cfg.profile else files(out)
         if any(path.suffix == ".pt" for path in found):
             tell(f"the run that was in {out} is in {old} now", file=sys.stderr)

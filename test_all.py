@@ -1,24 +1,37 @@
 """What the scripts promise. `pytest test_all.py`: 8 minutes on two idle cores, no GPU.
 
 Wherever it can, a closed-form denoiser stands in for the network: that of data N(mean, std^2).
+`pytest test_all.py -m slow` tries hundreds of faults where the others try dozens.
 """
 
 import ast
+import collections
+import concurrent.futures
+import contextlib
 import copy
 import ctypes
 import hashlib
 import inspect
+import io
+import itertools
 import json
 import math
+import multiprocessing
 import os
 import pickle
 import platform
+import random
 import re
+import resource
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import time
 import types
+import warnings
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +39,8 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -41,6 +56,10 @@ README = (ROOT / "README.md").read_text()
 TINY = "--steps 4 --batch 16 --width 8 --sample-every 0 --log-every 1".split()
 TINY_DMD = "--steps 4 --batch 16 --evaluate-n 100 --sample-every 0 --log-every 1".split()
 
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # that nobody registered the mark
+    slow = pytest.mark.slow
 
 DIGITS = dict(name="digits", size=None, shape=(1, 8, 8), classes=tuple("0123456789"))
 
@@ -109,6 +128,23 @@ def tiny_teacher(tiny):
 @pytest.fixture(scope="session")
 def tiny_generator(tiny):
     return str(tiny / "dmd2" / "generator.pt")
+
+
+@pytest.fixture(autouse=True)
+def only_if_asked_for(request):
+    if request.node.get_closest_marker("slow") and "slow" not in request.config.option.markexpr:
+        pytest.skip("tries hundreds of faults; pytest test_all.py -m slow")
+
+
+@pytest.fixture(scope="session")
+def faults(request):
+    """How many faults were tried, by kind; told at the end, as the README's table has them."""
+    counts = collections.Counter()
+    yield counts
+    terminal = request.config.pluginmanager.getplugin("terminalreporter")
+    terminal.write_line("\n\nfaults tried and survived, nothing lost:")
+    for kind, count in counts.items():
+        terminal.write_line(f"{count:7} {kind}")
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -2515,6 +2551,418 @@ def test_compiled_bfloat16_network_is_the_plain_one_within_its_precision(tiny_te
         results.append((x0_hat.detach(), gradient))
     for plain, fast in zip(*results):
         assert 0 < (plain - fast).norm() < 0.05 * plain.norm()
+
+
+# ---- faults: nothing lost ------------------------------------------------------------------------
+
+def in_child(function, *args):
+    """Start a process that calls a function of this file, quickly: it has imported everything."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["test_all"])
+    process = context.Process(target=function, args=args)
+    process.start()
+    return process
+
+
+def run_in_child(script, argv, output, fault=None, *args):
+    """Be a script: its exit status, its words to a file, after a function has prepared a fault."""
+    words = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(words, 1)
+    os.dup2(words, 2)
+    os.setsid()
+    cpu = pytest.MonkeyPatch()
+    cpu.setattr(torch.cuda, "is_available", lambda: False)
+    cpu.setattr(teacher, "plot_log", lambda path: None)  # which would be most of the time
+    multiprocessing.set_start_method("fork", force=True)  # of processes that read images
+    torch.set_num_threads(1)  # so two can run at a time
+    if fault:
+        fault(*args)
+    sys.argv[0], status = f"{script}.py", 0
+    try:
+        teacher.run_script(lambda: sys.modules[script].main(argv))
+    except SystemExit as stop:
+        status = stop.code
+    sys.stdout.flush()
+    os._exit(status)  # past what multiprocessing does at its end
+
+
+def finish(script, argv, output, fault=None, *args, seconds=120):
+    """Such a process and its end: its exit status, negative for a signal, and its words."""
+    process = in_child(run_in_child, script, argv, output, fault, *args)
+    process.join(seconds)
+    assert process.exitcode is not None, "hangs"
+    return process.exitcode, Path(output).read_text()
+
+
+def resumable(script, folder):
+    return Path(folder) / ("last.pt" if script == "dmd2" else "teacher.pt")
+
+
+def go_on(script, first, folder):
+    """The command to begin a run in a folder or, if there is a checkpoint, to go on with it."""
+    path = resumable(script, folder)
+    return ["--resume", str(path)] if path.exists() else [*first, "--out", str(folder)]
+
+
+def same_end(script, a, b):
+    """Assert that two runs ended with the same bits."""
+    names = ("teacher.pt",) if script == "teacher" else ("last.pt", "generator.pt")
+    for name in names:
+        one, other = (teacher.load(Path(folder) / name) for folder in (a, b))
+        assert one["step"] == other["step"] and equal(one["model"], other["model"])
+        assert equal(one.get("training"), other.get("training"))
+        assert one.get("figures") == other.get("figures")
+
+
+def all_whole(folder):
+    """Assert that every checkpoint in a folder can be loaded; returns the step of each."""
+    return {path.name: teacher.load(path)["step"] 
+            for path in Path(folder).glob("[!.]*.pt")}
+
+
+def side_by_side(function, *items):
+    """The results of a function that waits for child processes, of each item, two at a time."""
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        return list(pool.map(function, items))
+
+
+RUNS = {
+    "teacher": "--batch 16 --width 8 --sample-every 0 --log-every 3 --save-every 1 --seed 5",
+    "dmd2": "--batch 16 --student-steps 2 --gan-weight 1 --evaluate-n 100 --evaluate-every 5 "
+            "--warmup 1 --sample-every 0 --log-every 3 --save-every 1",
+}
+
+
+@pytest.fixture(scope="session")
+def run_of(tiny_teacher):
+    """The options of a run of a script, of so many steps."""
+    def options(script, steps):
+        more = ["--teacher", tiny_teacher] if script == "dmd2" else []
+        return [*RUNS[script].split(), "--steps", str(steps), *more]
+    return options
+
+
+def left_alone(script, run_of, folder, steps, *flags):
+    """The folder of a run that nothing happens to."""
+    argv = [*run_of(script, steps), *flags, "--out", f"{folder}/whole"]
+    status, words = finish(script, argv, f"{folder}/words")
+    assert status == 0, words
+    return f"{folder}/whole"
+
+
+def killed_at_random(script, run_of, folder, kills, steps, seed):
+    """Kill a run so many times, each time resume it, let it end; it must end as one left alone."""
+    rng, argv, done = random.Random(seed), run_of(script, steps), 0
+    whole, out = left_alone(script, run_of, folder, steps), folder / "killed"
+    while done < kills:
+        process = in_child(run_in_child, script, go_on(script, argv, out), f"{folder}/words")
+        process.join(rng.uniform(0.05, 2 if script == "dmd2" else 0.8))
+        if process.exitcode is None:
+            os.kill(process.pid, signal.SIGKILL)
+            process.join()
+            done += 1
+        if process.exitcode == 0:  # it came to its end; to the next
+            same_end(script, whole, out)
+            shutil.rmtree(out)
+        else:
+            assert process.exitcode == -signal.SIGKILL, Path(folder, "words").read_text()
+            assert all_whole(out) or not list(out.glob("[!.]*.pt"))
+    path = resumable(script, out)
+    if not path.exists() or teacher.load(path)["step"] < steps:
+        status, words = finish(script, go_on(script, argv, out), f"{folder}/words")
+        assert status == 0, words
+    same_end(script, whole, out)
+    return done
+
+
+def test_run_killed_at_random_moments_ends_as_one_left_alone(run_of, tmp_path, faults):
+    def killed(script):
+        (tmp_path / script).mkdir()
+        return killed_at_random(script, run_of, tmp_path / script, *plan[script], seed=0)
+    plan = dict(teacher=(12, 40), dmd2=(6, 20))
+    faults["kills at random moments"] += sum(side_by_side(killed, *RUNS))
+
+
+@slow
+def test_run_killed_hundreds_of_times_ends_as_one_left_alone(run_of, tmp_path, faults):
+    def killed(script):
+        (tmp_path / script).mkdir()
+        return killed_at_random(script, run_of, tmp_path / script, 200, 40, seed=1)
+    faults["kills at random moments"] += sum(side_by_side(killed, *RUNS))
+
+
+def die_at_call(number, after):
+    """Be killed at a system call, counted from 0, by which files are written, before it or after."""
+    calls = itertools.count()
+
+    def deadly(function):
+        def call(*args, **options):
+            mine = next(calls) == number
+            if mine and not after:
+                os.kill(os.getpid(), signal.SIGKILL)
+            result = function(*args, **options)
+            if mine:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return result
+        return call
+    for name in ("fsync", "replace", "link"):
+        setattr(os, name, deadly(getattr(os, name)))
+    torch.save = deadly(torch.save)
+
+
+def die_in_write(number, share):
+    """Be killed when a share of the bytes of a checkpoint, counted from 0, is written."""
+    calls, save = itertools.count(), torch.save
+
+    def deadly(checkpoint, file):
+        content = io.BytesIO()
+        save(checkpoint, content)
+        mine = next(calls) == number
+        file.write(content.getvalue()[:int(share * content.tell())] if mine else content.getvalue())
+        if mine:
+            file.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+    torch.save = deadly
+
+
+def killed_inside_writes(run_of, folder, plans):
+    """Kill runs of four steps as planned, resume them; they must end as those left alone."""
+    def killed(plan):
+        number, script, fault, *args = plan
+        out, argv, own = folder / str(number), run_of(script, 4), f"{folder}/words{number}"
+        status, words = finish(script, [*argv, "--out", str(out)], own, fault, *args)
+        assert status == -signal.SIGKILL, (fault, args, words)
+        all_whole(out)
+        status, words = finish(script, go_on(script, argv, out), own)
+        assert status == 0 or "has done 4 already" in words, words
+        same_end(script, wholes[script], out)
+        assert [path.name for path in out.glob(".*")] == [".lock"], "a temporary file is left"
+
+    for script in RUNS:
+        (folder / script).mkdir()
+    wholes = dict(zip(RUNS, side_by_side(
+        lambda script: left_alone(script, run_of, folder / script, 4), *RUNS)))
+    return len(side_by_side(killed, *[(i, *plan) for i, plan in enumerate(plans)]))
+
+
+CALLS = dict(teacher=20, dmd2=24)  # that write files, in a run of four steps
+
+
+def test_run_killed_inside_a_write_keeps_a_whole_checkpoint(run_of, tmp_path, faults):
+    rng = random.Random(0)
+    plans = [(script, die_at_call, number, after) for script, after in
+             itertools.product(RUNS, (False, True)) for number in rng.sample(range(CALLS[script]), 3)]
+    plans += [(script, die_in_write, rng.randrange(4), rng.random()) for script in (*RUNS, *RUNS)]
+    faults["kills inside a write"] += killed_inside_writes(run_of, tmp_path, plans)
+
+
+@slow
+def test_run_killed_at_every_call_that_writes_keeps_a_whole_checkpoint(run_of, tmp_path, faults):
+    rng = random.Random(1)
+    plans = [(script, die_at_call, number, after) for script, after in
+             itertools.product(RUNS, (False, True)) for number in range(CALLS[script])]
+    plans += [(script, die_in_write, rng.randrange(4), rng.random())
+              for script in RUNS for _ in range(50)]
+    faults["kills inside a write"] += killed_inside_writes(run_of, tmp_path, plans)
+
+
+# How a folder stops taking files after a step of a run.
+def at_step(number, act):
+    calls, update = itertools.count(1), teacher.update_ema
+
+    def acting(*args):
+        update(*args)
+        if next(calls) == number:
+            act()
+    teacher.update_ema = dmd2.update_ema = acting
+
+
+def full_disk(number, free):
+    """From a step on, no file can become larger than `free` bytes."""
+    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    at_step(number, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (free, hard)))
+
+
+def read_only(number, folder):
+    """From a step on, the folder can't be written to; root has to become somebody else for that."""
+    def act():
+        os.chmod(folder, 0o555)
+        if os.geteuid() == 0:
+            os.seteuid(65534)
+    at_step(number, act)
+
+
+def test_disk_that_is_full_and_folder_that_turns_read_only_stop_a_run_in_one_line(run_of, tmp_path,
+                                                                                 faults):
+    """From its third step on a run can't write; it stops with that said, and can be resumed."""
+    def stopped(plan):
+        script, fault, share = plan
+        folder, argv = tmp_path / script / str(share), run_of(script, 6)
+        folder.mkdir()
+        number = 3 if script == "teacher" else 2  # of the EMA's updates
+        how = f"{folder}/run" if fault is read_only else \
+            share * resumable(script, wholes[script]).stat().st_size
+        status, words = finish(script, [*argv, "--out", f"{folder}/run"], f"{folder}/words", fault,
+                               number, int(how) if fault is full_disk else how)
+        os.chmod(f"{folder}/run", 0o755)
+        assert status == 2 and "Traceback" not in words, words
+        assert words.splitlines()[-1].startswith(f"{script}.py: {folder}/run/"), words
+        assert "can't be written (" in words.splitlines()[-1], words
+        assert all_whole(f"{folder}/run")[resumable(script, "").name] == 2
+        status, words = finish(script, go_on(script, argv, f"{folder}/run"), f"{folder}/words")
+        assert status == 0, words
+        same_end(script, wholes[script], f"{folder}/run")
+
+    for script in RUNS:
+        (tmp_path / script).mkdir()
+    wholes = dict(zip(RUNS, side_by_side(
+        lambda script: left_alone(script, run_of, tmp_path / script, 6), *RUNS)))
+    plans = [(script, full_disk, share) for script in RUNS for share in (0.02, 0.5, 0.999)]
+    faults["full disks"] += len(side_by_side(stopped, *plans))
+    faults["folders that turn read-only"] += len(side_by_side(stopped, *(
+        (script, read_only, 0) for script in RUNS)))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a tmpfs")
+def test_file_system_that_is_really_full_stops_a_run_in_one_line(run_of, tmp_path, faults):
+    whole = left_alone("teacher", run_of, tmp_path, 6)
+    size = resumable("teacher", whole).stat().st_size
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={int(3.5 * size)}", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("no mount here")
+    try:
+        argv = run_of("teacher", 6)
+        status, words = finish("teacher", [*argv, "--out", f"{disk}/run"], tmp_path / "words")
+        assert status == 2 and "teacher.pt: can't be written (No space left on device)" in words
+        assert all_whole(disk / "run")["teacher.pt"] == 3
+        subprocess.run(["mount", "-o", f"remount,size={9 * size}", str(disk)], check=True)
+        status, words = finish("teacher", go_on("teacher", argv, disk / "run"), tmp_path / "words")
+        assert status == 0, words
+        same_end("teacher", whole, disk / "run")
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+    faults["full disks"] += 1
+
+
+def signal_at_step(number, *numbers):
+    """Send this process, and those that read images for it, signals in the midst of a step."""
+    at_step(number, lambda: [os.killpg(0, n) for n in numbers])
+
+
+def test_signal_saves_the_step_under_way_and_leaves_with_its_status(run_of, tmp_path, faults):
+    def interrupted(plan):
+        script, number, flags = plan
+        folder = tmp_path / f"{script}{number}"
+        folder.mkdir()
+        argv = [*run_of(script, 6), "--save-every", "100", *flags]
+        whole = left_alone(script, run_of, folder, 6, "--save-every", "100", *flags)
+        status, words = finish(script, [*argv, "--out", f"{folder}/run"], f"{folder}/words",
+                               signal_at_step, 2, number)
+        assert status == 128 + number, words
+        assert f"{signal.Signals(number).name}: stops when this step is done and saved" in words
+        path = resumable(script, folder / "run")
+        step = re.search(rf"after step (\d) of 6, which is saved; go on with --resume {path}", words)
+        assert 2 <= int(step[1]) < 6 and teacher.load(path)["step"] == int(step[1])
+        status, words = finish(script, go_on(script, argv, folder / "run"), f"{folder}/words")
+        assert status == 0, words
+        same_end(script, whole, folder / "run")
+
+    streamed = ["--data", photographs(tmp_path / "photos", count=60), "--size", "8", "--stream",
+                "--mults", "1,2", "--blocks", "1"]  # with processes that read images
+    plans = [("teacher", signal.SIGINT, []), ("teacher", signal.SIGTERM, streamed),
+             ("dmd2", signal.SIGTERM, [])]
+    faults["signals"] += len(side_by_side(interrupted, *plans))
+
+
+def test_second_interrupt_does_not_wait_and_sigterm_before_the_first_step_leaves_no_file(
+        run_of, tmp_path, faults):
+    def words_of(fault, *args):
+        return finish("teacher", [*run_of("teacher", 6), "--out", f"{tmp_path}/{fault.__name__}"],
+                      f"{tmp_path}/words", fault, *args)
+    status, words = words_of(signal_at_step, 3, signal.SIGINT, signal.SIGINT)
+    assert status == 130 and "interrupted; --resume goes on from the last checkpoint" in words
+    assert all_whole(tmp_path / "signal_at_step")["teacher.pt"] == 2
+    status, words = words_of(terminated_while_writing)
+    assert status == 143 and not words
+    assert [path.name for path in (tmp_path / "terminated_while_writing").iterdir()] == [".lock"]
+    faults["signals"] += 2
+
+
+def terminated_while_writing():
+    replace = os.replace
+
+    def act(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        replace(*args)
+    os.replace = act
+
+
+@pytest.mark.parametrize("script", RUNS)
+def test_older_checkpoints_are_kept_and_one_is_named_where_the_last_is_damaged(script, run_of,
+                                                                               tmp_path, capsys,
+                                                                               faults):
+    argv = [*run_of(script, 6), "--keep", "3", "--out", str(tmp_path / "run")]
+    sys.modules[script].main(argv)
+    path = resumable(script, tmp_path / "run")
+    steps = all_whole(path.parent)
+    assert [steps[teacher.older(path, age).name] for age in (1, 2, 3)] == [5, 4, 3]
+    assert not teacher.older(path, 4).exists()
+    content = path.read_bytes()
+    for length in (0, 1, 100, len(content) // 2, len(content) - 1):
+        path.write_bytes(content[:length])
+        capsys.readouterr()
+        line = fails(sys.modules[script].main, ["--resume", str(path), "--steps", "8"], capsys)
+        assert f"use {teacher.older(path, 1)}, of step 5" in line
+        assert "damaged" in line or length < 4
+        faults["truncated or changed files"] += 1
+    path.unlink()
+    line = fails(sys.modules[script].main, ["--resume", str(path), "--steps", "8"], capsys)
+    assert "no such checkpoint file" in line and "of step 5" in line
+    teacher.older(path, 1).write_bytes(content[:-1])
+    line = fails(sys.modules[script].main, ["--resume", str(path), "--steps", "8"], capsys)
+    assert f"use {teacher.older(path, 2)}, of step 4" in line
+    sys.modules[script].main(["--resume", str(teacher.older(path, 2)), "--steps", "6"])
+    assert teacher.load(path)["step"] == 6
+
+
+def test_second_process_in_a_run_s_folder_is_refused(run_of, tmp_path, faults):
+    def held(seconds):
+        return in_child(run_in_child, "teacher", [*run_of("teacher", 2000), "--out",
+                                                  f"{tmp_path}/run"], f"{tmp_path}/first")
+    first = held(60)
+    while not (tmp_path / "run" / "teacher.pt").exists():
+        time.sleep(0.05)
+    status, words = finish("teacher", [*run_of("teacher", 3), "--out", f"{tmp_path}/run"],
+                           f"{tmp_path}/words")
+    assert status == 2 and "another process is training there" in words
+    first.terminate()
+    first.join()
+    assert first.exitcode == 143 and not (tmp_path / "run" / "old").exists()
+
+
+def test_options_that_are_others_when_a_run_is_resumed_are_told(run_of, tmp_path, capsys):
+    teacher.main([*run_of("teacher", 3), "--out", str(tmp_path)])
+    capsys.readouterr()
+    teacher.main(["--resume", str(tmp_path / "teacher.pt"), "--steps", "4", "--keep", "3"])
+    err = capsys.readouterr().err
+    assert "resuming after step 3, --steps 4 (it was 3), --keep 3 (it was 2)\n" in err
+
+
+def test_run_whose_images_became_more_is_not_resumed(tmp_path, capsys):
+    photographs(tmp_path / "photos")
+    flags = ["--data", str(tmp_path / "photos"), "--size", "8", "--mults", "1,2", "--blocks", "1"]
+    teacher.main([*TINY, *flags, "--batch", "8", "--out", str(tmp_path / "run")])
+    dmd2.main([*TINY_DMD, "--teacher", str(tmp_path / "run" / "teacher.pt"), "--batch", "8", "--out",
+               str(tmp_path / "dmd2"), "--evaluate-every", "0"])
+    shutil.copy(tmp_path / "photos/cats/1.png", tmp_path / "photos/cats/9.png")
+    shutil.copy(tmp_path / "photos/cats/1.png", tmp_path / "photos/cats/10.png")
+    for main, path in ((teacher.main, "run/teacher.pt"), (dmd2.main, "dmd2/last.pt")):
+        teacher.load_folder.cache_clear()
+        capsys.readouterr()
+        line = fails(main, ["--resume", str(tmp_path / path), "--steps", "6"], capsys)
+        assert "its run is trained on 10 images, and" in line and "has 11 now" in line
 
 
 # ---- the house ----------------------------------------------------------------------------------
