@@ -420,7 +420,10 @@ class Keeper:
         restore(dict(self.networks, ema=self.ema),
                 dict(checkpoint["training"], ema=checkpoint["model"]), self.cfg.resume)
         check_resumed(checkpoint, self.cfg, self.images, self.inherited["data"]["name"])
-        self.best = checkpoint["best"] if (self.out / "generator.pt").exists() else None
+        best = checkpoint["best"] if (self.out / "generator.pt").exists() else None
+        if best and not TITLES.keys() <= best.keys():
+            raise ValueError(f"{self.cfg.resume}: damaged; the figures in it are others")
+        self.best = best
         return checkpoint["step"]
 
     def begin(self, log):

@@ -1120,8 +1120,7 @@ def decoded(path):
 def readable(path):
     """The PIL image of a file; ValueError if it is none, or turns out to be damaged."""
     try:
-        with warnings.catch_warnings(), Image.open(path) as image:
-            warnings.simplefilter("ignore")  # of EXIF, and of sizes that are no error yet
+        with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
             if image.mode == "F":
                 raise ValueError("its pixels are floating-point numbers, of no known range")
             yield image
@@ -1905,7 +1904,8 @@ def read(path, fits):
     """
     check_archive(path)
     with contextlib.suppress(pickle.UnpicklingError, RuntimeError, EOFError, LookupError,
-                             ValueError, TypeError, AttributeError, OverflowError):
+                             ValueError, TypeError, AttributeError, OverflowError), \
+            warnings.catch_warnings(action="ignore"):
         content = torch.load(path, map_location="cpu", weights_only=True)
         if fits(content):
             return content
@@ -1964,7 +1964,10 @@ def fits(checkpoint):
             return False
         shape = shape_of(autoencoder["network"])
     sigmas = checkpoint["sigmas"] if kind == "generator" else [SIGMA_MAX]
-    return (kind in ("teacher", "generator") and tuple(data["shape"]) == shape
+    figures = [checkpoint[name] or {} for name in ("figures", "best", "teacher_figures")
+               if kind == "generator"]
+    return (all(type(value) in (int, float, str) for part in figures for value in part.values())
+            and kind in ("teacher", "generator") and tuple(data["shape"]) == shape
             and classes in (0, len(data["classes"]))
             and len(sigmas) > 0 and all(SIGMA_MIN <= sigma <= SIGMA_MAX for sigma in sigmas)
             and checkpoint["prediction"] in PREDICTIONS and checkpoint["schedule"] in SCHEDULES)

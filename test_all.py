@@ -2965,6 +2965,170 @@ def test_run_whose_images_became_more_is_not_resumed(tmp_path, capsys):
         assert "its run is trained on 10 images, and" in line and "has 11 now" in line
 
 
+# ---- hostile and damaged files -------------------------------------------------------------------
+
+class Planted:
+    """A call that a pickle asks for, which leaves a file where it is made."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def places(value, path=()):
+    """The way to every value in nested dictionaries, lists and tuples; of weights to two each."""
+    yield path
+    if isinstance(value, (dict, list, tuple)) and len(value):
+        keys = list(value) if isinstance(value, dict) else list(range(len(value)))
+        tensors = [key for key in keys if isinstance(value[key], torch.Tensor)]
+        for key in [key for key in keys if key not in tensors[2:]][:40]:
+            yield from places(value[key], (*path, key))
+
+
+def changed_at(value, path, new):
+    """A copy in which another value stands there; `...` for none."""
+    if not path:
+        return new
+    items = dict(value) if isinstance(value, dict) else dict(enumerate(value))
+    items[path[0]] = changed_at(items[path[0]], path[1:], new)
+    if items[path[0]] is ...:
+        del items[path[0]]
+    return items if isinstance(value, dict) else type(value)(items.values())
+
+
+WRONG = [None, True, -1, 2**70, 1e308, math.nan, "", "x" * 1000, "\ud800", [], {}, (), [[]] * 3,
+         torch.zeros(2), torch.full((3, 3), math.nan), torch.zeros(1).expand(10**6, 10**6)]
+
+
+def deep(value, depth=3000):
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+def archive(path, entries, compression=zipfile.ZIP_STORED):
+    """A zip file of these entries, in the layout of a checkpoint."""
+    with warnings.catch_warnings(), zipfile.ZipFile(path, "w", compression) as file:
+        warnings.simplefilter("ignore")  # of two of one name
+        for name, content in entries:
+            file.writestr(f"archive/{name}", content)
+
+
+@pytest.fixture(scope="session")
+def parts_of_checkpoint(tiny_generator):
+    with zipfile.ZipFile(tiny_generator) as file:
+        return [(name.removeprefix("generator/").removeprefix("archive/"), file.read(name))
+                for name in file.namelist()]
+
+
+def bombs(folder, checkpoint, parts):
+    """Files that would fill memory, or time, if they were believed."""
+    pickled = dict(parts)["data.pkl"]
+    others = [part for part in parts if part[0] not in ("data.pkl", "data/0")]
+    archive(folder / "zip_bomb.pt", [("data.pkl", pickled), ("data/0", bytes(10**9)), *others],
+            zipfile.ZIP_DEFLATED)
+    archive(folder / "two_pickles.pt", [("data.pkl", pickled), ("DATA.PKL", pickled), *others])
+    archive(folder / "code.pt", [*parts, ("code/a.py", b"import os")])
+    torch.save({"kind": Reduced(bytearray, 10**11)}, folder / "bytearray.pt")
+    torch.save({"kind": Reduced(torch.Tensor, 10**11)}, folder / "tensor.pt")
+    for name, content in (("deep.pt", b"\x80\x02" + b"]" * 10**5 + b"."),
+                          ("protocol4.pt", pickle.dumps([0], 4))):
+        archive(folder / name, [("data.pkl", content), *others])
+    laughs = ()
+    for _ in range(60):
+        laughs = laughs, laughs
+    for path in (("kind",), ("data", "shape"), ("data", "classes"), ("sigmas",), ("figures",),
+                 ("figures", "recall"), ("best",), ("network", "channel_mult"), ("model",)):
+        torch.save(changed_at(checkpoint, path, laughs), folder / f"laughs_{'_'.join(path)}.pt")
+
+
+def hostile_checkpoints(folder, checkpoint, parts, rng, count):
+    """Files that are no good checkpoint, each of which has to be refused; and how many they are."""
+    content = io.BytesIO()
+    torch.save(checkpoint, content)
+    content = content.getvalue()
+    bombs(folder, checkpoint, parts)
+    (folder / "folder.pt").mkdir()
+    for name, some in (("empty", b""), ("text", b"not a checkpoint"), ("zip_head", b"PK\3\4"),
+                       ("pickle", pickle.dumps(Planted(folder / "executed"))),
+                       ("pickle2", pickle.dumps(Planted(folder / "executed"), 2))):
+        (folder / f"{name}.pt").write_bytes(some)
+    np.savez(folder / "arrays.npz", a=np.zeros(3))
+    (folder / "arrays.npz").rename(folder / "arrays.pt")
+    torch.save(checkpoint, folder / "legacy.pt", _use_new_zipfile_serialization=False)
+    for k in range(count):
+        length = rng.randrange(len(content))
+        (folder / f"truncated{k}.pt").write_bytes(content[:length])
+    for k, path in enumerate(places(checkpoint)):
+        torch.save(changed_at(checkpoint, path, Planted(folder / "executed")),
+                   folder / f"planted{k}.pt")
+        if path and len(path) < 3 and path[0] not in ("config", "figures", "best", "fake_score",
+                                                      "teacher_figures", "teacher_sha256"):
+            if path not in (("data", "data_dir"), ("network", "label_dim")):
+                torch.save(changed_at(checkpoint, path, ...), folder / f"missing{k}.pt")
+    weights = checkpoint["model"]
+    for k, (name, weight) in enumerate(weights.items()):
+        for kind, wrong in (("nan", torch.full_like(weight, math.nan)), ("half", weight.half()),
+                            ("shape", weight[None]), ("huge", torch.zeros(1).expand(10**6, 10**6))):
+            if k % 17 == 0:
+                torch.save(dict(checkpoint, model=dict(weights, **{name: wrong})),
+                           folder / f"{kind}{k}.pt")
+
+
+def refusals(folder, report, all_scripts):
+    """In a process of its own, give files to scripts that load them, each to one or to all; tell
+    what came of it."""
+    torch.set_num_threads(1)
+    os.chdir(folder)
+    results, before = [], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for k, path in enumerate(sorted(Path(folder).glob("*.*"))):
+        commands = [(sample.main, [path.name, "--n", "1", "--out", "out.png"])]
+        if path.suffix != ".onnx":
+            commands += [(export.main, [path.name]),
+                         (dmd2.main, ["--teacher", path.name, "--out", "run"])]
+        if path.suffix == ".pt":
+            commands += [(dmd2.main, ["--resume", path.name]),
+                         (teacher.main, ["--latent", path.name])]
+        for main, argv in commands if all_scripts else [commands[k % len(commands)]]:
+            sys.stderr = io.StringIO()
+            try:
+                teacher.run_script(lambda: main(argv))
+                status = 0
+            except SystemExit as stop:
+                status = stop.code
+            except BaseException as error:
+                status = repr(error)
+            results.append((path.name, main.__module__, status, sys.stderr.getvalue()))
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    Path(report).write_text(json.dumps(dict(results=results, grown=1024 * grown)))
+    os._exit(0)
+
+
+def refused(folder, faults, kind, memory, all_scripts):
+    """Assert that scripts refuse every file in a folder in one line; count them."""
+    report = folder.parent / "report.json"
+    process = in_child(refusals, str(folder), str(report), all_scripts)
+    process.join(500)
+    found = json.loads(report.read_text())
+    for name, script, status, words in found["results"]:
+        assert status == 2 and len(words.splitlines()) == 1, (name, script, status, words)
+        assert name in words or "folder" in words, words
+    assert found["grown"] < memory, found["grown"]
+    assert not (folder / "executed").exists() and not (folder / "run").exists()
+    faults[kind] += len({name for name, *_ in found["results"]})
+
+
+@pytest.mark.parametrize("count", [10, pytest.param(500, marks=slow)])
+def test_hostile_checkpoints_are_refused_in_one_line_and_execute_nothing(
+        count, tiny_generator, parts_of_checkpoint, tmp_path, faults):
+    (tmp_path / "files").mkdir()
+    hostile_checkpoints(tmp_path / "files", torch.load(tiny_generator, weights_only=True),
+                        parts_of_checkpoint, random.Random(0), count)
+    refused(tmp_path / "files", faults, "hostile or damaged files", 2e8, all_scripts=count > 10)
+
+
 # ---- the house ----------------------------------------------------------------------------------
 
 def test_imports_form_a_line():
