@@ -591,8 +591,7 @@ def train(cfg):
                     images=len(real_data.labels) if real_data else None)
     # After the keeper measured the teacher and made its pairs in float32; not ema, for the same.
     prepare(cfg, device, teacher, generator, fake_score)
-    make_run_folder(cfg)
-    log = Log(cfg, keeper.start)
+    log = Log(cfg, keeper.start, make_run_folder(cfg))
     keeper.begin(log)
     real_batches = (training_batches(real_data, keeper.start, cfg, parts, device) if real_data else
                     itertools.repeat((None, None)))

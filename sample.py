@@ -34,6 +34,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
+from tqdm import tqdm
 
 from teacher import (DATA_DIR, FEATURES, HEUN_STEPS, KNOWN_DATA, SIGMA_DATA, SUBSET, Options,
                      Pixels, arg, build, check_same, codec_of, exported_noise, fits, flag,
@@ -587,7 +588,8 @@ def onnx_session(path, device, provider_options=None, batch=None):
     if batch:
         options.add_free_dimension_override_by_name("batch", batch)
     try:
-        session = onnxruntime.InferenceSession(path, options, [(provider, provider_options or {})])
+        session = onnxruntime.InferenceSession(path, options, [(provider, provider_options or {})],
+                                               enable_fallback=0)
     except Exception as error:  # onnxruntime's exceptions have no other base in common
         raise ValueError(f"{path}: onnxruntime can't read it: {error}") from error
     loaded = session.get_providers()  # get_available_providers() would tell what was compiled in
@@ -677,7 +679,7 @@ def train_features(data, steps=1500, batch=128, device="cpu"):
     optimizer = torch.optim.AdamW(net.parameters(), weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, steps)
     side, reach = images.shape[-1], max(1, images.shape[-1] // 9)
-    for _ in range(steps):
+    for _ in tqdm(range(steps), "feature network", disable=None):
         index = torch.randint(len(images), (batch,), generator=rng)
         dy, dx = torch.randint(-reach, reach + 1, (2,), generator=rng).tolist()
         x = F.pad(to_float(images[index]), (reach,) * 4, mode="replicate")

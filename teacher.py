@@ -24,10 +24,12 @@ import copy
 import dataclasses
 import datetime
 import functools
+import gc
 import importlib.util
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import pickle
 import pickletools
@@ -322,8 +324,7 @@ def train(cfg):
         check_resumed(source, cfg, count, cfg.data)
     del source  # which may be large
     prepare(cfg, device, model)  # not ema: samples and validation are always float32
-    make_run_folder(cfg)
-    log = Log(cfg, start)
+    log = Log(cfg, start, make_run_folder(cfg))
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     mirrored = " (half of them mirrored)" * bool(cfg.latent and cfg.flip)
     log.say(f"{cfg.data}: {count} images{mirrored}; {millions:.2f} M parameters; on {device}; "
@@ -753,6 +754,8 @@ def parse(config_class, argv=None, description=""):
         raise ValueError(f"{message} (--help lists the options)")
     parser.error = error
     given = vars(parser.parse_args(argv))
+    if [] in given.values():  # what argparse makes of --data=--
+        error("argument --: expected a value")
     if given.get("data", "digits") not in KNOWN_DATA:
         given["data"] = str(Path(given["data"]).resolve())
     if "config" not in given:
@@ -819,7 +822,7 @@ def resumed(config_class, given):
 
 def run_script(main):
     """Call `main`; what the user can mend (ValueError, OSError) is one line and exit status 2."""
-    name = Path(sys.argv[0]).name
+    name, status, words = Path(sys.argv[0]).name, 0, None
     if threading.current_thread() is threading.main_thread():  # or temporary files would be left
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     if dist.is_torchelastic_launched():
@@ -830,29 +833,33 @@ def run_script(main):
         sys.stdout.flush()
         if dist.is_initialized():
             dist.destroy_process_group()
+    except SystemExit as stop:
+        status = stop.code
     except BrokenPipeError:  # such as that of `| head`
+        status = 128 + signal.SIGPIPE
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(128 + signal.SIGPIPE)
     except (ValueError, OSError) as error:
-        print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+        status, words = 2, " ".join(str(error).split())
     except FloatingPointError as error:
-        print(f"{name}: diverged: {error}", file=sys.stderr)
-        sys.exit(1)
+        status, words = 1, f"diverged: {error}"
     except KeyboardInterrupt:
-        print(f"{name}: interrupted; --resume goes on from the last checkpoint, if one was "
-              "written", file=sys.stderr)
-        sys.exit(130)
+        status, words = 130, "interrupted; --resume goes on from the last checkpoint, if there is one"
     except (RuntimeError, MemoryError) as error:
         if ranks() > 1 and "peer" in str(error):
-            tell(f"{name}: another process has ended; --resume goes on from the last checkpoint, "
-                 "if one was written", file=sys.stderr)
-            sys.exit(1)
-        if not isinstance(error, MemoryError) and "memory" not in str(error):
+            status = 1
+            words = None if rank() else ("another process has ended; --resume goes on from the last "
+                                         "checkpoint, if there is one")
+        elif isinstance(error, MemoryError) or "memory" in str(error):
+            status, words = 2, ("out of memory; try --accumulate 4, --checkpointing or a smaller "
+                                "--batch, --width or --n")
+        else:
             raise
-        print(f"{name}: out of memory; try --accumulate 4, --checkpointing or a smaller --batch, "
-              "--width or --n", file=sys.stderr)
-        sys.exit(2)
+    if words:
+        print(f"{name}: {words}", file=sys.stderr)
+    if multiprocessing.active_children():
+        gc.collect()  # with the error's frames go the processes that read images for them
+    if status:
+        sys.exit(status)
 
 
 def read_source(cfg):
@@ -1066,7 +1073,7 @@ def read_ahead(files, indices):
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     workers = 0 if len(files) < 100 else max(1, min(8, cores // ranks()))
     loader = DataLoader(files, batch_size=None, sampler=indices, num_workers=workers,
-                        collate_fn=as_it_is, worker_init_fn=ignore_signals)
+                        collate_fn=as_it_is, worker_init_fn=outlast_signals)
     try:
         yield from loader
     except ValueError as error:  # to which a worker adds its traceback
@@ -1080,10 +1087,10 @@ def as_it_is(batch):
     return batch
 
 
-def ignore_signals(worker):
-    """They are for the process that trains, which needs its workers to end a step."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+def outlast_signals(worker):
+    """Let a process that reads images go on for 20 s, in which one that trains can end its step."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(20))
 
 
 def square(image, size):
@@ -1169,13 +1176,13 @@ def download(dataset, data_dir, train, name):
     with rank_0_first():
         try:
             return dataset(data_dir, train=train, download=True)  # if they are not there
-        except (OSError, RuntimeError) as error:
+        except (OSError, RuntimeError, ValueError, AssertionError) as error:
             for path in (Path(data_dir, dataset.__name__, "raw"), Path(data_dir, dataset.__name__)):
                 with contextlib.suppress(OSError):
                     path.rmdir()  # which the attempt left empty
-            raise OSError(f"--data {name}: its files are not in {Path(data_dir).resolve()} and "
-                          f"can't be downloaded ({error}); --data-dir tells where they are, and "
-                          "--data digits needs no download") from error
+            raise OSError(f"--data {name}: its files are not in {Path(data_dir).resolve()}, or "
+                          f"damaged, and can't be downloaded ({error}); --data-dir tells where they "
+                          "are, and --data digits needs no download") from error
 
 
 @functools.lru_cache(maxsize=2)  # a run asks for it more than once
@@ -1194,8 +1201,8 @@ def load_folder(folder, size, stream):
     classes = folders_in(train)
     if folders_in(test) != classes:
         raise ValueError(f"--data {folder}: its {train.name} and {test.name} have other classes")
-    images, labels, in_test, damaged = survey(folder, dict.fromkeys((train, test)), classes, size,
-                                              stream)
+    images, labels, in_test, damaged, told = survey(dict.fromkeys((train, test)), classes, size,
+                                                    stream)
     splits = {}
     for split in ("train", "test"):
         if train == test:
@@ -1213,19 +1220,21 @@ def load_folder(folder, size, stream):
                              "sixth is held out")
         some = images.some if isinstance(images, FolderImages) else images.__getitem__
         splits[split] = Data(some(chosen), labels[chosen], classes)
+    if told:
+        tell(f"{folder}: {len(labels)} images; {', '.join(told)}", file=sys.stderr)
     return splits
 
 
-def survey(folder, parts, classes, size, stream):
+def survey(parts, classes, size, stream):
     """Decode every image once, also of those that stay on the disk, for none to fail later.
 
-    What can't be read is left out; that, and whatever else a user should know, is told.
-
     parts  folders that hold a folder of each class: of training images, of test images
-    returns images, a tensor or FolderImages; labels [N]; whether they are test images [N]; and of
-    those that were left out, why
+    returns images, a tensor or FolderImages; labels [N]; whether they are test images [N]; of those
+    that can't be read and are left out, why; and in words that, and what else a user should know
     """
     notes, damaged = collections.Counter(), []
+    if hidden := [path for part in parts for path in part.glob(".*")]:
+        notes["hidden"] = len(hidden)
     files = [(path, label, i) for i, part in enumerate(parts) for label, name in enumerate(classes)
              for path in image_files(part, name, notes)]
     shape = len(files), 3, size, size
@@ -1244,17 +1253,15 @@ def survey(folder, parts, classes, size, stream):
                 notes.update(its_notes)
             else:
                 damaged.append(error)
+    told = [f"{count} {note}" for note, count in notes.items()]
     if damaged:
-        notes[f"left out as unreadable: {'; '.join(damaged[:3])}{'; ...' * (len(damaged) > 3)}"] = \
-            len(damaged)
-    if notes:
-        tell(f"{folder}: {len(whole)} images; " + ", ".join(
-             f"{count} {note}" for note, count in notes.items()), file=sys.stderr)
+        told.insert(0, f"{len(damaged)} left out as unreadable: {'; '.join(damaged[:3])}"
+                    + "; ..." * (len(damaged) > 3))
     whole, mode = torch.tensor(whole, dtype=torch.long), "L" if grey else "RGB"
     paths, labels, in_test = zip(*files) if files else ((), (), ())
     images = images[:, :len(mode)][whole] if keep else \
         FolderImages(np.array(paths, object)[whole.numpy()], size, mode)
-    return images, torch.tensor(labels)[whole], torch.tensor(in_test)[whole] == 1, damaged
+    return images, torch.tensor(labels)[whole], torch.tensor(in_test)[whole] == 1, damaged, told
 
 
 def folders_in(path):
@@ -1283,7 +1290,7 @@ def image_files(folder, name, told):
         hidden = [child for child in (*folders, *names) if child.startswith(".")]
         told.update(["hidden"] * len(hidden))
         folders[:] = [child for child in folders if child not in hidden]
-        for child in set(names) - set(hidden):
+        for child in sorted(set(names) - set(hidden)):
             if child.lower().endswith(IMG_EXTENSIONS):
                 found.append((root, child))
             else:
@@ -2034,10 +2041,11 @@ def assembled(checkpoint):
 
 @on_rank_0
 def make_run_folder(cfg):
-    """Create cfg.out with config.json in it; OSError if it can't be written.
+    """Create cfg.out with config.json in it; returns its lock, to be held during the run.
 
     A new run first moves what an older one left there into the folder `old`, in place of what that
     has of a run; so no file is of another run. pairs.pt stays, for it knows its teacher.
+    Raises OSError if the folder can't be written to, ValueError if another process trains there.
     """
     def files(folder):
         names = ("autoencoder.pt", "teacher.pt", "generator.pt", "last.pt", "autoencoder.[0-9].pt",
@@ -2048,7 +2056,7 @@ def make_run_folder(cfg):
     out, old = Path(cfg.out), Path(cfg.out, "old")
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
-        make_run_folder.lock = locked(out)  # until this process ends, or begins another run
+        lock = locked(out)
         for path in out.glob(".*.pt"):  # what a process that was killed had begun to write
             path.unlink()
         found = [] if cfg.resume or cfg.profile else files(out)
@@ -2061,6 +2069,7 @@ def make_run_folder(cfg):
                 path.replace(old / path.name)
     with replacing(out / "config.json") as path:
         path.write_text(json.dumps(dataclasses.asdict(cfg), indent=1) + "\n")
+    return lock
 
 
 def locked(folder):
@@ -2088,8 +2097,8 @@ class Log:
     Values stay on their device until a line is due, so that the loop never waits for them.
     """
 
-    def __init__(self, cfg, start):
-        self.cfg, self.path = cfg, Path(cfg.out) / "log.jsonl"
+    def __init__(self, cfg, start, lock=None):
+        self.cfg, self.path, self.lock = cfg, Path(cfg.out) / "log.jsonl", lock
         self.pending, self.now, self.began = [], start + 1, 0.0
         if rank() == 0:  # drop the lines of steps that will be done anew
             lines = read_log(self.path) if start and self.path.exists() else []
@@ -2151,6 +2160,8 @@ class Log:
 
     def close(self):
         self.bar.close()
+        if self.lock:
+            self.lock.close()
         if self.wandb:
             self.wandb.finish()
 
