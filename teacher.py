@@ -823,6 +823,7 @@ def resumed(config_class, given):
 def run_script(main):
     """Call `main`; what the user can mend (ValueError, OSError) is one line and exit status 2."""
     name, status, words = Path(sys.argv[0]).name, 0, None
+    again = "--resume goes on from the last checkpoint, if there is one"
     if threading.current_thread() is threading.main_thread():  # or temporary files would be left
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     if dist.is_torchelastic_launched():
@@ -843,12 +844,10 @@ def run_script(main):
     except FloatingPointError as error:
         status, words = 1, f"diverged: {error}"
     except KeyboardInterrupt:
-        status, words = 130, "interrupted; --resume goes on from the last checkpoint, if there is one"
+        status, words = 130, f"interrupted; {again}"
     except (RuntimeError, MemoryError) as error:
         if ranks() > 1 and "peer" in str(error):
-            status = 1
-            words = None if rank() else ("another process has ended; --resume goes on from the last "
-                                         "checkpoint, if there is one")
+            status, words = 1, None if rank() else f"another process has ended; {again}"
         elif isinstance(error, MemoryError) or "memory" in str(error):
             status, words = 2, ("out of memory; try --accumulate 4, --checkpointing or a smaller "
                                 "--batch, --width or --n")
@@ -1181,8 +1180,8 @@ def download(dataset, data_dir, train, name):
                 with contextlib.suppress(OSError):
                     path.rmdir()  # which the attempt left empty
             raise OSError(f"--data {name}: its files are not in {Path(data_dir).resolve()}, or "
-                          f"damaged, and can't be downloaded ({error}); --data-dir tells where they "
-                          "are, and --data digits needs no download") from error
+                          f"damaged, and can't be downloaded ({error}); --data-dir tells where "
+                          "they are, and --data digits needs no download") from error
 
 
 @functools.lru_cache(maxsize=2)  # a run asks for it more than once
