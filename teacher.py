@@ -1000,7 +1000,7 @@ class Data(NamedTuple):
     def batches(self, indices):
         """Yield the images [B, C, H, W] at each of indices, an iterable of int64 [B]."""
         if self.streams:
-            return self.images.batches(indices)
+            return read_ahead(self.images, indices)
         return map(self.images.__getitem__, indices)
 
 
@@ -1029,13 +1029,9 @@ class FolderImages:
     def read(self, index):
         """The same as indexing, for many: index [N] -> uint8 [N, C, H, W]"""
         images = torch.empty(len(index), *self.shape[1:], dtype=torch.uint8)
-        for part, found in zip(images.split(256), self.batches(index.split(256))):
+        for part, found in zip(images.split(256), read_ahead(self, index.split(256))):
             part.copy_(found)
         return images
-
-    def batches(self, indices):
-        """Yield the images at each of indices, which other processes read ahead."""
-        return read_ahead(self, indices)
 
 
 class Survey:
@@ -1072,7 +1068,7 @@ def read_ahead(files, indices):
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     workers = 0 if len(files) < 100 else max(1, min(8, cores // ranks()))
     loader = DataLoader(files, batch_size=None, sampler=indices, num_workers=workers,
-                        collate_fn=as_it_is, worker_init_fn=outlast_signals)
+                        worker_init_fn=outlast_signals)
     try:
         yield from loader
     except ValueError as error:  # to which a worker adds its traceback
@@ -1080,10 +1076,6 @@ def read_ahead(files, indices):
     except RuntimeError as error:
         raise OSError(f"a process that reads images was killed, for want of memory perhaps; a "
                       f"smaller --batch or --size needs less ({error})") from error
-
-
-def as_it_is(batch):
-    return batch
 
 
 def outlast_signals(worker):
@@ -2267,9 +2259,9 @@ class Signals:
     def note(self, number, frame):
         if number == self.number == signal.SIGINT and ranks() == 1:
             raise KeyboardInterrupt
-        if not self.number:
-            tell(f"{signal.Signals(number).name}: stops when this step is done and saved",
-                 file=sys.stderr, flush=True)
+        if not self.number and rank() == 0:  # by a call that may come in the midst of a print
+            os.write(2, f"{signal.Signals(number).name}: stops when this step is done and saved\n"
+                        .encode())
         self.number = number
 
     def received(self):
