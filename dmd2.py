@@ -31,10 +31,10 @@ from sample import (BATCH, EVALUATE_AT_LEAST, TITLES, few_step, generator_sample
 from teacher import (GENERATOR, PREDICTIONS, SIGMA_MAX, SIGMA_MIN, TRAINED_STEP, Descent, Draw, Log,
                      TrainingOptions, arg, batch_at, build, check_batch, check_out, check_resumed,
                      codec_of, due, encoded, filled, flag, frozen, group_norm, load, load_folder,
-                     lowest_quantile, make_run_folder, not_finite, parse, parts_of, pick_device,
-                     prepare, quantile_of, rank_0_first, rate_at, read, recipe_of, restore,
-                     run_script, save, save_grid, seeded, shape_of, sigma_at, tell, to_uint8,
-                     training_batches, training_steps, unit_error, unit_noise, update_ema)
+                     lowest_quantile, make_run_folder, not_finite, older, parse, parts_of,
+                     pick_device, prepare, quantile_of, rank_0_first, rate_at, read, recipe_of,
+                     restore, run_script, save, save_grid, seeded, shape_of, sigma_at, tell,
+                     to_uint8, training_batches, training_steps, unit_error, unit_noise, update_ema)
 
 # What of dmd2.py depends on the data: it fills the options that were not given.
 RECIPES = {
@@ -416,15 +416,27 @@ class Keeper:
         checkpoint = load(self.cfg.resume, resume=True)
         if checkpoint.get("teacher_sha256") != self.teacher_sha256:
             raise ValueError(f"--teacher {self.cfg.teacher}: not the one that the run in "
-                             f"{self.cfg.resume} began with")
+                             f"{self.cfg.resume} began with, for it has been trained further; give "
+                             f"that one, such as {older(self.cfg.teacher, 1)}, if it was kept")
         restore(dict(self.networks, ema=self.ema),
                 dict(checkpoint["training"], ema=checkpoint["model"]), self.cfg.resume)
         check_resumed(checkpoint, self.cfg, self.images, self.inherited["data"]["name"])
-        best = checkpoint["best"] if (self.out / "generator.pt").exists() else None
-        if best and not TITLES.keys() <= best.keys():
-            raise ValueError(f"{self.cfg.resume}: damaged; the figures in it are others")
-        self.best = best
+        self.best = self.best_there()
         return checkpoint["step"]
+
+    def best_there(self):
+        """The figures of the generator.pt in the run's folder; None if it is none, or unmeasured.
+
+        It may be of a later step than the checkpoint to go on from, and is not to be lost then.
+        """
+        path = self.out / "generator.pt"
+        try:
+            figures = (load(path)["figures"] or {}) if path.exists() else {}
+        except ValueError as error:
+            tell(f"{error}; the next one evaluated replaces it", file=sys.stderr)
+            return None
+        kinds = dict(dict.fromkeys(TITLES, float), step=int)
+        return figures if all(type(figures.get(k)) is kinds[k] for k in kinds) else None
 
     def begin(self, log):
         """Tell the teacher's figures, which the generator's are to be compared with."""
@@ -448,7 +460,7 @@ class Keeper:
                 save_estimates(self.teacher, self.networks["fake_score"], self.sampler, self.sigmas,
                                self.out / f"samples_{step + 1:06d}.png", self.pairs)
 
-    def keep(self, step):
+    def write_checkpoint(self, step):
         """Write last.pt, of so many steps done, and without evaluations generator.pt, too."""
         if not self.cfg.evaluate_every:
             self.save_generator(step)
@@ -485,6 +497,8 @@ class Keeper:
             for name, title, figures in (("generator.pt", "best", self.best),
                                          ("last.pt", "last", self.figures)):
                 tell(f"{self.out / name}: the {title}, step {figures['step']}: {summary(figures)}")
+        else:
+            tell(f"{self.out / 'generator.pt'}: the last, not measured")
 
 
 # ---- training -----------------------------------------------------------------------------------
@@ -599,7 +613,8 @@ def train(cfg):
     roles = dict(teacher=teacher, generator=generator, fake_score=fake_score,
                  discriminator=discriminator)
 
-    for step in training_steps(keeper.start, cfg, device, roles, log, keeper.keep):
+    for step in training_steps(keeper.start, cfg, device, roles, log,
+                               keeper.write_checkpoint):
         update_generator = step % cfg.fake_steps == 0  # DMD2's two time-scale update rule
         update, k = step // cfg.fake_steps, trained_step(len(sigmas), cfg.seed, step)
         for part in parts:

@@ -76,8 +76,8 @@ class Exported(nn.Module):
     def forward(self, noise, label):
         """noise as of example(), label [batch] int64 -> image, as the file says
 
-        Raises IndexError, and onnxruntime INVALID_ARGUMENT, for a label that is no class: it is
-        looked up in a table of them, where a negative one would count from the end.
+        On a CPU raises IndexError, and onnxruntime INVALID_ARGUMENT, for a label that is no class:
+        it is looked up in a table of them, where a negative one would count from the end.
         """
         label = torch.where(label < 0, len(self.labels), label)
         label = F.embedding(label, self.labels)[:, 0]
@@ -312,8 +312,8 @@ def main(argv=None):
     tolerance = 1e-2 if cfg.fp16 else 1e-4 if device == "cuda" else 1e-5
     tolerance *= 2 if checkpoint["autoencoder"] else 1  # two networks, one after the other
 
+    facts = facts_of(checkpoint, cfg.checkpoint, cfg)
     with replacing(path) as temporary:
-        facts = facts_of(checkpoint, cfg.checkpoint, cfg)
         export_onnx(to_export, shape, facts, temporary)
         error = check_onnx(temporary, exported, shape, classes, device)
         if not error <= tolerance:

@@ -598,7 +598,7 @@ def onnx_session(path, device, provider_options=None, batch=None):
     try:
         facts = json.loads(session.get_modelmeta().custom_metadata_map["dmd2"])
         ours = fits_graph(facts, session)
-    except (KeyError, ValueError, AttributeError, TypeError, RecursionError):
+    except (LookupError, ValueError, AttributeError, TypeError, RecursionError):
         ours = False
     if not ours:
         raise ValueError(f"{path}: an ONNX file, but not one of export.py")
@@ -610,7 +610,8 @@ def fits_graph(facts, session):
     data, steps = facts["data"], facts["steps"]
     (noise, label), (image,) = session.get_inputs(), session.get_outputs()
     order = (1, 2, 3) if image.type == "tensor(float)" else (3, 1, 2)
-    return (type(steps) is int and steps == len(facts["sigmas"]) > 0
+    return (type(steps) is int and steps == len(facts["sigmas"]) > 0 and "size" in data
+            and type(data["classes"]) is list
             and [image.shape[i] for i in order] == data["shape"]
             and (noise.name, noise.type) == ("noise", "tensor(float)")
             and (label.name, label.type) == ("label", "tensor(int64)")
@@ -914,7 +915,7 @@ def write_images(images, label, classes, out):
             np.savez_compressed(path, images=pixels, labels=label.numpy())
         return
     for i, (image, c) in enumerate(zip(pixels, label.tolist())):
-        with replacing(out / f"{i:05d}_{c}.png") as path:
+        with replacing(out / f"{i:05d}_{c}.png", sync=False) as path:
             Image.fromarray(image.squeeze()).save(path)
 
 

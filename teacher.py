@@ -37,6 +37,7 @@ import re
 import reprlib
 import shutil
 import signal
+import stat
 import statistics
 import struct
 import sys
@@ -327,19 +328,19 @@ def train(cfg):
     log = Log(cfg, start, make_run_folder(cfg))
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     mirrored = " (half of them mirrored)" * bool(cfg.latent and cfg.flip)
-    log.say(f"{cfg.data}: {count} images{mirrored}; {millions:.2f} M parameters; on {device}; "
-            f"{cfg.steps} steps")
+    log.say(f"{cfg.data}: {count} training images{mirrored}; {millions:.2f} M parameters; on "
+            f"{device}; {cfg.steps} steps")
     batches = training_batches(data, start, cfg, parts, device)
     load_folder.cache_clear()  # what is left of it is in `data`
 
-    def keep(step):
+    def write_checkpoint(step):
         save(dict(kind=task.kind, config=dataclasses.asdict(cfg), step=step, network=task.network,
                   **task.facts(), data=facts, model=ema.state_dict(),
                   training=dict(model=model.state_dict(), descent=descent.state_dict(),
                                 images=count)), path, cfg.keep)
         return path
 
-    for step in training_steps(start, cfg, device, {task.kind: model}, log, keep):
+    for step in training_steps(start, cfg, device, {task.kind: model}, log, write_checkpoint):
         for part in parts:
             x0, label = next(batches)
             draw = Draw(task.stream, cfg.seed, step, cfg.batch, task.shape, device, part)
@@ -590,7 +591,8 @@ class Options:
             low, top, high = (field.metadata[name] for name in ("at_least", "at_most", "below"))
             if value is None and field.default is None:
                 continue
-            if type(value) not in (field.type, int if field.type is float else field.type):
+            whole = field.type is float and type(value) is int and abs(value) < 2**63
+            if type(value) is not field.type and not whole:
                 raise ValueError(f"{flag(field.name)} {reprlib.repr(value)}: must be of type "
                                  f"{field.type.__name__}")
             if value == "":
@@ -667,25 +669,28 @@ class Config(TrainingOptions):
     flip: bool = arg(None, "show images mirrored left to right, half of the time (default: by "
                            "data: for cifar10 on, else off)")
     autoencoder: bool = arg(False, "train no teacher but an autoencoder, for --latent")
-    latent_channels: int = arg(4, "of --autoencoder: channels of its latents", at_least=1)
+    latent_channels: int = arg(4, "of --autoencoder: channels of its latents", at_least=1,
+                               below=2**16)
     kl_weight: float = arg(1e-3, "of --autoencoder: weight of the KL term", at_least=0)
     latent: str = arg(None, "autoencoder.pt, on whose latents to train the teacher")
-    width: int = arg(None, "channels of the network's first level (default: by data)", at_least=4)
+    width: int = arg(None, "channels of the network's first level (default: by data)", at_least=4,
+                     below=2**16)
     mults: str = arg(None, "channels of each level as multiples of --width (default: by data)")
-    blocks: int = arg(None, "residual blocks per level (default: by data)", at_least=1)
+    blocks: int = arg(None, "residual blocks per level (default: by data)", at_least=1,
+                      below=1000)
     prediction: str = arg("edm", "what the network learns", tuple(PREDICTIONS))
     schedule: str = arg("lognormal", "which noise levels it is trained on", tuple(SCHEDULES))
     lr: float = arg(None, "learning rate (default: by data)", at_least=0, below=1)
     min_snr_gamma: float = arg(None, "weigh squared errors of x0 by min(SNR, gamma), such as 5 "
                                      "(default: by 1 / c_out^2, the prediction's own weight)",
-                               at_least=1e-9)
+                               at_least=1e-9, at_most=1e9)
     label_dropout: float = arg(0.1, "share of images shown without label, for guidance",
                                at_least=0, below=1)
 
     def __post_init__(self):
         super().__post_init__()
         mults = (self.mults or "1").split(",")
-        if not all(mult.isdecimal() and int(mult) > 0 for mult in mults):
+        if not all(mult.isdecimal() and 0 < int(mult[:9]) < 1000 for mult in mults):
             raise ValueError(f"--mults {self.mults}: needs positive integers such as 1,2,2")
         if self.autoencoder and self.latent:
             raise ValueError(f"--latent {self.latent}: is to train a teacher; leave out "
@@ -756,7 +761,7 @@ def parse(config_class, argv=None, description=""):
     given = vars(parser.parse_args(argv))
     if [] in given.values():  # what argparse makes of --data=--
         error("argument --: expected a value")
-    if given.get("data", "digits") not in KNOWN_DATA:
+    if given.get("data", "digits") not in ("", *KNOWN_DATA):
         given["data"] = str(Path(given["data"]).resolve())
     if "config" not in given:
         return resumed(config_class, given) if "resume" in given else config_class(**given)
@@ -799,7 +804,8 @@ def resumed(config_class, given):
     saved, fields = checkpoint["config"], dataclasses.fields(config_class)
     if other := saved.keys() ^ {field.name for field in fields}:
         raise ValueError(f"--resume {path}: holds a {checkpoint['kind']} of another script or "
-                         f"version, which differs in {', '.join(sorted(other)[:3])}; last.pt is "
+                         f"version, which differs in {', '.join(sorted(map(str, other))[:3])}; "
+                         "last.pt is "
                          "dmd2.py's to resume, the others are teacher.py's")
     if "out" in given:
         raise ValueError(f"--out {given['out']}: a resumed run goes on in its own folder, "
@@ -821,7 +827,11 @@ def resumed(config_class, given):
 
 
 def run_script(main):
-    """Call `main`; what the user can mend (ValueError, OSError) is one line and exit status 2."""
+    """Call `main`; what the user can mend (ValueError, OSError) is one line and exit status 2.
+
+    The status is 1 if it diverges or another process of several ended, 128 + N after signal N.
+    SIGTERM is an exception from here on.
+    """
     name, status, words = Path(sys.argv[0]).name, 0, None
     again = "--resume goes on from the last checkpoint, if there is one"
     if threading.current_thread() is threading.main_thread():  # or temporary files would be left
@@ -831,13 +841,14 @@ def run_script(main):
         name += f", rank {rank()}"
     try:
         main()
-        sys.stdout.flush()
+        if sys.stdout:  # which `>&-` closes
+            sys.stdout.flush()
         if dist.is_initialized():
             dist.destroy_process_group()
     except SystemExit as stop:
         status = stop.code
     except BrokenPipeError:  # such as that of `| head`
-        status = 128 + signal.SIGPIPE
+        status = 141
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError) as error:
         status, words = 2, " ".join(str(error).split())
@@ -848,6 +859,9 @@ def run_script(main):
     except (RuntimeError, MemoryError) as error:
         if ranks() > 1 and "peer" in str(error):
             status, words = 1, None if rank() else f"another process has ended; {again}"
+        elif "DataLoader worker" in str(error):
+            status, words = 2, ("a process that reads images was killed, for want of memory "
+                                f"perhaps; a smaller --batch or --size needs less; {again}")
         elif isinstance(error, MemoryError) or "memory" in str(error):
             status, words = 2, ("out of memory; try --accumulate 4, --checkpointing or a smaller "
                                 "--batch, --width or --n")
@@ -903,11 +917,11 @@ def completed(cfg, source):
 
 
 def check_out(cfg, *inputs):
-    """Raises ValueError if a new run would remove a file that it is made of."""
+    """Raises ValueError if a new run would move a file that it is made of."""
     for path in filter(None, inputs):
         same = Path(path).resolve().parent == Path(cfg.out).resolve()
         if same and not (cfg.resume or cfg.profile):
-            raise ValueError(f"--out {cfg.out}: a new run there would remove {path}; name another "
+            raise ValueError(f"--out {cfg.out}: a new run there would move {path}; name another "
                              "folder")
 
 
@@ -1029,7 +1043,7 @@ class FolderImages:
     def read(self, index):
         """The same as indexing, for many: index [N] -> uint8 [N, C, H, W]"""
         images = torch.empty(len(index), *self.shape[1:], dtype=torch.uint8)
-        for part, found in zip(images.split(256), read_ahead(self, index.split(256))):
+        for part, found in zip(images.split(64), read_ahead(self, index.split(64))):
             part.copy_(found)
         return images
 
@@ -1037,17 +1051,18 @@ class FolderImages:
 class Survey:
     """Image files, each decoded to see whether it can be, and what of it a user should know."""
 
-    def __init__(self, paths, size, keep):
-        self.paths, self.size, self.keep = paths, size, keep
+    def __init__(self, paths, size, in_memory):
+        self.paths, self.size, self.in_memory = paths, size, in_memory
 
     def __len__(self):
         return len(self.paths)
 
     def __getitem__(self, index):
-        """index [B] int64 -> uint8 [B, 3, H, W] (None without keep); a list of what each image is:
+        """index [B] int64 -> uint8 [B, 3, H, W], or None if they stay on the disk; of each image
         why it can't be read or None, whether it is grey, and notes"""
-        pixels, found = torch.zeros(len(index), 3, self.size, self.size, dtype=torch.uint8), []
-        for row, i in zip(pixels, index.tolist()):
+        pixels, found = torch.zeros(len(index) if self.in_memory else 0, 3, self.size, self.size,
+                                    dtype=torch.uint8), []
+        for row, i in enumerate(index.tolist()):
             try:
                 image, notes = decoded(self.paths[i])
             except ValueError as error:
@@ -1055,15 +1070,16 @@ class Survey:
                 continue
             notes += ["smaller than --size and enlarged"] * (min(image.size) < self.size)
             found.append((None, image.mode == "L", notes))
-            if self.keep:
-                row.copy_(square(image.convert("RGB"), self.size))
-        return pixels if self.keep else None, found
+            if self.in_memory:
+                pixels[row] = square(image.convert("RGB"), self.size)
+        return pixels if self.in_memory else None, found
 
 
 def read_ahead(files, indices):
     """Yield files[index] for each of indices, read ahead by other processes, 8 at most.
 
-    Raises ValueError as files[index] does, OSError if one of the processes was killed.
+    Raises ValueError as files[index] does. If one of the processes is killed, PyTorch raises
+    RuntimeError wherever this one is.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     workers = 0 if len(files) < 100 else max(1, min(8, cores // ranks()))
@@ -1073,15 +1089,15 @@ def read_ahead(files, indices):
         yield from loader
     except ValueError as error:  # to which a worker adds its traceback
         raise ValueError(str(error).strip().split("ValueError: ")[-1]) from error
-    except RuntimeError as error:
-        raise OSError(f"a process that reads images was killed, for want of memory perhaps; a "
-                      f"smaller --batch or --size needs less ({error})") from error
 
 
 def outlast_signals(worker):
-    """Let a process that reads images go on for 20 s, in which one that trains can end its step."""
+    """Let a process that reads images go on for one that trains to end its step; but not for ever.
+
+    Otherwise it ends when it is told to, or the other one has.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(20))
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(600))
 
 
 def square(image, size):
@@ -1118,6 +1134,8 @@ def decoded(path):
 def readable(path):
     """The PIL image of a file; ValueError if it is none, or turns out to be damaged."""
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would be waited for
+            raise ValueError("it is no regular file")
         with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
             if image.mode == "F":
                 raise ValueError("its pixels are floating-point numbers, of no known range")
@@ -1203,14 +1221,17 @@ def load_folder(folder, size, stream):
             chosen = chosen[permutation(len(chosen), 0, 0, "cpu")]
         missing = set(range(len(classes))) - set(labels[chosen].tolist())
         if not len(chosen) or missing and split == "train":
-            name = f" of {classes[min(missing)]}" if missing else ""
-            reason = f" ({damaged[0]})" if damaged else ""
-            raise ValueError(f"--data {folder}: too few images{reason}; none is left for {split}"
-                             f"{name}. Every class needs a folder of them, such as cats/1.jpg "
-                             "(images without classes one for all, such as all/1.jpg), and every "
-                             "sixth is held out")
+            name = classes[min(missing)] if missing else ""
+            reasons = [why for why in damaged if f"{os.sep}{name}{os.sep}" in why]
+            reason = f" ({reasons[0]})" if reasons else ""
+            raise ValueError(f"--data {folder}: no image is left for {split}"
+                             + f" of the class '{name}'{reason}" * bool(name) + ". Every class "
+                             "needs a folder of them, such as cats/1.jpg (images without classes "
+                             "one for all, such as all/1.jpg), and every sixth is held out")
         some = images.some if isinstance(images, FolderImages) else images.__getitem__
         splits[split] = Data(some(chosen), labels[chosen], classes)
+    if beside := [] if train == test else {*Path(folder).iterdir()} - {train, test}:
+        told.append(f"{len(beside)} beside {train.name} and {test.name}")
     if told:
         tell(f"{folder}: {len(labels)} images; {', '.join(told)}", file=sys.stderr)
     return splits
@@ -1224,18 +1245,23 @@ def survey(parts, classes, size, stream):
     that can't be read and are left out, why; and in words that, and what else a user should know
     """
     notes, damaged = collections.Counter(), []
-    if hidden := [path for part in parts for path in part.glob(".*")]:
-        notes["hidden"] = len(hidden)
+    for path in (path for part in parts for path in part.iterdir()):
+        if path.name.startswith("."):
+            notes["hidden"] += 1
+        elif path.is_file():
+            notes["beside the folders of classes"] += 1
+    siblings = {os.path.realpath(path) for part in parts for path in (part, *part.iterdir())}
     files = [(path, label, i) for i, part in enumerate(parts) for label, name in enumerate(classes)
-             for path in image_files(part, name, notes)]
+             for path in image_files(Path(part, name), siblings, notes)]
     shape = len(files), 3, size, size
-    keep = math.prod(shape) <= MEMORY if stream is None else not stream
-    images = torch.empty(shape if keep else 0, dtype=torch.uint8)
-    index, whole, grey = torch.arange(len(files)).split(256), [], True
-    found = read_ahead(Survey([path for path, _, _ in files], size, keep), index)
+    in_memory = math.prod(shape) <= MEMORY if stream is None else not stream
+    images = torch.empty(shape if in_memory else 0, dtype=torch.uint8)
+    at_a_time = max(1, min(256, 2**22 // (3 * size**2)))  # of what the processes share: 4 MB
+    index, whole, grey = torch.arange(len(files)).split(at_a_time), [], True
+    found = read_ahead(Survey([path for path, _, _ in files], size, in_memory), index)
     for part, (pixels, facts) in zip(index, tqdm(found, "images", len(index), disable=True if
                                                  rank() or len(index) < 10 else None)):
-        if keep:
+        if in_memory:
             images[part] = pixels
         for i, (error, is_grey, its_notes) in zip(part.tolist(), facts):
             if error is None:
@@ -1250,7 +1276,7 @@ def survey(parts, classes, size, stream):
                     + "; ..." * (len(damaged) > 3))
     whole, mode = torch.tensor(whole, dtype=torch.long), "L" if grey else "RGB"
     paths, labels, in_test = zip(*files) if files else ((), (), ())
-    images = images[:, :len(mode)][whole] if keep else \
+    images = images[:, :len(mode)][whole] if in_memory else \
         FolderImages(np.array(paths, object)[whole.numpy()], size, mode)
     return images, torch.tensor(labels)[whole], torch.tensor(in_test)[whole] == 1, damaged, told
 
@@ -1261,31 +1287,31 @@ def folders_in(path):
                         and not child.name.startswith("."))) if path.is_dir() else ()
 
 
-def image_files(folder, name, told):
-    """The images in a folder's folder of a class and below it; links are followed.
+def image_files(folder, siblings, notes):
+    """The images in the folder of a class and below it; links are followed.
 
-    told  a Counter, to which it adds what it passes over
+    siblings  the real paths of all classes' folders and of what they are in, not to be followed to
+    notes     a Counter, to which it adds what it passes over
     """
-    first, found = Path(folder, name), []
-    seen = {os.path.realpath(path) for path in (folder, *Path(folder).iterdir())}
-    seen.discard(os.path.realpath(first))
+    found, seen = [], set()
 
-    def refuse(error):
-        raise error
-    for root, folders, names in os.walk(first, followlinks=True, onerror=refuse):
-        if os.path.realpath(root) in seen:
+    def skip(error):
+        notes[f"folders that can't be read ({error.strerror})"] += 1
+    for root, folders, names in os.walk(folder, followlinks=True, onerror=skip):
+        real = os.path.realpath(root)
+        if real in seen or real in siblings and Path(root) != folder:
             folders.clear()
-            told["links that lead back"] += 1
+            notes["links to folders that were read already"] += 1
             continue
-        seen.add(os.path.realpath(root))
+        seen.add(real)
         hidden = [child for child in (*folders, *names) if child.startswith(".")]
-        told.update(["hidden"] * len(hidden))
+        notes.update(["hidden"] * len(hidden))
         folders[:] = [child for child in folders if child not in hidden]
         for child in sorted(set(names) - set(hidden)):
             if child.lower().endswith(IMG_EXTENSIONS):
                 found.append((root, child))
             else:
-                told[f"of another kind ({Path(child).suffix.lower() or 'no ending'})"] += 1
+                notes[f"of another kind ({Path(child).suffix.lower() or 'no ending'})"] += 1
     return [os.path.join(*path) for path in sorted(found)]
 
 
@@ -1516,8 +1542,8 @@ def check_resumed(checkpoint, cfg, count, name):
     """
     before, saved = checkpoint["training"].get("images"), checkpoint["config"]
     if before != count:
-        raise ValueError(f"--resume {cfg.resume}: its run is trained on {before} images, and "
-                         f"{name} has {count} now; restore them, or start a new run")
+        raise ValueError(f"--resume {cfg.resume}: its run has {before} training images, and {name} "
+                         f"has {count} now; restore them, or start a new run")
     changed = [f"{flag(key)} {value} (it was {saved[key]})"
                for key, value in dataclasses.asdict(cfg).items()
                if value != saved[key] and key not in ("out", "resume")]
@@ -1640,9 +1666,9 @@ class Descent:
     step passes through once, and of losses that train every network they pass through.
     """
 
-    def __init__(self, optimizer, cfg, device, name=""):
+    def __init__(self, optimizer, cfg, device, prefix=""):
         self.optimizer, self.clip, self.parts = optimizer, cfg.clip, cfg.accumulate
-        self.name = name  # before those of what step() returns
+        self.prefix = prefix  # of the names of what is logged
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         # Does nothing but in float16, whose small gradients would vanish.
         enabled = dtype_of(cfg, device) == torch.float16
@@ -1671,9 +1697,9 @@ class Descent:
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         left_out = ~norm.isfinite() & (scale > 1)
-        values = {f"{self.name}gradient_norm": torch.where(left_out, 0, norm)}
+        values = {f"{self.prefix}gradient_norm": torch.where(left_out, 0, norm)}
         if self.scaler.is_enabled():
-            values[f"{self.name}left_out"] = left_out.float()
+            values[f"{self.prefix}left_out"] = left_out.float()
         return values
 
     def state_dict(self):
@@ -1790,20 +1816,21 @@ def writing(path):
 
 
 @contextlib.contextmanager
-def replacing(path):
-    """A path to write a file to; when it is whole and on the disk it takes the name `path`.
+def replacing(path, sync=True):
+    """A path to write a file to, which takes the name `path` when it is whole (and on the disk).
 
     Raises OSError that names path, and leaves what is there as it is, if it can't be written.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}")
+    temporary = path.with_name(f".{os.getpid()}.{path.name}")
     with writing(path):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary.unlink(missing_ok=True)  # of a process that was killed; it may be a link
             yield temporary
-            with open(temporary, "rb+") as file:
-                os.fsync(file.fileno())
+            if sync:
+                with open(temporary, "rb+") as file:
+                    os.fsync(file.fileno())
             os.replace(temporary, path)
         finally:
             with contextlib.suppress(OSError):
@@ -1814,15 +1841,20 @@ def replacing(path):
 def save(checkpoint, path, keep=0):
     """Write a checkpoint, and keep so many of those that were there before, as older() names them.
 
-    Raises OSError if it can't be written, FloatingPointError naming a tensor that is not finite;
-    both leave what was there as it was.
+    Raises OSError if it can't be written, FloatingPointError naming a tensor that is not finite
+    (for which a GPU is waited for); both leave what was there as it was.
     """
     if name := not_finite(checkpoint):
-        raise FloatingPointError(f"{name} is not finite after step {checkpoint.get('step')}")
+        after = f" after step {checkpoint['step']}" if "step" in checkpoint else ""
+        raise FloatingPointError(f"{name} is not finite{after}")
     with replacing(path) as temporary:
         with open(temporary, "wb") as file:
             torch.save(checkpoint, file)
-        if keep and Path(path).exists():
+            file.flush()
+            os.fsync(file.fileno())  # before anything else is touched
+        second = older(path, 1)
+        linked = second.exists() and Path(path).exists() and os.path.samefile(path, second)
+        if keep and Path(path).exists() and not linked:  # as a process left them that was killed
             for age in range(keep, 1, -1):
                 if older(path, age - 1).exists():
                     os.replace(older(path, age - 1), older(path, age))
@@ -1838,14 +1870,18 @@ def older(path, age):
     return Path(path).with_suffix(f".{age}{Path(path).suffix}")
 
 
-def not_finite(state, name=""):
+def not_finite(state):
     """The name of the first tensor in nested dictionaries and lists that is not finite; or None."""
-    if isinstance(state, torch.Tensor):
-        return None if state.isfinite().all() else name
-    items = state.items() if isinstance(state, dict) else \
-        enumerate(state) if isinstance(state, (list, tuple)) else ()
-    found = (not_finite(value, f"{name}.{key}".lstrip(".")) for key, value in items)
-    return next(filter(None, found), None)
+    rest, seen = [("", state)], set()
+    while rest:
+        name, state = rest.pop()
+        if isinstance(state, torch.Tensor) and not state.isfinite().all():
+            return name
+        if isinstance(state, (dict, list, tuple)) and id(state) not in seen:
+            seen.add(id(state))  # for a file may name one a million times
+            items = state.items() if isinstance(state, dict) else enumerate(state)
+            rest += [(f"{name}.{key}".lstrip("."), value) for key, value in items][::-1]
+    return None
 
 
 def load(path, resume=False, kind=None):
@@ -1860,11 +1896,13 @@ def load(path, resume=False, kind=None):
     Raises ValueError if the file is missing, foreign, damaged, of another kind, or can't be
     resumed from; it tells of others there that could be taken instead.
     """
-    if others := sorted(Path(path).glob("[!.]*.pt")):
-        raise ValueError(f"{path}: is a folder; give a checkpoint in it, such as {others[-1]}")
+    for name in ("generator.pt", "teacher.pt", "autoencoder.pt"):
+        if Path(path, name).is_file():
+            raise ValueError(f"{path}: is a folder; give a checkpoint in it, such as "
+                             f"{Path(path, name)}")
     if not Path(path).is_file():
-        raise ValueError(f"{path}: no such checkpoint file; teacher.py and dmd2.py write them"
-                         + instead_of(path))
+        raise ValueError(f"{path}: no such checkpoint file"
+                         + (instead_of(path) or "; teacher.py and dmd2.py write them"))
     try:
         checkpoint = read(path, fits)
         assembled(checkpoint)
@@ -1883,9 +1921,13 @@ def load(path, resume=False, kind=None):
 
 def instead_of(path):
     """What to say after a checkpoint that can't be had: which whole ones save() kept beside it."""
-    for candidate in sorted(Path(path).parent.glob(f"{Path(path).stem}.*{Path(path).suffix}")):
+    base = Path(path).with_name(re.sub(r"\.\d(\.\w+)$", r"\1", Path(path).name))
+    for candidate in (base, *(older(base, age) for age in range(1, 10))):
         with contextlib.suppress(ValueError, OSError):
-            return f"; use {candidate}, of step {read(candidate, fits)['step']}"
+            if candidate != Path(path):
+                checkpoint = read(candidate, fits)
+                assembled(checkpoint)
+                return f"; use {candidate}, of step {checkpoint['step']}"
     return ""
 
 
@@ -1946,7 +1988,9 @@ def fits(checkpoint):
     kind, data, network = (checkpoint[name] for name in ("kind", "data", "network"))
     shape = shape_of(network)
     if not (fits_network(checkpoint) and checkpoint["step"] > 0
-            and type(checkpoint["step"]) is int
+            and type(checkpoint["step"]) is int and type(checkpoint.get("training", {})) is dict
+            and all(isinstance(data[name], (list, tuple)) for name in ("shape", "classes"))
+            and all(type(size) is int for size in data["shape"])
             and isinstance(checkpoint["config"], dict) and type(data["flip"]) is bool
             and all(type(name) is str for name in (*data["classes"], data["name"] or "",
                                                    data.get("data_dir", "")))
@@ -1967,7 +2011,8 @@ def fits(checkpoint):
     return (all(type(value) in (int, float, str) for part in figures for value in part.values())
             and kind in ("teacher", "generator") and tuple(data["shape"]) == shape
             and classes in (0, len(data["classes"]))
-            and len(sigmas) > 0 and all(SIGMA_MIN <= sigma <= SIGMA_MAX for sigma in sigmas)
+            and isinstance(sigmas, (list, tuple)) and len(sigmas) > 0
+            and all(type(sigma) is float and SIGMA_MIN <= sigma <= SIGMA_MAX for sigma in sigmas)
             and checkpoint["prediction"] in PREDICTIONS and checkpoint["schedule"] in SCHEDULES)
 
 
@@ -2023,7 +2068,9 @@ def assembled(checkpoint):
     except (RuntimeError, TypeError, LookupError, AttributeError, ValueError) as error:
         raise ValueError(f"{damaged} don't fit its network") from error
     weights = model.state_dict().values()
-    if any(4 * weight.numel() > weight.untyped_storage().nbytes() for weight in weights):
+    storages = {storage.data_ptr(): storage.nbytes() for storage in
+                (weight.untyped_storage() for weight in weights)}
+    if 4 * sum(weight.numel() for weight in weights) > sum(storages.values()):
         raise ValueError(f"{damaged} are more than the file holds")
     if not all(weight.dtype == torch.float32 and weight.isfinite().all() for weight in weights):
         raise ValueError(f"{damaged} are not finite float32")
@@ -2034,30 +2081,31 @@ def assembled(checkpoint):
 def make_run_folder(cfg):
     """Create cfg.out with config.json in it; returns its lock, to be held during the run.
 
-    A new run first moves what an older one left there into the folder `old`, in place of what that
-    has of a run; so no file is of another run. pairs.pt stays, for it knows its teacher.
+    A new run first moves what an older one left there into a new folder, old1 or the next number;
+    so no file is of another run. pairs.pt stays, for it knows its teacher.
     Raises OSError if the folder can't be written to, ValueError if another process trains there.
     """
-    def files(folder):
-        names = ("autoencoder.pt", "teacher.pt", "generator.pt", "last.pt", "autoencoder.[0-9].pt",
-                 "teacher.[0-9].pt", "last.[0-9].pt", "config.json", "log.jsonl", "loss.png",
-                 "latents.png", "samples_*.png")
-        return [path for name in names for path in folder.glob(name)]
-
-    out, old = Path(cfg.out), Path(cfg.out, "old")
+    names = ("autoencoder.pt", "teacher.pt", "generator.pt", "last.pt", "autoencoder.[0-9].pt",
+             "teacher.[0-9].pt", "last.[0-9].pt", "config.json", "log.jsonl", "loss.png",
+             "latents.png", "samples_*.png")
+    out = Path(cfg.out)
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
         lock = locked(out)
-        for path in out.glob(".*.pt"):  # what a process that was killed had begun to write
+        for path in out.glob(".[0-9]*.*"):  # what a process that was killed had begun to write
             path.unlink()
-        found = [] if cfg.resume or cfg.profile else files(out)
-        if any(path.suffix == ".pt" for path in found):
+        found = [path for name in names for path in out.glob(name)]
+        if cfg.resume or cfg.profile:
+            pass
+        elif any(path.suffix == ".pt" for path in found):
+            old = next(path for n in itertools.count(1) if not (path := out / f"old{n}").exists())
             tell(f"the run that was in {out} is in {old} now", file=sys.stderr)
-            old.mkdir(exist_ok=True)
-            for path in files(old):
-                path.unlink()
+            old.mkdir()
             for path in found:
                 path.replace(old / path.name)
+        else:  # of a run that got nowhere
+            for path in found:
+                path.unlink()
     with replacing(out / "config.json") as path:
         path.write_text(json.dumps(dataclasses.asdict(cfg), indent=1) + "\n")
     return lock
@@ -2073,8 +2121,8 @@ def locked(folder):
         import fcntl
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError) as error:
-        raise ValueError(f"--out {folder}: another process is training there; stop it, or name "
-                         "another folder") from error
+        raise ValueError(f"{folder}: another process is training there; stop it, or wait for it, "
+                         "or begin a new run in another folder, by --out") from error
     except (ImportError, OSError):  # Windows, some network file systems
         pass
     return file
@@ -2147,7 +2195,8 @@ class Log:
     @on_rank_0
     def say(self, message):
         """Print a line above the progress bar."""
-        self.bar.write(message, file=sys.stderr)
+        with contextlib.suppress(OSError):  # where nobody listens any more the run goes on
+            self.bar.write(message, file=sys.stderr)
 
     def close(self):
         self.bar.close()
@@ -2210,17 +2259,17 @@ def plot_log(path):
 
 # ---- the steps of a run, and --profile ----------------------------------------------------------
 
-def training_steps(start, cfg, device, networks, log, keep):
+def training_steps(start, cfg, device, networks, log, write_checkpoint):
     """The numbers of the steps to do; with --profile of a few, which end with a report.
 
-    networks  by the names that they have in the report
-    keep      writes a checkpoint of a number of steps done, and returns its path
+    networks          by the names that they have in the report
+    write_checkpoint  of a number of steps done, and return its path
 
     Asked by a signal to stop, it ends the process when the step under way is done and saved.
     """
     steps = iter(range(start, cfg.steps))
     steps = profiled(steps, cfg, device, networks) if cfg.profile else steps
-    with Signals(wait=not cfg.profile) as signals:
+    with StopSignals(wait=not cfg.profile) as signals:
         for step in steps:
             if device.type == "cuda":  # what the last step's graphs computed may be overwritten
                 torch.compiler.cudagraph_mark_step_begin()
@@ -2229,16 +2278,16 @@ def training_steps(start, cfg, device, networks, log, keep):
             if number or due(step, cfg.save_every, cfg.steps):
                 log.check()
                 plot_log(log.path)
-                path = keep(step + 1)
-            if number:
+                path = write_checkpoint(step + 1)
+            if number and step + 1 < cfg.steps:
+                log.say(f"stopped after step {step + 1} of {cfg.steps}, which is saved; go on with "
+                        f"--resume {path}")
                 log.close()
-                tell(f"stopped after step {step + 1} of {cfg.steps}, which is saved; go on with "
-                     f"--resume {path}", file=sys.stderr)
                 sys.exit(128 + number)
 
 
-class Signals:
-    """SIGINT and SIGTERM, taken note of for a step to end first; another SIGINT does not wait.
+class StopSignals:
+    """SIGINT, SIGTERM, SIGHUP, noted for a step to end first; another SIGINT does not wait.
 
     With several processes they go on until all know of it, and no signal ends one of them at once.
     """
@@ -2248,8 +2297,10 @@ class Signals:
 
     def __enter__(self):
         if self.wait and threading.current_thread() is threading.main_thread():
-            self.before = {number: signal.signal(number, self.note)
-                           for number in (signal.SIGINT, signal.SIGTERM)}
+            for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+                number = getattr(signal, name, None)  # Windows has no SIGHUP, nohup ignores it
+                if number and signal.getsignal(number) != signal.SIG_IGN:
+                    self.before[number] = signal.signal(number, self.note)
         return self
 
     def __exit__(self, *error):
@@ -2259,13 +2310,17 @@ class Signals:
     def note(self, number, frame):
         if number == self.number == signal.SIGINT and ranks() == 1:
             raise KeyboardInterrupt
-        if not self.number and rank() == 0:  # by a call that may come in the midst of a print
-            os.write(2, f"{signal.Signals(number).name}: stops when this step is done and saved\n"
-                        .encode())
-        self.number = number
+        first, self.number = not self.number, number
+        if first and rank() == 0:
+            with contextlib.suppress(OSError):  # of a terminal that is closed, a `| tee` that ended
+                os.write(2, f"{signal.Signals(number).name}: stops when this step is done and "
+                            "saved\n".encode())  # print() may not interrupt another
 
     def received(self):
-        """The number of the last signal that came to any of the ranks; 0 if none came."""
+        """The number of the last signal that came to any of the ranks; 0 if none came.
+
+        Several ranks have to exchange a number for this, in every step, by gloo.
+        """
         if ranks() == 1 or not self.wait:
             return self.number
         number = torch.tensor(self.number)
@@ -2414,7 +2469,7 @@ def save_plane(groups, classes, path, umap=False):
         part, start = points[start:start + len(label)], start + len(label)
         for c in label.unique().tolist():
             x, y = part[(label == c).cpu().numpy()].T
-            panel.scatter(x, y, 3, [colour(c)], label=classes[c])
+            panel.scatter(x, y, 3, [colour(c)], label=classes[c].replace("$", r"\$"))
         panel.set(title=f"{name} ({kind})", xticks=[], yticks=[])
     if few:
         panels[-1].legend(loc="center left", bbox_to_anchor=(1, 0.5), markerscale=3)
