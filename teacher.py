@@ -805,8 +805,7 @@ def resumed(config_class, given):
     if other := saved.keys() ^ {field.name for field in fields}:
         raise ValueError(f"--resume {path}: holds a {checkpoint['kind']} of another script or "
                          f"version, which differs in {', '.join(sorted(map(str, other))[:3])}; "
-                         "last.pt is "
-                         "dmd2.py's to resume, the others are teacher.py's")
+                         "last.pt is dmd2.py's to resume, the others are teacher.py's")
     if "out" in given:
         raise ValueError(f"--out {given['out']}: a resumed run goes on in its own folder, "
                          f"{Path(path).parent}")

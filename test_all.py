@@ -141,10 +141,10 @@ def faults(request):
     """How many faults were tried, by kind; told at the end, as the README's table has them."""
     counts = collections.Counter()
     yield counts
-    terminal = request.config.pluginmanager.getplugin("terminalreporter")
-    terminal.write_line("\n\nfaults tried and survived, nothing lost:")
-    for kind, count in counts.items():
-        terminal.write_line(f"{count:7} {kind}")
+    if counts:
+        with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+            print("\n\nfaults tried and survived, nothing lost:")
+            print("\n".join(f"{count:7,} {kind}" for kind, count in counts.items()))
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -2880,10 +2880,9 @@ def killed_at_random(script, run_of, folder, kills, steps, seed):
     while done < kills:
         process = in_child(run_in_child, script, go_on(script, argv, out), f"{folder}/words")
         process.join(rng.uniform(0.05, 2 if script == "dmd2" else 0.8))
-        if process.exitcode is None:
-            os.kill(process.pid, signal.SIGKILL)
-            process.join()
-            done += 1
+        process.kill()
+        process.join()
+        done += process.exitcode == -signal.SIGKILL
         assert process.exitcode in (0, -signal.SIGKILL), Path(folder, "words").read_text()
         found = all_whole(out)
         if found.get(resumable(script, out).name) == steps:  # it came to its end; to the next
