@@ -24,12 +24,10 @@ import copy
 import dataclasses
 import datetime
 import functools
-import gc
 import importlib.util
 import itertools
 import json
 import math
-import multiprocessing
 import os
 import pickle
 import pickletools
@@ -44,6 +42,7 @@ import sys
 import threading
 import time
 import warnings
+import weakref
 import zipfile
 from pathlib import Path
 from typing import NamedTuple
@@ -868,8 +867,8 @@ def run_script(main):
             raise
     if words:
         print(f"{name}: {words}", file=sys.stderr)
-    if multiprocessing.active_children():
-        gc.collect()  # with the error's frames go the processes that read images for them
+    for reader in list(READERS):
+        reader.close()
     if status:
         sys.exit(status)
 
@@ -1078,16 +1077,28 @@ def read_ahead(files, indices):
     """Yield files[index] for each of indices, read ahead by other processes, 8 at most.
 
     Raises ValueError as files[index] does. If one of the processes is killed, PyTorch raises
-    RuntimeError wherever this one is.
+    RuntimeError wherever this one is. run_script() ends them.
     """
+    reader = reading(files, indices)
+    READERS.add(reader)
+    return reader
+
+
+READERS = weakref.WeakSet()  # generators of read_ahead(), which are to be closed if a run fails
+
+
+def reading(files, indices):
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     workers = 0 if len(files) < 100 else max(1, min(8, cores // ranks()))
     loader = DataLoader(files, batch_size=None, sampler=indices, num_workers=workers,
                         worker_init_fn=outlast_signals)
     try:
         yield from loader
+        return
     except ValueError as error:  # to which a worker adds its traceback
-        raise ValueError(str(error).strip().split("ValueError: ")[-1]) from error
+        reason = str(error).strip().split("ValueError: ")[-1]
+        error.__traceback__ = None  # which would hold the processes
+    raise ValueError(reason)
 
 
 def outlast_signals(worker):
@@ -1096,7 +1107,7 @@ def outlast_signals(worker):
     Otherwise it ends when it is told to, or the other one has.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(600))
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(60))
 
 
 def square(image, size):

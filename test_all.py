@@ -881,7 +881,7 @@ def test_autoencoder_of_few_images_has_its_pictures(count, tmp_path):
 def test_run_does_not_replace_the_autoencoder_that_it_is_made_of(latent, capsys):
     path = latent / "moved" / "autoencoder.pt"
     line = fails(teacher.main, ["--latent", str(path), "--out", str(path.parent)], capsys)
-    assert f"would remove {path}; name another folder" in line and path.exists()
+    assert f"would move {path}; name another folder" in line and path.exists()
 
 
 def test_evaluation_of_an_autoencoder_is_of_its_reconstructions(latent, capsys):
