@@ -2790,6 +2790,8 @@ def run_in_child(script, argv, output, fault=None, *args):
     cpu = pytest.MonkeyPatch()
     cpu.setattr(torch.cuda, "is_available", lambda: False)
     cpu.setattr(teacher, "plot_log", lambda path: None)  # which would be most of the time
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored if these tests are a job of
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)              # a shell, or of nohup
     multiprocessing.set_start_method("fork", force=True)  # of processes that read images
     torch.set_num_threads(1)  # so two can run at a time
     if fault:
@@ -2907,7 +2909,7 @@ def test_run_killed_at_random_moments_ends_as_one_left_alone(run_of, tmp_path, f
 def test_run_killed_hundreds_of_times_ends_as_one_left_alone(run_of, tmp_path, faults):
     def killed(script):
         (tmp_path / script).mkdir()
-        return killed_at_random(script, run_of, tmp_path / script, 200, 40, seed=1)
+        return killed_at_random(script, run_of, tmp_path / script, 120, 40, seed=1)
     tried(faults, "kills at random moments", sum(side_by_side(killed, *RUNS)))
 
 
