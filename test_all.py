@@ -136,6 +136,17 @@ def only_if_asked_for(request):
         pytest.skip("tries hundreds of faults; pytest test_all.py -m slow")
 
 
+@pytest.fixture
+def curves():
+    """For tests of loss.png; in the others it is not drawn, as that would be most of their time."""
+
+
+@pytest.fixture(autouse=True)
+def no_curves(request, monkeypatch):
+    if "curves" not in request.fixturenames:
+        monkeypatch.setattr(teacher, "plot_log", lambda path: None)
+
+
 @pytest.fixture(scope="session")
 def faults(request):
     """How many faults were tried, by kind; told at the end, as the README's table has them."""
@@ -818,7 +829,7 @@ def test_kl_is_that_of_normal_distributions_and_noise_is_of_the_posterior_s_devi
     torch.testing.assert_close(decoded, autoencoder.decoded(z))
 
 
-def test_autoencoder_learns_to_reconstruct_held_out_digits(tmp_path):
+def test_autoencoder_learns_to_reconstruct_held_out_digits(curves, tmp_path):
     teacher.main(["--autoencoder", "--mults", "1,2", "--steps", "100", "--warmup", "20", "--batch",
                   "64", "--sample-every", "50", "--log-every", "25", "--out", str(tmp_path)])
     lines = log_of(tmp_path)
@@ -1268,7 +1279,7 @@ def test_map_is_of_as_many_real_images_as_generated_ones(tiny_generator, monkeyp
     assert list(groups) == ["real", "generator, 1 step"] and classes == tuple("0123456789")
 
 
-def test_training_and_validation_loss_share_a_panel(tmp_path, monkeypatch):
+def test_training_and_validation_loss_share_a_panel(curves, tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(teacher.Figure, "savefig", lambda figure, path, **_: (path.touch(),
                                                                               drawn.append(figure)))
@@ -2113,7 +2124,6 @@ def test_teacher_that_diverges_stops_with_step_and_quantity(quantity, tmp_path, 
         next(nets[quantity == "weight"].parameters()).data.fill_(math.inf)
 
     steps = []
-    monkeypatch.setattr(teacher, "plot_log", lambda path: None)
     module, name, spoil = dict(
         loss=(teacher, "denoising_loss", lambda loss, *_: loss * math.nan),
         gradient_norm=(nn.utils, "clip_grad_norm_", lambda *_: torch.tensor(math.inf))
@@ -2729,7 +2739,7 @@ def test_labels_make_a_row_per_class_and_a_folder_a_file_per_image(tiny_generato
     assert Image.open(tmp_path / "folder" / names[0]).size == (8, 8)
 
 
-def test_training_leaves_its_log_and_pictures(tiny_teacher, tmp_path):
+def test_training_leaves_its_log_and_pictures(curves, tiny_teacher, tmp_path):
     dmd2.main([*TINY_DMD, "--teacher", tiny_teacher, "--out", str(tmp_path), "--sample-every", "2",
                "--evaluate-every", "2"])
     names = {p.name for p in tmp_path.iterdir()}
@@ -3142,8 +3152,7 @@ def terminated_while_writing():
 
 @pytest.mark.parametrize("script", RUNS)
 def test_older_checkpoints_are_kept_and_one_is_named_where_the_last_is_damaged(
-        script, run_of, tmp_path, capsys, monkeypatch, faults):
-    monkeypatch.setattr(teacher, "plot_log", lambda path: None)
+        script, run_of, tmp_path, capsys, faults):
     argv = [*run_of(script, 6), "--keep", "3", "--out", str(tmp_path / "run")]
     sys.modules[script].main(argv)
     path = resumable(script, tmp_path / "run")
@@ -3720,7 +3729,7 @@ LONG = {"steps", "evaluate_n", "batch", "device", "compile", "dtype", "student_s
 @pytest.mark.parametrize("examples", [12, pytest.param(500, marks=slow)])
 @pytest.mark.parametrize("script", RUNS)
 def test_run_with_any_options_ends_or_is_refused_in_one_line(
-        script, examples, tiny_teacher, tmp_path, capsys, monkeypatch, faults):
+        script, examples, tiny_teacher, tmp_path, capsys, faults):
     def check(chosen):
         words = [f"{teacher.flag(name)}={value}" if type(value) is not bool else
                  teacher.flag(name if value else f"no_{name}") for name, value in chosen.items()]
@@ -3728,7 +3737,6 @@ def test_run_with_any_options_ends_or_is_refused_in_one_line(
         ends_well(SCRIPTS[script].main, [*base, *words, "--out", str(out)], capsys)
         shutil.rmtree(out, ignore_errors=True)
 
-    monkeypatch.setattr(teacher, "plot_log", lambda path: None)
     base = [*TINY, "--steps", "2"] if script == "teacher" else \
         [*TINY_DMD, "--steps", "2", "--evaluate-every", "0", "--teacher", tiny_teacher]
     fields = {field.name: numbers(field) if field.type is not bool else st.booleans()
@@ -3805,7 +3813,7 @@ def commands(readme):
     return [part.strip() for line in lines if line for part in line.split("&&")]
 
 
-def test_every_command_of_the_readme_runs(tmp_path, persistence, monkeypatch):
+def test_every_command_of_the_readme_runs(curves, tmp_path, persistence, monkeypatch):
     """In order, in an empty folder, by the scripts' own main, with tiny sizes put behind each.
 
     EDM's checkpoint is a small one of its kind, CIFAR-10 and the photos are folders of noise, and
