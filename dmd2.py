@@ -23,7 +23,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
-from tqdm import tqdm
 
 from sample import (BATCH, EVALUATE_AT_LEAST, TITLES, few_step, generator_sampler, guided,
                     load_images, load_reference, measure, name_of, open_checkpoint, steps_of,
@@ -32,7 +31,7 @@ from teacher import (GENERATOR, PREDICTIONS, SIGMA_MAX, SIGMA_MIN, TRAINED_STEP,
                      TrainingOptions, arg, batch_at, build, check_batch, check_out, check_resumed,
                      codec_of, due, encoded, filled, flag, frozen, group_norm, load, load_folder,
                      lowest_quantile, make_run_folder, not_finite, older, parse, parts_of,
-                     pick_device, prepare, quantile_of, rank_0_first, rate_at, read, recipe_of,
+                     pick_device, prepare, progress, quantile_of, rank_0_first, rate_at, read,
                      restore, run_script, save, save_grid, seeded, shape_of, sigma_at, tell,
                      to_uint8, training_batches, training_steps, unit_error, unit_noise, update_ema)
 
@@ -136,10 +135,10 @@ class Config(TrainingOptions):
             text = getattr(self, name)
             try:
                 low, high = interval(text or "0,1")
-                fits = 0 <= low <= high <= 1
+                valid = 0 <= low <= high <= 1
             except ValueError:
-                fits = False
-            if not fits:
+                valid = False
+            if not valid:
                 raise ValueError(f"{flag(name)} {text}: needs two numbers from 0 to 1, the smaller "
                                  "one first, such as 0.02,0.98")
 
@@ -296,7 +295,7 @@ def load_pairs(sampler, teacher_sha256, count, path):
     noise = unit_noise(count, sampler.shape, PAIRS_SEED)
     label = torch.arange(count) % len(data["classes"])
 
-    def fits(stored):
+    def accepts(stored):
         images = stored["images"]
         return (stored["origin"] == origin and images.shape == noise.shape
                 and images.dtype == noise.dtype and not not_finite(images))
@@ -304,14 +303,14 @@ def load_pairs(sampler, teacher_sha256, count, path):
     stored = None
     if path.exists():
         try:
-            stored = read(path, fits)
+            stored = read(path, accepts)
         except ValueError:
             print(f"{path}: of another teacher or setting, or damaged; making the pairs anew",
                   file=sys.stderr)
     if stored is None:
         parts = list(zip(noise.split(BATCH), label.split(BATCH)))
         images = [sampler.x0(iter([z.to(device)]), c.to(device)).cpu()
-                  for z, c in tqdm(parts, "pairs", disable=None)]
+                  for z, c in progress(parts, "pairs")]
         stored = dict(origin=origin, images=torch.cat(images))
         if not_finite(stored):
             raise FloatingPointError("the teacher's images for the regression loss are not finite")
@@ -439,7 +438,10 @@ class Keeper:
         return figures if all(type(figures.get(k)) is kinds[k] for k in kinds) else None
 
     def begin(self, log):
-        """Tell the teacher's figures, which the generator's are to be compared with."""
+        """Tell what is distilled; and the teacher's figures, to compare the generator's with."""
+        name, images = self.inherited["data"]["name"], self.images or "no"
+        log.say(f"{name}: {images} real images to train on; on {self.device}; {self.cfg.steps} "
+                f"steps, written to {self.out}")
         if self.reference and self.start == 0:
             log.write(0, **{f"teacher_{name}": self.teacher_figures[name] for name in TITLES})
             log.say(f"teacher: {summary(self.teacher_figures)}")
@@ -505,6 +507,9 @@ class Keeper:
 
 def read_teacher(cfg):
     """The checkpoint of --teacher and the config that its data fill; ValueError if it is unfit."""
+    if cfg.resume and not Path(cfg.teacher).exists():
+        raise ValueError(f"--teacher {cfg.teacher}: from which {cfg.resume} was distilled, is not "
+                         "there; give its new place")
     parent = open_checkpoint(cfg.teacher, cfg.data, cfg.data_dir)
     if parent["kind"] != "teacher":
         raise ValueError(f"--teacher {cfg.teacher}: holds a {parent['kind']}; give a checkpoint of "
@@ -514,11 +519,8 @@ def read_teacher(cfg):
     if parent["autoencoder"] and cfg.regression_weight and cfg.regression_distance == "lpips":
         raise ValueError("--regression-distance lpips: is of images, and this teacher makes "
                          "latents; use mse")
-    recipe = recipe_of(name, RECIPES) if parent["autoencoder"] is None else RECIPES["latents"]
-    cfg = filled(cfg, RANGES[parent["prediction"]], recipe)
-    paths = {name: str(Path(path).resolve()) for name in ("teacher", "init_from", "data_dir")
-             if (path := getattr(cfg, name)) is not None}
-    return parent, dataclasses.replace(cfg, **paths)
+    kind = "latents" if parent["autoencoder"] else name if name in RECIPES else "folder"
+    return parent, filled(cfg, RANGES[parent["prediction"]], RECIPES[kind])
 
 
 def initial(cfg, parent, device):
@@ -530,19 +532,18 @@ def initial(cfg, parent, device):
     if cfg.init_from and not cfg.resume:
         source, names = open_checkpoint(cfg.init_from), ("model", "fake_score")
         if "fake_score" not in source:
-            raise ValueError(f"--init-from {cfg.init_from}: holds no fake score; give a "
-                             "generator.pt of dmd2.py")
+            raise ValueError(f"--init-from {cfg.init_from}: holds no fake score to start from; "
+                             "give a generator.pt of dmd2.py (last.pt is for --resume)")
+        a, b = (dict(c, data=dict(c["data"], data_dir=None)) for c in (source, parent))
         for part in ("network", "prediction", "data"):
-            a, b = (dict(checkpoint, data=dict(checkpoint["data"], data_dir=None))[part]
-                    for checkpoint in (source, parent))
-            if a != b:
+            if a[part] != b[part]:
                 raise ValueError(f"--init-from {cfg.init_from}: has another {part} than --teacher "
                                  f"{cfg.teacher}; give a generator distilled from its kind")
-        a, b = (checkpoint["autoencoder"] or dict(model={}) for checkpoint in (source, parent))
-        a, b = a["model"], b["model"]
+        a, b = ((c["autoencoder"] or dict(model={}))["model"] for c in (source, parent))
         if a.keys() != b.keys() or not all(torch.equal(a[name], b[name]) for name in a):
             raise ValueError(f"--init-from {cfg.init_from}: is of another autoencoder's latents "
-                             f"than --teacher {cfg.teacher}")
+                             f"than --teacher {cfg.teacher}; give a generator distilled from a "
+                             "teacher of the same autoencoder.pt")
         if len(source["sigmas"]) != cfg.student_steps:
             raise ValueError(f"--init-from {cfg.init_from}: is a generator of "
                              f"{steps_of(len(source['sigmas']))}; give --student-steps "
@@ -550,8 +551,11 @@ def initial(cfg, parent, device):
         if abs(source["sigmas"][0] / cfg.conditioning_sigma - 1) > 1e-6:
             raise ValueError(f"--init-from {cfg.init_from}: begins at another noise level; give "
                              f"--conditioning-sigma {source['sigmas'][0]:g}")
-    return tuple(build(dict(source, model=source[name]), device).requires_grad_(True)
-                 for name in names)
+    try:
+        return tuple(build(dict(source, model=source[name]), device).requires_grad_(True)
+                     for name in names)
+    except ValueError as error:  # of the fake score, which no other script reads
+        raise ValueError(f"--init-from {cfg.init_from}: {error}") from error
 
 
 def load_real(cfg, parent, device):
@@ -599,11 +603,11 @@ def train(cfg):
                            device, "fake_")
     guide = guided(teacher, cfg.guidance, parent, cfg.teacher)
     real_data = load_real(cfg, parent, device)
-    keeper = Keeper(cfg, parent, guide, ema, sigmas, dict(
-        generator=generator, fake_score=fake_score, head=discriminator.head,
-        generator_descent=generator_descent, fake_descent=fake_descent),
-                    images=len(real_data.labels) if real_data else None)
-    # After the keeper measured the teacher and made its pairs in float32; not ema, for the same.
+    networks = dict(generator=generator, fake_score=fake_score, head=discriminator.head,
+                    generator_descent=generator_descent, fake_descent=fake_descent)
+    keeper = Keeper(cfg, parent, guide, ema, sigmas, networks,
+                    len(real_data.labels) if real_data else None)
+    # Only now: the keeper has measured the teacher and made its pairs in float32. ema stays so.
     prepare(cfg, device, teacher, generator, fake_score)
     log = Log(cfg, keeper.start, make_run_folder(cfg))
     keeper.begin(log)
@@ -613,16 +617,15 @@ def train(cfg):
     roles = dict(teacher=teacher, generator=generator, fake_score=fake_score,
                  discriminator=discriminator)
 
-    for step in training_steps(keeper.start, cfg, device, roles, log,
-                               keeper.write_checkpoint):
+    for step in training_steps(keeper.start, cfg, device, roles, log, keeper.write_checkpoint):
         update_generator = step % cfg.fake_steps == 0  # DMD2's two time-scale update rule
         update, k = step // cfg.fake_steps, trained_step(len(sigmas), cfg.seed, step)
         for part in parts:
             draw = Draw(GENERATOR, cfg.seed, step, cfg.batch, shape, device, part)
             real, real_label = next(real_batches)
             label = draw.label(num_classes)
-            start, label = (None, label) if cfg.backward_simulation else (real, real_label)
-            x, sigma = step_input(generator, sigmas, k, label, draw, start)
+            given, label = (None, label) if cfg.backward_simulation else (real, real_label)
+            x, sigma = step_input(generator, sigmas, k, label, draw, given)
             with torch.set_grad_enabled(update_generator):
                 x0 = generator(x, sigma, label)
 
@@ -666,7 +669,8 @@ def train(cfg):
         log.step()
         keeper.after(step, log)
     log.close()
-    keeper.end()
+    if not cfg.profile:
+        keeper.end()
     return keeper.out / "generator.pt"
 
 

@@ -14,6 +14,7 @@ reading order: options, the module that is exported, export, check, benchmark.
 
 import copy
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -120,8 +121,7 @@ def export_onnx(exported, shape, facts, path):
     """Write a module (noise, label) -> image as one ONNX file with dynamic batch and metadata."""
     batch = torch.export.Dim("batch")
     noise = exported.example(2, shape)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(action="ignore"):
         program = torch.onnx.export(
             exported, (noise, torch.zeros(2, dtype=torch.long)), dynamo=True,
             input_names=["noise", "label"], output_names=["image"], opset_version=OPSET,
@@ -206,9 +206,7 @@ def bound(path, noise, label, image, device, graph=False):
     binding.bind_ortvalue_input("noise", noise)
     binding.bind_ortvalue_input("label", label)
     binding.bind_ortvalue_output("image", image)
-
-    def call():
-        session.run_with_iobinding(binding)
+    call = functools.partial(session.run_with_iobinding, binding)
     call()  # captures
     return call
 

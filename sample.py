@@ -34,13 +34,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
-from tqdm import tqdm
 
-from teacher import (DATA_DIR, FEATURES, HEUN_STEPS, KNOWN_DATA, SIGMA_DATA, SUBSET, Options,
-                     Pixels, arg, build, check_same, codec_of, exported_noise, fits, flag,
-                     fresh_noise, heun, load, load_data, not_finite, on_rank_0, parse, pick_device,
-                     psnr, rank, rank_0_first, ranks, read, replacing, run_script, sampling_sigmas,
-                     save, save_grid, save_plane, seeded, shape_of, tell, to_float, to_uint8)
+from teacher import (ANY_CLASS, DATA_DIR, FEATURES, HEUN_STEPS, KNOWN_DATA, SIGMA_DATA, SUBSET,
+                     Options, Pixels, arg, build, check_same, codec_of, exported_noise, fits, flag,
+                     fresh_noise, heun, load, load_data, may_be_moved, not_finite, on_rank_0, parse,
+                     pick_device, progress, psnr, rank, rank_0_first, ranks, read, replacing,
+                     run_script, sampling_sigmas, save, save_grid, save_plane, seeded, shape_of,
+                     tell, to_float, to_uint8)
 
 ASSETS = Path(__file__).resolve().parent / "assets"
 DIMENSIONS = 64  # of the feature space in which quality is measured
@@ -408,7 +408,7 @@ def load_edm(path):
                 weights[f"net.{name}"] = tensor
         weights.pop("net.map_augment.weight", None)  # of EDM's augmentations; samples have none
         side, label_dim = network["img_resolution"], network["label_dim"]
-        classes = tuple(map(str, range(min(label_dim, 2**16)))) or ("all",)
+        classes = tuple(map(str, range(min(label_dim, 2**16)))) or ANY_CLASS
         checkpoint = dict(kind="teacher", step=1, config={}, network=network, prediction="edm",
                           schedule="lognormal", model=weights, autoencoder=None,
                           data=dict(name=None, size=side, classes=classes, flip=False,
@@ -434,7 +434,7 @@ class Sampler(NamedTuple):
     shape: tuple      # of noise and x0: of an image, or of its latents
     name: str         # "teacher, 18 Heun steps"
     evaluations: int  # of the network per image
-    data: dict        # name, size, shape, classes; but of an ONNX file data_dir and flip
+    data: dict        # name, size, shape, classes; and data_dir and flip, which ONNX files lack
     device: torch.device
     denoiser: nn.Module | None = None  # what x0 calls; none of an ONNX file
 
@@ -455,16 +455,18 @@ def open_checkpoint(path, data=None, data_dir=None):
     facts = checkpoint["data"]
     if data is None or data == facts["name"]:
         return checkpoint
-    if facts["name"] is not None and Path(data).name != Path(facts["name"]).name:
+    if facts["name"] is not None and not may_be_moved(data, facts["name"]):
         raise ValueError(f"--data {data}: {path} was trained on {facts['name']}; leave it out")
     where = str(Path(data_dir or DATA_DIR).resolve())
     found = load_data(data, "train", where, facts["size"])
     classes = checkpoint["network"]["label_dim"]
+    if facts["name"] is not None:
+        check_same(dict(facts, name=data), found)
     if found.shape != facts["shape"] or classes not in (0, len(found.classes)):
         raise ValueError(f"--data {data}: has {len(found.classes)} classes of images "
                          f"{found.shape}; {path} has {classes} of {facts['shape']}")
-    facts = dict(facts, name=data, data_dir=where, classes=found.classes if classes else ("all",))
-    return dict(checkpoint, data=facts)
+    named = found.classes if classes else ANY_CLASS
+    return dict(checkpoint, data=dict(facts, name=data, data_dir=where, classes=named))
 
 
 def load_sampler(path, device=torch.device("cpu"), cfg=None):
@@ -478,7 +480,7 @@ def load_sampler(path, device=torch.device("cpu"), cfg=None):
     if Path(path).suffix == ".onnx":
         sampler = onnx_sampler(path, device)
         name = sampler.data["name"]  # of a folder, not where it lies
-        if cfg.data and Path(cfg.data).name != name:
+        if cfg.data not in (None, name) and not may_be_moved(cfg.data, name):
             raise ValueError(f"--data {cfg.data}: {path} was trained on {name}; leave it out")
         sampler = sampler._replace(data=dict(sampler.data, name=cfg.data or name))
     else:
@@ -510,9 +512,8 @@ def teacher_sampler(denoiser, checkpoint, device, sampler=None, steps=None, **op
     """A sampler of a teacher, which may be Guided; options are those of the kind of sampler."""
     kind = SAMPLERS[sampler or SAMPLER]
     steps = steps or kind.steps
-    name, evaluations = f"teacher, {steps} {kind.title} steps", steps
-    if kind.function is heun:
-        evaluations = 2 * steps - 1
+    name = f"teacher, {steps} {kind.title} steps"
+    evaluations = 2 * steps - 1 if kind.function is heun else steps
     name += "".join(f", {option} {value:g}" for option, value in options.items())
     if isinstance(denoiser, Guided):
         name, evaluations = f"{name}, guidance {denoiser.guidance:g}", 2 * evaluations
@@ -554,8 +555,7 @@ def onnx_sampler(path, device):
     steps = facts["steps"]
 
     def images(noises, label):
-        noise = exported_noise(noises, steps).cpu().numpy()
-        feed = {"noise": noise, "label": label.cpu().numpy()}
+        feed = dict(noise=exported_noise(noises, steps).cpu().numpy(), label=label.cpu().numpy())
         try:
             image = torch.from_numpy(session.run(["image"], feed)[0])
         except Exception as error:  # onnxruntime's exceptions have no other base in common
@@ -631,7 +631,7 @@ def generate(sampler, label, seed, batch=BATCH):
     batch, count = batch + -batch % 16, len(label) + -len(label) % 16
     shape, device = sampler.shape, sampler.device
     images = torch.zeros(count, *sampler.data["shape"], dtype=torch.uint8, device=device)
-    for start in range(rank() * batch, count, ranks() * batch):
+    for start in progress(range(rank() * batch, count, ranks() * batch), sampler.name):
         part = F.pad(label, (0, count - len(label)))[start:start + batch]
         noises = (noise.to(device) for noise in fresh_noise(len(part), shape, seed, start))
         images[start:start + batch] = uint8_images(sampler, noises, part.to(device))
@@ -680,7 +680,7 @@ def train_features(data, steps=1500, batch=128, device="cpu"):
     optimizer = torch.optim.AdamW(net.parameters(), weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, steps)
     side, reach = images.shape[-1], max(1, images.shape[-1] // 9)
-    for _ in tqdm(range(steps), "feature network", disable=None):
+    for _ in progress(range(steps), "feature network"):
         index = torch.randint(len(images), (batch,), generator=rng)
         dy, dx = torch.randint(-reach, reach + 1, (2,), generator=rng).tolist()
         x = F.pad(to_float(images[index]), (reach,) * 4, mode="replicate")
@@ -826,39 +826,19 @@ def measure(sampler, reference, n, seed, batch=BATCH):
     return evaluate(generate(sampler, label, seed, batch), label, reference)
 
 
-def report(runs, reference, measured):
+def report(runs, reference, of_what):
     """Figures of evaluate(), of several runs: mean, spread, floor, ratio and protocol, as one dict.
 
-    measured  tells what the figures are of
+    of_what  what was measured, in words
     """
     columns = {name: [run[name] for run in runs] for name in runs[0]}
     mean = {name: statistics.mean(values) for name, values in columns.items()}
     spread = {name: statistics.stdev(values) if len(values) > 1 else None
               for name, values in columns.items()}
     return dict(mean=mean, spread=spread, floor=reference.floor,
-                protocol=f"{measured}; {reference.protocol}",
+                protocol=f"{of_what}; {reference.protocol}",
                 ratio_to_floor=(mean["frechet_distance"]
                                 / max(reference.floor["frechet_distance"], 1e-12)))
-
-
-def sampler_report(sampler, reference, n, seeds, batch=BATCH):
-    """report() of n samples at several seeds."""
-    runs = [measure(sampler, reference, n, seed, batch) for seed in seeds]
-    return report(runs, reference, f"{n} samples, {sampler.name}, EMA weights, "
-                  f"{sampler.evaluations} function evaluation(s), seeds "
-                  f"{', '.join(map(str, seeds))}")
-
-
-@torch.no_grad()
-def autoencoder_report(checkpoint, reference, held_out, device, batch=BATCH):
-    """report() of an autoencoder's reconstructions of the held-out images, with their PSNR."""
-    codec = build(checkpoint, device)
-    decoded = [codec.reconstruct(to_float(part.to(device))).cpu()
-               for part in held_out.images.split(batch)]
-    decoded = to_uint8(torch.cat(decoded))
-    figures = evaluate(decoded, held_out.labels, reference)
-    result = report([figures], reference, f"{len(decoded)} reconstructions of held-out images")
-    return dict(result, psnr=psnr(to_float(decoded), to_float(held_out.images)))
 
 
 def summary(figures):
@@ -936,11 +916,11 @@ def compare(cfg, sampler, out):
     """The picture real | second checkpoint | first checkpoint, a row per class (the first 10)."""
     other, data = load_sampler(cfg.beside, sampler.device, cfg), sampler.data
     name_of(other.data, cfg.beside)
-    if "teacher" not in sampler.name + other.name:  # then options of teachers are a mistake
+    if "teacher" not in sampler.name + other.name:  # this raises if options of teachers were given
         load_sampler(cfg.checkpoint, sampler.device, dataclasses.replace(cfg, beside=None))
     if any(tuple(other.data[key]) != tuple(data[key]) for key in ("shape", "classes")):
         raise ValueError(f"--beside {cfg.beside}: has images of other shape or classes than "
-                         f"{cfg.checkpoint}")
+                         f"{cfg.checkpoint}; give two checkpoints of the same data")
     name_of(data, cfg.checkpoint)
     real = load_images(data, "train", cfg.data_dir)
     classes, columns = real.classes[:10], 5
@@ -1000,6 +980,8 @@ def save_map(cfg, sampler, out):
     name_of(sampler.data, cfg.checkpoint)
     reference = load_reference(sampler.data, cfg.data_dir, sampler.device)
     n = min(cfg.n or MAP_N, len(reference.labels))
+    if n < (cfg.n or 0):
+        tell(f"--n {cfg.n}: shows {n}, for there are no more real images", file=sys.stderr)
     label = reference.labels[:n].clamp(max=len(sampler.data["classes"]) - 1)  # 0 if unconditional
     features, _ = extract(reference.net, generate(sampler, label, cfg.seed, cfg.batch))
     save_plane({"real": (reference.features[:n], label), sampler.name: (features, label)},
@@ -1009,9 +991,11 @@ def save_map(cfg, sampler, out):
 # ---- main ---------------------------------------------------------------------------------------
 
 def measured(cfg, device):
-    """The report() of --evaluate: of samples or, of an autoencoder, of reconstructions."""
+    """The report() of --evaluate: of samples at several seeds or, of an autoencoder, of what it
+    makes of the held-out images, with their PSNR."""
     path = cfg.checkpoint
-    if Path(path).suffix == ".pt" and (checkpoint := load(path))["kind"] == "autoencoder":
+    other = Path(path).suffix in (".onnx", ".pkl")
+    if not other and (checkpoint := load(path))["kind"] == "autoencoder":
         for name in ("n", "guidance", "sampler", "steps", *SAMPLER_OPTIONS):
             if getattr(cfg, name) is not None:
                 raise ValueError(f"{flag(name)} {getattr(cfg, name)}: {path} holds an autoencoder, "
@@ -1019,12 +1003,20 @@ def measured(cfg, device):
         name_of(checkpoint["data"], path)
         reference = load_reference(checkpoint["data"], cfg.data_dir, device)
         held_out = load_images(checkpoint["data"], "test", cfg.data_dir).in_memory()
-        return autoencoder_report(checkpoint, reference, held_out, device, cfg.batch)
+        codec = build(checkpoint, device)
+        decoded = to_uint8(torch.cat([codec.reconstruct(to_float(part.to(device))).cpu()
+                                      for part in held_out.images.split(cfg.batch)]))
+        figures = evaluate(decoded, held_out.labels, reference)
+        result = report([figures], reference, f"{len(decoded)} reconstructions of held-out images")
+        return dict(result, psnr=psnr(to_float(decoded), to_float(held_out.images)))
     sampler = load_sampler(path, device, cfg)
     name_of(sampler.data, path)
     reference = load_reference(sampler.data, cfg.data_dir, device)
-    seeds = range(cfg.seed, cfg.seed + cfg.seeds)
-    return sampler_report(sampler, reference, cfg.n or EVALUATE_N, seeds, cfg.batch)
+    n, seeds = cfg.n or EVALUATE_N, range(cfg.seed, cfg.seed + cfg.seeds)
+    runs = [measure(sampler, reference, n, seed, cfg.batch) for seed in seeds]
+    return report(runs, reference, f"{n} samples, {sampler.name}, EMA weights, "
+                  f"{sampler.evaluations} function evaluation(s), seeds "
+                  f"{', '.join(map(str, seeds))}")
 
 
 def main(argv=None):

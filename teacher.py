@@ -10,11 +10,11 @@ After this file a diffusion model, of whatever dialect, is a function and no mor
     x = x0 + sigma * noise                  x0 in [-1, 1], noise standard normal
     denoiser(x, sigma, label) -> x0_hat     the mean of all the x0 that x may have come from
 
-The first half is diffusion, in the terms of EDM (Karras et al. 2022, "Elucidating the Design Space
-of Diffusion-Based Generative Models"): noise levels, denoiser and loss, sampling, the training
-loop, the networks. The second half is what any training script needs, and the others import from
-here: options, several GPUs, data, latents (an autoencoder, for x0 may be what it makes of an
-image), random numbers, optimisation, checkpoints, logging, --profile, pictures.
+The first 560 lines are diffusion, in the terms of EDM (Karras et al. 2022, "Elucidating the Design
+Space of Diffusion-Based Generative Models"): noise levels, denoiser and loss, sampling, the
+training loop, the networks. The others are what any training script needs, and the other scripts
+import from here: options, several GPUs, data, latents (an autoencoder, for x0 may be what it makes
+of an image), random numbers, optimisation, checkpoints, logging, --profile, pictures.
 """
 
 import argparse
@@ -41,6 +41,7 @@ import struct
 import sys
 import threading
 import time
+import timeit
 import warnings
 import weakref
 import zipfile
@@ -67,6 +68,7 @@ from tqdm import tqdm
 SIGMA_MIN, SIGMA_MAX, RHO, SIGMA_DATA = 0.002, 80.0, 7.0, 0.5  # EDM, Table 1
 HEUN_STEPS = 18  # of a teacher's sampler, as EDM has for CIFAR-10
 KNOWN_DATA = ("digits", "mnist", "fashion", "cifar10")
+ANY_CLASS = ("any/",)  # the classes of a model without labels; no folder has this name
 DATA_DIR, FOLDER_SIZE = "data", 32
 OUT, AUTOENCODER_OUT = "runs/teacher", "runs/autoencoder"
 MEMORY = 4 * 2**30  # bytes: a folder with more pixels stays on the disk
@@ -279,7 +281,10 @@ class DiffusionTask:
                     autoencoder=self.codec.checkpoint())
 
     def losses(self, denoiser, x0, label, draw):
-        """By name, those to log, of which `loss` is descended, of x0 [B, C, H, W], label [B]."""
+        """Losses by name, all to be logged, `loss` to be descended: scalars.
+
+        x0 [B, C, H, W], label [B] int64
+        """
         label = torch.where(draw.uniform() < self.cfg.label_dropout, len(self.classes), label)
         sigma = sigma_at(draw.uniform(), self.cfg.schedule)
         return dict(loss=denoising_loss(denoiser, x0, sigma, label, draw.normal(),
@@ -305,7 +310,10 @@ class DiffusionTask:
 
 def train(cfg):
     """Train a teacher, or by AutoencoderTask an autoencoder; returns its checkpoint's path."""
-    device, source = pick_device(cfg.device), read_source(cfg)
+    device, source = pick_device(cfg.device), None
+    if cfg.resume or cfg.latent:  # the run to go on with, or the autoencoder
+        source = load(cfg.resume or cfg.latent, resume=bool(cfg.resume),
+                      kind=None if cfg.resume else "autoencoder")
     cfg, autoencoder = completed(cfg, source)
     parts, codec = parts_of(cfg), codec_of(autoencoder, device)
     data, held_out, facts = load_to_train(cfg, source, codec, device)
@@ -362,7 +370,10 @@ def train(cfg):
 
 
 def due(step, every, steps):
-    """Whether what is done every so many steps, and at the last, is due after this; 0: never."""
+    """Whether what is done every so many steps, and at the last, is due after `step`, from 0.
+
+    every  0 for never
+    """
     return every > 0 and ((step + 1) % every == 0 or step + 1 == steps)
 
 
@@ -428,7 +439,7 @@ class Block(nn.Module):
 
 
 def group_norm(channels, eps=1e-6):
-    """GroupNorm with the groups of EDM: of 4 channels at least, for maps of 1x1 to mean much."""
+    """GroupNorm as in EDM: up to 32 groups, of at least 4 channels, for fewer mean little."""
     groups = next(g for g in range(min(32, channels // 4), 0, -1) if channels % g == 0)
     return nn.GroupNorm(groups, channels, eps)
 
@@ -560,13 +571,16 @@ def initialise(layer):
 
 
 # =================================================================================================
-# From here on nothing is about diffusion.
+# From here on: what any training script needs, and the autoencoder of latent diffusion.
 
 # ---- options: one frozen dataclass per script, whose fields are its flags -----------------------
 
 def arg(default, help, choices=None, at_least=None, at_most=None, below=None, free=False,
         positional=False):
-    """A dataclass field that is also a flag. A `free` one may change when a run is resumed."""
+    """A dataclass field that is also a flag. A `free` one may change when a run is resumed.
+
+    at_least, at_most, below  the range of a number; None for no bound
+    """
     metadata = dict(help=help, choices=choices, at_least=at_least, at_most=at_most, below=below,
                     free=free, positional=positional)
     return dataclasses.field(default=default, metadata=metadata)
@@ -587,7 +601,7 @@ class Options:
     def __post_init__(self):
         for field in dataclasses.fields(self):
             value, choices = getattr(self, field.name), field.metadata["choices"]
-            low, top, high = (field.metadata[name] for name in ("at_least", "at_most", "below"))
+            low, high, below = (field.metadata[name] for name in ("at_least", "at_most", "below"))
             if value is None and field.default is None:
                 continue
             whole = field.type is float and type(value) is int and abs(value) < 2**63
@@ -596,17 +610,17 @@ class Options:
                                  f"{field.type.__name__}")
             if value == "":
                 raise ValueError(f"{flag(field.name)}: is empty; leave it out or give a value")
-            if high is None:
-                high = {int: 2**31, float: math.inf}.get(field.type)
+            if below is None:
+                below = {int: 2**31, float: math.inf}.get(field.type)
             if choices and value not in choices:
                 raise ValueError(f"{flag(field.name)} {value}: choose from "
                                  f"{', '.join(map(str, choices))}")
             if low is not None and not value >= low:
                 raise ValueError(f"{flag(field.name)} {value}: must be at least {low}")
-            if top is not None and not value <= top:
-                raise ValueError(f"{flag(field.name)} {value}: must be at most {top}")
-            if high is not None and not value < high:
-                raise ValueError(f"{flag(field.name)} {value}: must be below {high}")
+            if high is not None and not value <= high:
+                raise ValueError(f"{flag(field.name)} {value}: must be at most {high}")
+            if below is not None and not value < below:
+                raise ValueError(f"{flag(field.name)} {value}: must be below {below}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -675,8 +689,7 @@ class Config(TrainingOptions):
     width: int = arg(None, "channels of the network's first level (default: by data)", at_least=4,
                      below=2**16)
     mults: str = arg(None, "channels of each level as multiples of --width (default: by data)")
-    blocks: int = arg(None, "residual blocks per level (default: by data)", at_least=1,
-                      below=1000)
+    blocks: int = arg(None, "residual blocks per level (default: by data)", at_least=1, below=1000)
     prediction: str = arg("edm", "what the network learns", tuple(PREDICTIONS))
     schedule: str = arg("lognormal", "which noise levels it is trained on", tuple(SCHEDULES))
     lr: float = arg(None, "learning rate (default: by data)", at_least=0, below=1)
@@ -688,9 +701,9 @@ class Config(TrainingOptions):
 
     def __post_init__(self):
         super().__post_init__()
-        mults = (self.mults or "1").split(",")
-        if not all(mult.isdecimal() and 0 < int(mult[:9]) < 1000 for mult in mults):
-            raise ValueError(f"--mults {self.mults}: needs positive integers such as 1,2,2")
+        if not re.fullmatch("[1-9][0-9]{0,2}(,[1-9][0-9]{0,2})*", self.mults or "1"):
+            raise ValueError(f"--mults {self.mults}: needs positive integers below 1000, such as "
+                             "1,2,2")
         if self.autoencoder and self.latent:
             raise ValueError(f"--latent {self.latent}: is to train a teacher; leave out "
                              "--autoencoder")
@@ -712,20 +725,18 @@ def mults_of(cfg):
     return tuple(map(int, cfg.mults.split(",")))
 
 
-def recipe_of(data, recipes):
-    """The recipe for a data set, of a script's RECIPES."""
-    return recipes[data if data in KNOWN_DATA else "folder"]
-
-
 def filled(cfg, *recipes):
-    """The config with the options that were not given taken from recipes, last ones first."""
+    """The config, options not given taken from recipes, later ones first; its paths are whole."""
     missing = {name: value for recipe in recipes for name, value in recipe.items()
                if getattr(cfg, name) is None}
     if cfg.profile:
         off = {name: 0 for name in ("sample_every", "evaluate_every") if hasattr(cfg, name)}
         out = cfg.out or missing["out"]
         missing.update(off, out=f"{out}/profile", steps=10**6, save_every=10**6, resume=None)
-    return dataclasses.replace(cfg, **missing)
+    cfg = dataclasses.replace(cfg, **missing)
+    return dataclasses.replace(cfg, **{name: str(Path(path).resolve()) for name in
+                                       ("data_dir", "latent", "teacher", "init_from")
+                                       if (path := getattr(cfg, name, None)) is not None})
 
 
 def parse(config_class, argv=None, description=""):
@@ -734,9 +745,11 @@ def parse(config_class, argv=None, description=""):
     Flags override what --config has. With --resume the checkpoint's own options apply; ValueError
     if a given one contradicts them.
     """
-    parser = argparse.ArgumentParser(description=description.split("\n")[0], allow_abbrev=False,
-                                     argument_default=argparse.SUPPRESS)
-    for field in dataclasses.fields(config_class):
+    parser = argparse.ArgumentParser(description="\n\n".join(description.split("\n\n")[:2]),
+                                     formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    inherited = [field.name for field in dataclasses.fields(config_class.__base__)]  # told last
+    for field in sorted(dataclasses.fields(config_class), key=lambda f: f.name in inherited):
         help = field.metadata["help"].replace("%", "%%")
         if field.metadata["choices"]:
             help += f": {', '.join(map(str, field.metadata['choices']))}"
@@ -791,8 +804,9 @@ def words_of(path, config_class):
         raise ValueError(f"can't be read, or not a run's config.json: {error}") from error
     unknown = saved.keys() - {field.name for field in dataclasses.fields(config_class)}
     if unknown or saved.get("profile"):
-        raise ValueError(f"has {', '.join(sorted(unknown))}, no option of this script" if unknown
-                         else "of a --profile, not of a run")
+        raise ValueError(f"has {', '.join(sorted(unknown)[:3])}, no option of this script; it is "
+                         "of another one, or another version" if unknown else
+                         "of a --profile, not of a run")
     return words
 
 
@@ -809,19 +823,25 @@ def resumed(config_class, given):
         raise ValueError(f"--out {given['out']}: a resumed run goes on in its own folder, "
                          f"{Path(path).parent}")
     for field in fields:
-        name = field.name
-        if name in given and not field.metadata["free"] and given[name] != saved[name]:
-            raise ValueError(f"{flag(name)} {given[name]}: the run to resume has {saved[name]}; "
-                             "leave the flag out, or start a new run")
+        name, free = field.name, field.metadata["free"]
+        if name == "data":
+            free = may_be_moved(given.get(name), saved[name])
+        if name in given and not free and given[name] != saved[name]:
+            before = "none" if saved[name] is None else saved[name]
+            raise ValueError(f"{flag(name)} {given[name]}: the run to resume has {before}; leave "
+                             "the flag out, or start a new run")
     try:
         config_class(**saved)
     except ValueError as error:
         raise ValueError(f"--resume {path}: holds options that are none: {error}") from error
     cfg = config_class(**{**saved, **given, "out": str(Path(path).parent)})
-    if cfg.steps <= checkpoint["step"] and not cfg.profile:
+    if (cfg.steps or 0) <= checkpoint["step"] and not cfg.profile:
         raise ValueError(f"--steps {cfg.steps}: {path} has done {checkpoint['step']} already; give "
                          "more")
     return cfg
+
+
+AGAIN = "--resume goes on from the last checkpoint, if there is one"
 
 
 def run_script(main):
@@ -831,7 +851,6 @@ def run_script(main):
     SIGTERM is an exception from here on.
     """
     name, status, words = Path(sys.argv[0]).name, 0, None
-    again = "--resume goes on from the last checkpoint, if there is one"
     if threading.current_thread() is threading.main_thread():  # or temporary files would be left
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     if dist.is_torchelastic_launched():
@@ -852,15 +871,15 @@ def run_script(main):
         status, words = 2, " ".join(str(error).split())
     except FloatingPointError as error:
         status, words = 1, f"diverged: {error}"
-    except KeyboardInterrupt:
-        status, words = 130, f"interrupted; {again}"
+    except KeyboardInterrupt as error:
+        status, words = 130, f"interrupted{'; ' * bool(error.args)}{error}"
     except (RuntimeError, MemoryError) as error:
         if ranks() > 1 and "peer" in str(error):
-            status, words = 1, None if rank() else f"another process has ended; {again}"
+            status, words = 1, None if rank() else f"another process has ended; {AGAIN}"
         elif "DataLoader worker" in str(error):
             status, words = 2, ("a process that reads images was killed, for want of memory "
-                                f"perhaps; a smaller --batch or --size needs less; {again}")
-        elif isinstance(error, MemoryError) or "memory" in str(error):
+                                f"perhaps; a smaller --batch or --size needs less; {AGAIN}")
+        elif isinstance(error, MemoryError) or re.search("(of|enough|allocate) memory", str(error)):
             status, words = 2, ("out of memory; try --accumulate 4, --checkpointing or a smaller "
                                 "--batch, --width or --n")
         else:
@@ -873,13 +892,6 @@ def run_script(main):
         sys.exit(status)
 
 
-def read_source(cfg):
-    """The checkpoint that a run goes on from, or the autoencoder of --latent, or None."""
-    if cfg.resume:
-        return load(cfg.resume, resume=True)
-    return load(cfg.latent, kind="autoencoder") if cfg.latent else None
-
-
 def completed(cfg, source):
     """The config, filled by its data and recipes, and the autoencoder of --latent, or None.
 
@@ -889,29 +901,31 @@ def completed(cfg, source):
     found = dict(out=AUTOENCODER_OUT if cfg.autoencoder else OUT)
     kind = "latents" if cfg.latent else "autoencoder" if cfg.autoencoder else None
     if cfg.latent:
-        autoencoder = source["autoencoder"] if cfg.resume else source
+        autoencoder = source.get("autoencoder") if cfg.resume else source
+        if autoencoder is None:
+            raise ValueError(f"--resume {cfg.resume}: has --latent, but no autoencoder")
         side = latent_shape(autoencoder["network"])[-1]
     if cfg.latent and not cfg.resume:  # which has all options
         facts = source["data"]
         found.update(data=facts["name"], size=facts["size"], data_dir=facts["data_dir"])
-        for name, kept in (("data", Path(facts["name"]).name), ("size", facts["size"])):
-            value = getattr(cfg, name)
-            if value is not None and (value if name == "size" else Path(value).name) != kept:
+        for name in ("data", "size"):
+            value, kept = getattr(cfg, name), found[name]
+            moved = name == "data" and may_be_moved(value, kept)
+            if value not in (None, kept) and not moved:
                 raise ValueError(f"{flag(name)} {value}: the autoencoder's images are those of "
                                  f"{facts['name']}; leave it out")
         levels = next(n for n in itertools.count(1) if side % 2**n or side >> n < 4)
         found["mults"] = "1" + ",2" * (levels - 1)  # halved while it stays whole and 4 or more
     data = cfg.data or found.get("data", "digits")
-    base = dict(data=data, data_dir=DATA_DIR, flip=False,
-                size=None if data in KNOWN_DATA else FOLDER_SIZE)
-    cfg = filled(cfg, base, recipe_of(data, RECIPES), RECIPES.get(kind, {}), found)
+    known = data in KNOWN_DATA
+    base = dict(data=data, data_dir=DATA_DIR, flip=False, size=None if known else FOLDER_SIZE)
+    recipe = RECIPES[data if known else "folder"]
+    cfg = filled(cfg, base, recipe, RECIPES.get(kind, {}), found)
     side = side or cfg.size
     if side:  # told before any image is read
         check_sizes(side, cfg.width, mults_of(cfg))
     check_out(cfg, cfg.latent)
-    paths = {name: str(Path(path).resolve()) for name in ("latent", "data_dir")
-             if (path := getattr(cfg, name)) is not None}
-    return dataclasses.replace(cfg, **paths), autoencoder
+    return cfg, autoencoder
 
 
 def check_out(cfg, *inputs):
@@ -944,6 +958,12 @@ def on_rank_0(function):
 
 
 tell = on_rank_0(print)
+
+
+def progress(items, title, total=None):
+    """The items of an iterable, `total` of them, with a bar where a terminal waits for them."""
+    return tqdm(items, title, total, leave=False, delay=0.5, dynamic_ncols=True,
+                disable=True if rank() else None)
 
 
 @contextlib.contextmanager
@@ -997,10 +1017,6 @@ class Data(NamedTuple):
     def streams(self):
         return isinstance(self.images, FolderImages)
 
-    def to(self, device):
-        return self._replace(images=self.images if self.streams else self.images.to(device),
-                             labels=self.labels.to(device))
-
     def in_memory(self):
         """Itself or, of a folder that is streamed, as many random images as MEMORY holds."""
         if not self.streams:
@@ -1026,20 +1042,17 @@ class FolderImages:
         self.paths, self.size, self.mode = paths, size, mode
         self.shape = len(paths), len(mode), size, size
 
-    def __len__(self):
-        return len(self.paths)
-
     def __getitem__(self, index):
         """index [B] int64 -> uint8 [B, C, H, W]"""
         return torch.stack([square(decoded(path)[0].convert(self.mode), self.size)
                             for path in self.paths[index.numpy()]])
 
-    def some(self, index):
-        """Those of an index as FolderImages."""
+    def subset(self, index):
+        """The images at index [N] as FolderImages, which stay on the disk."""
         return FolderImages(self.paths[index.numpy()], self.size, self.mode)
 
     def read(self, index):
-        """The same as indexing, for many: index [N] -> uint8 [N, C, H, W]"""
+        """The images at index [N], read by several processes -> uint8 [N, C, H, W]"""
         images = torch.empty(len(index), *self.shape[1:], dtype=torch.uint8)
         for part, found in zip(images.split(64), read_ahead(self, index.split(64))):
             part.copy_(found)
@@ -1051,9 +1064,6 @@ class Survey:
 
     def __init__(self, paths, size, in_memory):
         self.paths, self.size, self.in_memory = paths, size, in_memory
-
-    def __len__(self):
-        return len(self.paths)
 
     def __getitem__(self, index):
         """index [B] int64 -> uint8 [B, 3, H, W], or None if they stay on the disk; of each image
@@ -1073,23 +1083,24 @@ class Survey:
         return pixels if self.in_memory else None, found
 
 
+READERS = weakref.WeakSet()  # generators of read_ahead(), which are to be closed if a run fails
+
+
 def read_ahead(files, indices):
     """Yield files[index] for each of indices, read ahead by other processes, 8 at most.
 
     Raises ValueError as files[index] does. If one of the processes is killed, PyTorch raises
     RuntimeError wherever this one is. run_script() ends them.
     """
-    reader = reading(files, indices)
+    reader = read_by_workers(files, indices)
     READERS.add(reader)
     return reader
 
 
-READERS = weakref.WeakSet()  # generators of read_ahead(), which are to be closed if a run fails
-
-
-def reading(files, indices):
+def read_by_workers(files, indices):
+    """The generator behind read_ahead(): a DataLoader, its ValueErrors without tracebacks."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    workers = 0 if len(files) < 100 else max(1, min(8, cores // ranks()))
+    workers = 0 if len(files.paths) < 100 else max(1, min(8, cores // ranks()))
     loader = DataLoader(files, batch_size=None, sampler=indices, num_workers=workers,
                         worker_init_fn=outlast_signals)
     try:
@@ -1102,9 +1113,10 @@ def reading(files, indices):
 
 
 def outlast_signals(worker):
-    """Let a process that reads images go on for one that trains to end its step; but not for ever.
+    """Let a process that reads images live on while the one that trains ends its step.
 
-    Otherwise it ends when it is told to, or the other one has.
+    A terminal and a scheduler send their signals to all of them: SIGINT is ignored, SIGTERM ends
+    this one 60 seconds later.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(60))
@@ -1127,11 +1139,14 @@ def decoded(path):
             notes.append("of several frames, the first of which is taken")
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):  # 16 bits, which convert() would clip to the lower 8
+            notes.append("of 16 bits, the upper 8 of which are taken")
             levels = np.asarray(image)
             if levels.min() < 0 or levels.max() >= 2**16:
                 raise ValueError("its pixels have more than 16 bits")
             image = Image.fromarray((levels >> 8).astype(np.uint8))
         mode = "L" if image.mode in GREY else "RGB"
+        if image.mode in ("CMYK", "YCbCr", "LAB", "HSV"):
+            notes.append(f"of {image.mode}, turned into RGB")
         if image.has_transparency_data:
             layer = image.convert("RGBA")
             if layer.getextrema()[3][0] < 255:
@@ -1154,6 +1169,7 @@ def readable(path):
         raise
     except Exception as error:  # PIL's many decoders have no base in common for theirs
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        reason = str(reason).replace(f" {str(path)!r}", "")  # which PIL names, too
         raise ValueError(f"{path}: not a readable image ({reason})") from error
 
 
@@ -1167,6 +1183,7 @@ def load_data(name, split, data_dir=DATA_DIR, size=FOLDER_SIZE, stream=None):
     size    side of a folder's images
     stream  whether these stay on the disk; None: if they take more than MEMORY
 
+    returns Data
     Raises ValueError for an unknown name or an unfit folder, OSError where files are missing and
     can't be downloaded to data_dir.
     """
@@ -1188,6 +1205,11 @@ def load_data(name, split, data_dir=DATA_DIR, size=FOLDER_SIZE, stream=None):
     if not Path(name).is_dir():
         raise ValueError(f"--data {name}: no such folder, and none of {', '.join(KNOWN_DATA)}")
     return load_folder(name, size, stream)[split]
+
+
+def may_be_moved(a, b):
+    """Whether two names of data may be of one folder, at two places."""
+    return not {a, b} & {*KNOWN_DATA}
 
 
 def download(dataset, data_dir, train, name):
@@ -1218,8 +1240,14 @@ def load_folder(folder, size, stream):
         raise ValueError(f"--data {folder}: has train, but neither test nor val; add one, or give "
                          f"{Path(folder, 'train')}")
     classes = folders_in(train)
-    if folders_in(test) != classes:
-        raise ValueError(f"--data {folder}: its {train.name} and {test.name} have other classes")
+    if other := sorted({*folders_in(test)} ^ {*classes}):
+        raise ValueError(f"--data {folder}: its {train.name} and {test.name} differ in the classes "
+                         f"{', '.join(other[:5])}; give each class a folder in both")
+    places = {}
+    for path in (Path(part, name) for part in dict.fromkeys((train, test)) for name in classes):
+        if (other := places.setdefault(os.path.realpath(path), path)) != path:
+            raise ValueError(f"--data {folder}: {other} and {path} are the same folder, linked; "
+                             "leave out one of them")
     images, labels, in_test, damaged, told = survey(dict.fromkeys((train, test)), classes, size,
                                                     stream)
     splits = {}
@@ -1232,18 +1260,19 @@ def load_folder(folder, size, stream):
         missing = set(range(len(classes))) - set(labels[chosen].tolist())
         if not len(chosen) or missing and split == "train":
             name = classes[min(missing)] if missing else ""
-            reasons = [why for why in damaged if f"{os.sep}{name}{os.sep}" in why]
-            reason = f" ({reasons[0]})" if reasons else ""
+            reasons = [why for why in damaged if f"{os.sep}{name}{os.sep}" in why][:1]
+            reasons += told[bool(damaged):]
+            reason = f" ({'; '.join(reasons)})" if reasons else ""
             raise ValueError(f"--data {folder}: no image is left for {split}"
-                             + f" of the class '{name}'{reason}" * bool(name) + ". Every class "
+                             + f" of the class '{name}'" * bool(name) + f"{reason}. Every class "
                              "needs a folder of them, such as cats/1.jpg (images without classes "
                              "one for all, such as all/1.jpg), and every sixth is held out")
-        some = images.some if isinstance(images, FolderImages) else images.__getitem__
-        splits[split] = Data(some(chosen), labels[chosen], classes)
+        subset = images.subset if isinstance(images, FolderImages) else images.__getitem__
+        splits[split] = Data(subset(chosen), labels[chosen], classes)
     if beside := [] if train == test else {*Path(folder).iterdir()} - {train, test}:
         told.append(f"{len(beside)} beside {train.name} and {test.name}")
     if told:
-        tell(f"{folder}: {len(labels)} images; {', '.join(told)}", file=sys.stderr)
+        tell("\n    ".join([f"{folder}: {len(labels)} images", *told]), file=sys.stderr)
     return splits
 
 
@@ -1269,8 +1298,7 @@ def survey(parts, classes, size, stream):
     at_a_time = max(1, min(256, 2**22 // (3 * size**2)))  # of what the processes share: 4 MB
     index, whole, grey = torch.arange(len(files)).split(at_a_time), [], True
     found = read_ahead(Survey([path for path, _, _ in files], size, in_memory), index)
-    for part, (pixels, facts) in zip(index, tqdm(found, "images", len(index), disable=True if
-                                                 rank() or len(index) < 10 else None)):
+    for part, (pixels, facts) in zip(index, progress(found, "images", len(index))):
         if in_memory:
             images[part] = pixels
         for i, (error, is_grey, its_notes) in zip(part.tolist(), facts):
@@ -1329,6 +1357,34 @@ def hold_out(count, split):
     """Indices of a split of images that come without one: every sixth is held out."""
     order = torch.from_numpy(np.random.RandomState(0).permutation(count))
     return order[(torch.arange(count) % 6 == 0) == (split == "test")]
+
+
+def check_same(facts, data):
+    """Raises ValueError if data are not what a checkpoint tells of them, in shape and classes."""
+    shape, classes = tuple(facts["shape"]), tuple(facts["classes"])
+    if data.shape != shape or classes not in (data.classes, ANY_CLASS):
+        raise ValueError(f"--data {facts['name']}: has images {data.shape} of the classes "
+                         f"{', '.join(data.classes[:10])} now; the checkpoint was trained on "
+                         f"{shape} of {', '.join(classes[:10])}; restore them, or train anew")
+
+
+def check_batch(batch, data, name):
+    """Raises ValueError if a batch is more than a data set has."""
+    if batch > len(data.labels):
+        raise ValueError(f"--batch {batch}: {name} has only {len(data.labels)} images to train on; "
+                         "give that many or fewer")
+
+
+def batch_at(step, count, batch, seed, device="cpu"):
+    """Indices [batch] of a step's images: each image at most once in count // batch steps."""
+    epoch, position = divmod(step, count // batch)
+    return permutation(count, seed, epoch, device)[position * batch:(position + 1) * batch]
+
+
+@functools.lru_cache(maxsize=8)  # copied to a GPU once; of few images epochs are read ahead
+def permutation(count, seed, epoch, device):
+    """An order of `count` images: [count] int64"""
+    return torch.randperm(count, generator=seeded(ORDER, seed, epoch)).to(device)
 
 
 def training_batches(data, start, cfg, parts, device):
@@ -1535,38 +1591,15 @@ def psnr(images, originals):
 def encoded(data, codec, device):
     """Data on a device, of a codec's x0: latents, with --flip those of the mirror images too."""
     if isinstance(codec, Pixels):
-        return data.to(device)
+        images = data.images if data.streams else data.images.to(device)
+        return data._replace(images=images, labels=data.labels.to(device))
     flips, parts = (False, True)[:1 + data.flip], len(data.labels) // 256 + 1
     images = (to_float(part.to(device)) for part in
               data.batches(torch.arange(len(data.labels)).chunk(parts)))
     latents = [[codec.encode(x0.flip(-1) if flip else x0) for flip in flips]
-               for x0 in tqdm(images, "latents", parts, disable=True if rank() else None)]
+               for x0 in progress(images, "latents", parts)]
     labels = data.labels.repeat(len(flips)).to(device)
     return Data(torch.cat([torch.cat(part) for part in zip(*latents)]), labels, data.classes)
-
-
-def check_resumed(checkpoint, cfg, count, name):
-    """Tell where a run goes on, and which of its options are others now.
-
-    Raises ValueError if the number of training images is another.
-    """
-    before, saved = checkpoint["training"].get("images"), checkpoint["config"]
-    if before != count:
-        raise ValueError(f"--resume {cfg.resume}: its run has {before} training images, and {name} "
-                         f"has {count} now; restore them, or start a new run")
-    changed = [f"{flag(key)} {value} (it was {saved[key]})"
-               for key, value in dataclasses.asdict(cfg).items()
-               if value != saved[key] and key not in ("out", "resume")]
-    tell(", ".join([f"resuming after step {checkpoint['step']}", *changed]), file=sys.stderr)
-
-
-def check_same(facts, data):
-    """Raises ValueError if data are not what a checkpoint tells of them, in shape and classes."""
-    shape, classes = tuple(facts["shape"]), tuple(facts["classes"])
-    if data.shape != shape or classes not in (data.classes, ("all",)):
-        raise ValueError(f"--data {facts['name']}: has images {data.shape} of the classes "
-                         f"{', '.join(data.classes[:10])} now; the checkpoint was trained on "
-                         f"{shape} of {', '.join(classes[:10])}")
 
 
 def load_to_train(cfg, source, codec, device):
@@ -1624,24 +1657,6 @@ class Draw:
     def label(self, num_classes):
         """[B] int64 in [0, num_classes)"""
         return torch.randint(num_classes, (self.batch,), **self.options)[self.part]
-
-
-def check_batch(batch, data, name):
-    """Raises ValueError if a batch is more than a data set has."""
-    if batch > len(data.labels):
-        raise ValueError(f"--batch {batch}: {name} has only {len(data.labels)} images to train on; "
-                         "give that many or fewer")
-
-
-def batch_at(step, count, batch, seed, device="cpu"):
-    """Indices [batch] of a step's images: each image at most once in count // batch steps."""
-    epoch, position = divmod(step, count // batch)
-    return permutation(count, seed, epoch, device)[position * batch:(position + 1) * batch]
-
-
-@functools.lru_cache(maxsize=8)  # copied to a GPU once; few images are read epochs ahead
-def permutation(count, seed, epoch, device):
-    return torch.randperm(count, generator=seeded(ORDER, seed, epoch)).to(device)
 
 
 def fresh_noise(count, shape, seed, start=0):
@@ -1763,7 +1778,7 @@ def pick_device(name):
         local = int(os.environ["LOCAL_RANK"])
         if local >= torch.cuda.device_count():
             raise ValueError(f"--nproc_per_node: needs a GPU for each process, and PyTorch finds "
-                             f"{torch.cuda.device_count()}")
+                             f"{torch.cuda.device_count()}; give that many or fewer")
         torch.cuda.set_device(local)
     return torch.device(name)
 
@@ -1862,17 +1877,17 @@ def save(checkpoint, path, keep=0):
             torch.save(checkpoint, file)
             file.flush()
             os.fsync(file.fileno())  # before anything else is touched
-        second = older(path, 1)
-        linked = second.exists() and Path(path).exists() and os.path.samefile(path, second)
-        if keep and Path(path).exists() and not linked:  # as a process left them that was killed
+        previous, whole = older(path, 1), zipfile.is_zipfile(path)  # or a stump, not to be kept
+        linked = previous.exists() and whole and os.path.samefile(path, previous)
+        if keep and whole and not linked:  # as a process left them that was killed
             for age in range(keep, 1, -1):
                 if older(path, age - 1).exists():
                     os.replace(older(path, age - 1), older(path, age))
-            with replacing(older(path, 1)) as second:  # path stays until the new one is there
+            with replacing(previous) as copy:  # path stays until the new one is there
                 try:
-                    os.link(path, second)
+                    os.link(path, copy)
                 except OSError:  # no hard links on this file system
-                    shutil.copyfile(path, second)
+                    shutil.copyfile(path, copy)
 
 
 def older(path, age):
@@ -1906,7 +1921,7 @@ def load(path, resume=False, kind=None):
     Raises ValueError if the file is missing, foreign, damaged, of another kind, or can't be
     resumed from; it tells of others there that could be taken instead.
     """
-    for name in ("generator.pt", "teacher.pt", "autoencoder.pt"):
+    for name in ("last.pt" if resume else "generator.pt", "teacher.pt", "autoencoder.pt"):
         if Path(path, name).is_file():
             raise ValueError(f"{path}: is a folder; give a checkpoint in it, such as "
                              f"{Path(path, name)}")
@@ -1947,17 +1962,17 @@ PICKLED = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2", "torch 
 LAYOUT = re.compile(r"[^/]+/(data\.pkl|data/\d+|version|byteorder|\.[\w/]+)")
 
 
-def read(path, fits):
+def read(path, accepts):
     """What save() wrote, executing nothing from it, in memory of a small multiple of its size.
 
-    Raises ValueError if it is damaged or foreign, or does not fit.
+    Raises ValueError if it is damaged or foreign, or accepts(content) is not true, or raises.
     """
     check_archive(path)
     with contextlib.suppress(pickle.UnpicklingError, RuntimeError, EOFError, LookupError,
                              ValueError, TypeError, AttributeError, OverflowError), \
             warnings.catch_warnings(action="ignore"):
         content = torch.load(path, map_location="cpu", weights_only=True)
-        if fits(content):
+        if accepts(content):
             return content
     raise ValueError("not a checkpoint of this project, or of another version of it")
 
@@ -2009,6 +2024,8 @@ def fits(checkpoint):
     if kind == "autoencoder":
         latent_shape(network)
         return tuple(data["shape"]) == shape and {"name", "data_dir"} <= data.keys()
+    if kind not in ("teacher", "generator"):
+        return False
     autoencoder, classes = checkpoint["autoencoder"], network["label_dim"]
     if autoencoder is not None:
         if (autoencoder["kind"] != "autoencoder" or not fits_network(autoencoder)
@@ -2019,8 +2036,7 @@ def fits(checkpoint):
     figures = [checkpoint[name] or {} for name in ("figures", "best", "teacher_figures")
                if kind == "generator"]
     return (all(type(value) in (int, float, str) for part in figures for value in part.values())
-            and kind in ("teacher", "generator") and tuple(data["shape"]) == shape
-            and classes in (0, len(data["classes"]))
+            and tuple(data["shape"]) == shape and classes in (0, len(data["classes"]))
             and isinstance(sigmas, (list, tuple)) and len(sigmas) > 0
             and all(type(sigma) is float and SIGMA_MIN <= sigma <= SIGMA_MAX for sigma in sigmas)
             and checkpoint["prediction"] in PREDICTIONS and checkpoint["schedule"] in SCHEDULES)
@@ -2049,8 +2065,24 @@ def restore(parts, states, path):
         for name, part in parts.items():
             part.load_state_dict(states[name])
     except (RuntimeError, TypeError, LookupError, AttributeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
         raise ValueError(f"{path}: can't be resumed from; what it holds does not fit the networks "
-                         "and optimizers of this run") from error
+                         f"and optimizers of this run ({reason:.200}){instead_of(path)}") from error
+
+
+def check_resumed(checkpoint, cfg, count, name):
+    """Tell where a run goes on, and which of its options are others now.
+
+    Raises ValueError if the number of training images is another.
+    """
+    before, saved = checkpoint["training"].get("images"), checkpoint["config"]
+    if before != count:
+        raise ValueError(f"--resume {cfg.resume}: its run has {before} training images, and {name} "
+                         f"has {count} now; restore them, or start a new run")
+    changed = [f"{flag(key)} {value} (it was {'not given' if saved[key] is None else saved[key]})"
+               for key, value in dataclasses.asdict(cfg).items()
+               if value != saved[key] and key not in ("out", "resume")]
+    tell(", ".join([f"resuming after step {checkpoint['step']}", *changed]), file=sys.stderr)
 
 
 def network_of(checkpoint):
@@ -2148,7 +2180,7 @@ class Log:
 
     def __init__(self, cfg, start, lock=None):
         self.cfg, self.path, self.lock = cfg, Path(cfg.out) / "log.jsonl", lock
-        self.pending, self.now, self.began = [], start + 1, 0.0
+        self.pending, self.now, self.began, self.told = [], start + 1, 0.0, time.perf_counter()
         if rank() == 0:  # drop the lines of steps that will be done anew
             lines = read_log(self.path) if start and self.path.exists() else []
             with replacing(self.path) as path:
@@ -2156,7 +2188,12 @@ class Log:
                                         if line["step"] <= start))
         self.bar = tqdm(total=cfg.steps, initial=start, disable=True if rank() else None,
                         dynamic_ncols=True)
-        self.wandb = start_wandb(cfg) if cfg.wandb and rank() == 0 else None
+        self.wandb = None
+        if cfg.wandb and rank() == 0:
+            import wandb
+            self.wandb = wandb.init(  # beside the log where nobody is logged in: it must not ask
+                project="dmd2", dir=cfg.out, config=dataclasses.asdict(cfg),
+                mode=None if wandb.api.api_key else "offline")
 
     def note(self, **values):
         """Take in tensors, scalars, of the step under way."""
@@ -2166,10 +2203,10 @@ class Log:
         """Close a step."""
         if self.pending[0][0] == self.now:  # the first since the last line
             self.began = time.perf_counter()
-        self.now += 1
         self.bar.update()
-        if due(self.now - 2, self.cfg.log_every, self.cfg.steps):
+        if due(self.now - 1, self.cfg.log_every, self.cfg.steps):
             self.check()
+        self.now += 1
 
     def check(self):
         """Write the means of what is pending; FloatingPointError if a value is not finite."""
@@ -2191,6 +2228,10 @@ class Log:
             means["images_per_second"] = images / (time.perf_counter() - self.began)
             losses["images/s"] = f"{means['images_per_second']:.0f}"
         self.bar.set_postfix(losses)
+        if self.bar.disable and time.perf_counter() > self.told + 60:  # no bar: a line a minute
+            self.told = time.perf_counter()
+            self.say(f"step {steps[-1]} of {self.cfg.steps}: "
+                     + ", ".join(f"{name} {value}" for name, value in losses.items()))
         self.write(steps[-1], **means)
 
     @on_rank_0
@@ -2214,13 +2255,6 @@ class Log:
             self.lock.close()
         if self.wandb:
             self.wandb.finish()
-
-
-def start_wandb(cfg):
-    """A wandb run; offline, beside the log, where nobody is logged in, for it must not ask."""
-    import wandb
-    return wandb.init(project="dmd2", dir=cfg.out, config=dataclasses.asdict(cfg),
-                      mode=None if wandb.api.api_key else "offline")
 
 
 def read_log(path):
@@ -2273,7 +2307,7 @@ def training_steps(start, cfg, device, networks, log, write_checkpoint):
     """The numbers of the steps to do; with --profile of a few, which end with a report.
 
     networks          by the names that they have in the report
-    write_checkpoint  of a number of steps done, and return its path
+    write_checkpoint  (number of steps done) -> path of what it wrote
 
     Asked by a signal to stop, it ends the process when the step under way is done and saved.
     """
@@ -2319,7 +2353,7 @@ class StopSignals:
 
     def note(self, number, frame):
         if number == self.number == signal.SIGINT and ranks() == 1:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt(AGAIN)
         first, self.number = not self.number, number
         if first and rank() == 0:
             with contextlib.suppress(OSError):  # of a terminal that is closed, a `| tee` that ended
@@ -2359,7 +2393,7 @@ def profiled(steps, cfg, device, networks, warmup=5, times=20):
         began = clock(device)
         yield from itertools.islice(steps, cycle)
         seconds.append((clock(device) - began) / cycle)
-    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
+    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
     operations = FlopCounterMode(display=False)
     hooks = torch.autograd.graph.saved_tensors_hooks(keep, use)
     with torch.compiler.set_stance("force_eager"), operations, hooks:
@@ -2372,16 +2406,15 @@ def profiled(steps, cfg, device, networks, warmup=5, times=20):
         yield from itertools.islice(steps, cycle)
     if rank() == 0:
         profiler.export_chrome_trace(f"{cfg.out}/trace.json")
-        report_profile(cfg, device, dict(
-            warm=warm, seconds=statistics.median(seconds), moved=sum(kept_bytes) / cycle,
-            operations=operations.get_total_flops() / cycle, kept=max(kept_bytes), peak=peak))
+        report_profile(cfg, device, warm, statistics.median(seconds), max(kept_bytes), peak,
+                       operations.get_total_flops() / cycle, sum(kept_bytes) / cycle)
         by = "cpu_time_total" if device.type == "cpu" else "device_time_total"
         print(profiler.key_averages().table(by, row_limit=25, max_name_column_width=40))
         print(f"trace: {cfg.out}/trace.json (chrome://tracing or ui.perfetto.dev)")
 
 
-def report_profile(cfg, device, step):
-    """Print what profiled() measured of a step beside what this machine can do."""
+def report_profile(cfg, device, warm, seconds, kept, peak, operations, moved):
+    """Print what profiled() measured of a step (s, FLOP, bytes) beside what this machine can do."""
     dtype, on_cpu = dtype_of(cfg, device), device.type == "cpu"
     matrix, image = (1024, 16) if on_cpu else (8192, 512)
     a = torch.randn(matrix, matrix, device=device, dtype=dtype)
@@ -2391,19 +2424,16 @@ def report_profile(cfg, device, step):
     rate = max(2 * matrix**3 / time_of(lambda: a @ a, device),
                2 * 9 * image * 256**3 / time_of(lambda: F.conv2d(x, w, padding=1), device))
     bandwidth = 2 * len(block) / time_of(lambda: copy.copy_(block), device)
-    ms = {name: 1000 * value for name, value in dict(
-        step=step["seconds"], arithmetic=step["operations"] / rate,
-        memory=2 * step["moved"] / bandwidth).items()}
     print(f"{device_name(device)}, torch {torch.__version__}, {str(dtype)[6:]}, --compile "
           f"{cfg.compile}, batch {cfg.batch}\n"
-          f"a step      {ms['step']:9.2f} ms (median), {cfg.batch / step['seconds']:.0f} images/s; "
-          f"the first few, with compilation, {step['warm']:.1f} s\n"
-          f"arithmetic  {ms['arithmetic']:9.2f} ms at least: {step['operations'] / 1e9:.2f} GFLOP "
+          f"a step      {1000 * seconds:9.2f} ms (median), {cfg.batch / seconds:.0f} images/s; the "
+          f"first few, with compilation, {warm:.1f} s\n"
+          f"arithmetic  {1000 * operations / rate:9.2f} ms at least: {operations / 1e9:.2f} GFLOP "
           f"at {rate / 1e9:.0f} GFLOP/s, the most measured here\n"
-          f"memory      {ms['memory']:9.2f} ms: {step['moved'] / 1e6:.0f} MB, kept for backward "
-          f"passes in eager mode, written and read at {bandwidth / 1e9:.0f} GB/s\n"
-          f"kept for one backward pass: {step['kept'] / 1e6:.0f} MB at most"
-          + (f"; in use at most: {step['peak'] / 1e6:.0f} MB" if step["peak"] else ""))
+          f"memory      {2000 * moved / bandwidth:9.2f} ms: {moved / 1e6:.0f} MB, kept for "
+          f"backward passes in eager mode, written and read at {bandwidth / 1e9:.0f} GB/s\n"
+          f"kept for one backward pass: {kept / 1e6:.0f} MB at most"
+          + f"; in use at most: {peak / 1e6:.0f} MB" * bool(peak))
 
 
 def clock(device):
@@ -2415,11 +2445,8 @@ def clock(device):
 
 def time_of(call, device):
     """The least seconds of 20 calls, results awaited."""
-    ends = [clock(device)]
-    for _ in range(20):
-        call()
-        ends.append(clock(device))
-    return min(end - start for start, end in itertools.pairwise(ends))
+    clock(device)
+    return min(timeit.repeat(lambda: (call(), clock(device)), number=1, repeat=20))
 
 
 def device_name(device):

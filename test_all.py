@@ -943,7 +943,7 @@ def test_16_bits_are_scaled_and_floating_point_is_left_out(tmp_path, capsys):
         teacher.load_folder.cache_clear()
         assert torch.equal(teacher.load_data(str(tmp_path), "train", size=16).images, images)
         err = capsys.readouterr().err
-        assert "2 images; 1 left out as unreadable" in err
+        assert "2 images\n    1 left out as unreadable" in err
         assert f"3.tif: not a readable image (its pixels {says}" in err
 
 
@@ -996,9 +996,9 @@ def test_dirty_folder_is_told_of_and_trains(stream, tmp_path, capsys, faults):
     good, flags = dirty_photographs(folder), ["--stream"] if stream else ["--no-stream"]
     teacher.main([*TINY, "--data", str(folder), "--size", "16", "--blocks", "1", *flags, "--batch",
                   "8", "--out", str(tmp_path / "t")])
-    told = capsys.readouterr().err.splitlines()[0]
+    told = capsys.readouterr().err
     bad = 7 + (os.geteuid() != 0)
-    assert told.startswith(f"{folder}: {good} images; {bad} left out as unreadable: ")
+    assert told.startswith(f"{folder}: {good} images\n    {bad} left out as unreadable: ")
     for part in ("3 transparent, and put on white", "1 smaller than --size and enlarged",
                  "3 of several frames, the first of which is taken", "2 hidden",
                  "2 links to folders that were read already", "1 beside the folders of classes",
@@ -1080,7 +1080,7 @@ def test_folder_of_splits_is_read_as_such(name, tmp_path):
     assert train.labels.tolist() != sorted(train.labels.tolist())  # some of them are of all classes
     shutil.rmtree(tmp_path / name / "cats")
     teacher.load_folder.cache_clear()
-    with pytest.raises(ValueError, match=f"its train and {name} have other classes"):
+    with pytest.raises(ValueError, match=f"its train and {name} differ in the classes "):
         teacher.load_data(str(tmp_path), "test", size=8)
 
 
@@ -1192,12 +1192,62 @@ def test_class_renamed_since_training_is_refused(flags, tmp_path, capsys):
     assert "of the classes dogs, lynxes now; the checkpoint was trained on" in line
 
 
+def test_folder_without_classes_that_was_sorted_since_is_refused(tmp_path, capsys):
+    folder, run = tmp_path / "data", tmp_path / "run"
+    photographs(folder, classes=("all",), count=12)
+    teacher.main([*TINY, "--data", str(folder), "--size", "8", "--mults", "1,2", "--blocks", "1",
+                  "--batch", "8", "--out", str(run)])
+    for i, path in enumerate(sorted((folder / "all").iterdir())):
+        (folder / "ab"[i % 2]).mkdir(exist_ok=True)
+        path.rename(folder / "ab"[i % 2] / path.name)
+    (folder / "all").rmdir()
+    teacher.load_folder.cache_clear()
+    capsys.readouterr()
+    line = fails(dmd2.main, ["--teacher", f"{run}/teacher.pt", "--out", f"{tmp_path}/x"], capsys)
+    assert "of the classes a, b now; the checkpoint was trained on (3, 8, 8) of all" in line
+
+
+def test_folder_that_moved_is_taken_at_its_new_place(tmp_path, capsys):
+    """By every script; and another folder is not taken for it, nor a data set that is none."""
+    folder, argv = photographs(tmp_path / "a", count=9), ["--batch", "8", "--sample-every", "0"]
+    at, run, distilled = ["--data", f"{tmp_path}/b"], tmp_path / "run", tmp_path / "distilled"
+    teacher.main([*TINY, "--data", folder, "--size", "8", "--mults", "1,2", "--blocks", "1",
+                  *argv, "--out", str(run)])
+    dmd2.main([*TINY_DMD, "--teacher", f"{run}/teacher.pt", "--evaluate-every", "0", *argv, "--out",
+               str(distilled)])
+    Path(folder).rename(tmp_path / "b")
+    photographs(tmp_path / "other", count=9, classes=("cats", "lynxes"))
+    capsys.readouterr()
+    line = fails(dmd2.main, ["--resume", f"{distilled}/last.pt", "--steps", "6"], capsys)
+    assert "no such folder; --data tells where it is" in line
+    for script, resume in ((dmd2, distilled / "last.pt"), (teacher, run / "teacher.pt")):
+        words = ["--resume", str(resume), "--steps", "6"]
+        line = fails(script.main, [*words, "--data", f"{tmp_path}/other"], capsys)
+        assert "has images (3, 8, 8) of the classes cats, lynxes now" in line
+        line = fails(script.main, [*words, "--data", "digits"], capsys)
+        assert "--data digits: the run to resume has " in line
+        script.main([*words, *at])
+        assert f"--data {tmp_path}/b (it was " in capsys.readouterr().err
+    again = ["--teacher", f"{run}/teacher.pt", "--evaluate-every", "0", *argv, *at, "--out"]
+    dmd2.main([*TINY_DMD, *again, f"{tmp_path}/new"])
+    sample.main([f"{tmp_path}/new/last.pt", "--beside", f"{run}/teacher.pt", *at, "--out",
+                 f"{tmp_path}/a.png"])
+    assert teacher.load(tmp_path / "new" / "last.pt")["data"]["name"] == f"{tmp_path}/b"
+
+
+def test_classes_that_are_one_folder_are_refused(tmp_path, capsys):
+    folder = Path(photographs(tmp_path / "photos"))
+    (folder / "dogs_too").symlink_to(folder / "dogs")
+    line = fails(teacher.main, ["--data", str(folder)], capsys)
+    assert f"{folder}/dogs and {folder}/dogs_too are the same folder, linked; leave out" in line
+
+
 def test_folder_of_train_alone_or_of_one_image_is_refused(tmp_path):
     photographs(tmp_path / "a" / "train")
     with pytest.raises(ValueError, match="has train, but neither test nor val; add one, or give"):
         teacher.load_data(str(tmp_path / "a"), "train")
     folder = photographs(tmp_path / "b", count=1, classes=("cats",))
-    with pytest.raises(ValueError, match="no image is left for train of the class 'cats'. Every"):
+    with pytest.raises(ValueError, match="no image is left for train of the class 'cats' .*Every"):
         teacher.load_data(folder, "train")
     for i in range(3):
         photographs(tmp_path / "c" / "dogs" / str(i), count=9, classes=("x",))
@@ -2569,7 +2619,8 @@ def fails(main, argv, capsys):
     (teacher.main, "--batch many", "invalid int value: 'many'"),
     (teacher.main, "--lr nan", "--lr nan: must be"),
     (teacher.main, "--mults 1,x", "--mults 1,x: needs positive integers"),
-    (teacher.main, "--mults 9999999999", "needs positive integers such as"),
+    (teacher.main, "--mults 9999999999", "needs positive integers below 1000, such as"),
+    (teacher.main, "--mults 1,0000009991", "needs positive integers below 1000, such as"),
     (teacher.main, "--width 2147483644", "must be below 65536"),
     (teacher.main, "--min-snr-gamma 1e300", "must be at most"),
     (teacher.main, "--data=", "--data: is empty"),
@@ -3167,6 +3218,9 @@ def test_older_checkpoints_are_kept_and_one_is_named_where_the_last_is_damaged(
         assert f"use {teacher.older(path, 1)}, of step 5" in line
         assert "damaged" in line or length < 4
         faults["hostile or damaged files"] += 1
+    sys.modules[script].main(["--resume", str(teacher.older(path, 1)), "--steps", "6"])
+    assert teacher.load(teacher.older(path, 1))["step"] == 5  # the damaged one is not kept
+    capsys.readouterr()
     path.unlink()
     line = fails(sys.modules[script].main, ["--resume", str(path), "--steps", "8"], capsys)
     assert "no such checkpoint file" in line and "of step 5" in line
@@ -3175,6 +3229,17 @@ def test_older_checkpoints_are_kept_and_one_is_named_where_the_last_is_damaged(
     assert f"use {teacher.older(path, 2)}, of step 4" in line
     sys.modules[script].main(["--resume", str(teacher.older(path, 2)), "--steps", "6"])
     assert teacher.load(path)["step"] == 6
+
+
+@pytest.mark.parametrize("name, value", [("latent", "/a.pt"), ("steps", None), ("batch", None)])
+def test_resume_of_options_that_a_run_can_not_have_is_refused(name, value, tiny_teacher, tmp_path,
+                                                              capsys, faults):
+    checkpoint = torch.load(tiny_teacher, weights_only=True)
+    checkpoint["config"][name] = value
+    torch.save(checkpoint, tmp_path / "teacher.pt")
+    line = fails(teacher.main, ["--resume", f"{tmp_path}/teacher.pt", "--no-profile"], capsys)
+    assert "teacher.pt" in line and list(tmp_path.iterdir()) == [tmp_path / "teacher.pt"]
+    faults["hostile or damaged files"] += 1
 
 
 def test_second_process_in_a_run_s_folder_is_refused(run_of, tmp_path):
@@ -3841,7 +3906,7 @@ def test_every_command_of_the_readme_runs(curves, tmp_path, persistence, monkeyp
     monkeypatch.setattr(export, "medians", lambda calls, device: whole_medians(calls, device, 1, 0))
     monkeypatch.setattr(torch, "compile", lambda module, **options: module)  # has a test of its own
     ran = 0
-    for command in commands(README):
+    for command in dict.fromkeys(commands(README)):  # each once
         program, *words = shlex.split(command)
         if program == "torchrun":  # which has tests of its own
             assert words[:2] == ["--nproc_per_node", "8"]
