@@ -3941,7 +3941,7 @@ def test_words_of_the_readme_s_promises_select_tests():
     source = Path(__file__).read_text()
     tests = re.findall(r"^def (test_\w+)", source, re.M)
     counting = re.findall(r"^def (test_\w+)\([^)]*\bfaults\b", source, re.M)
-    table = README.split("| promise | WORDS |")[1].split("\n\n")[0]
+    table = README.split("| promise | words |")[1].split("\n\n")[0]
     words = [re.findall(r"\w+", cell) for cell in re.findall(r"\| `([^`]+)` \|", table)]
     words = [[word for word in row if word != "or"] for row in words]
     assert len(words) >= 12
