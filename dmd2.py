@@ -16,7 +16,7 @@ import dataclasses
 import functools
 import hashlib
 import itertools
-import sys
+import math
 from pathlib import Path
 from typing import NamedTuple
 
@@ -65,7 +65,7 @@ class Config(TrainingOptions):
     teacher: str = arg(None, "checkpoint to distil, of teacher.py or of NVlabs/edm (.pkl)",
                        free=True)
     data: str = arg(None, "what images an EDM checkpoint was trained on, such as cifar10 or a "
-                          "folder; a checkpoint of teacher.py knows")
+                          "folder; or where a folder is now, if it was moved")
     out: str = arg("runs/dmd2", "folder of the run", free=True)
     fake_steps: int = arg(None, "updates of the fake score per update of the generator: the two "
                                 "time-scale rule (default: by data)", at_least=1)
@@ -305,8 +305,8 @@ def load_pairs(sampler, teacher_sha256, count, path):
         try:
             stored = read(path, accepts)
         except ValueError:
-            print(f"{path}: of another teacher or setting, or damaged; making the pairs anew",
-                  file=sys.stderr)
+            tell(f"{path}: of another teacher or setting, or damaged; making the pairs anew",
+                 error=True)
     if stored is None:
         parts = list(zip(noise.split(BATCH), label.split(BATCH)))
         images = [sampler.x0(iter([z.to(device)]), c.to(device)).cpu()
@@ -432,10 +432,11 @@ class Keeper:
         try:
             figures = (load(path)["figures"] or {}) if path.exists() else {}
         except ValueError as error:
-            tell(f"{error}; the next one evaluated replaces it", file=sys.stderr)
+            tell(f"{error}; the next one evaluated replaces it", error=True)
             return None
         kinds = dict(dict.fromkeys(TITLES, float), step=int)
-        return figures if all(type(figures.get(k)) is kinds[k] for k in kinds) else None
+        fit = all(type(figures.get(k)) is kinds[k] and math.isfinite(figures[k]) for k in kinds)
+        return figures if fit else None
 
     def begin(self, log):
         """Tell what is distilled; and the teacher's figures, to compare the generator's with."""

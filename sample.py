@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Callable, NamedTuple
 
 import numpy as np
+import onnx
 import onnxruntime
 import torch
 import torch.distributed as dist
@@ -177,8 +178,8 @@ class Config(Options):
                          at_least=0)
     guidance: float = arg(None, "classifier-free guidance of a teacher (default: 1, none)",
                           at_least=0)
-    data: str = arg(None, "what images an EDM checkpoint was trained on, such as cifar10: for "
-                          "--evaluate, --beside and the names of classes")
+    data: str = arg(None, "what images an EDM checkpoint was trained on, such as cifar10, or where "
+                          "a folder is now: for --evaluate, --beside, --map, names of classes")
     seed: int = arg(0, "seed of the noise", at_least=0, below=2**63)
     out: str = arg(None, "a .png (a grid), a .npz (images uint8 [N, H, W, C] and labels), or a "
                          "folder for a PNG file each (default: samples.png)")
@@ -306,9 +307,10 @@ def read_pickle(file):
                     raise ValueError(f"names {name!r:.200}, which no EDM checkpoint does; refused")
                 stack.append(Call(name, (), {}))
             case "REDUCE" | "NEWOBJ":
-                (name, _, _), args = taken(2)
-                if type(args) is not tuple:
-                    raise TypeError("calls with something else than arguments")
+                call, args = taken(2)
+                if type(call) is not Call or type(args) is not tuple:
+                    raise TypeError("calls no function, or with something else than arguments")
+                name = call.name
                 empty = name in DICTIONARIES and args == ()
                 stack.append({} if empty else Call(name, args, {}))
             case "BUILD":
@@ -317,6 +319,11 @@ def read_pickle(file):
             case name:
                 raise ValueError(f"has the opcode {name}, which no EDM checkpoint does; refused")
     return stack.pop()
+
+
+def brief(value):
+    """A value for a message; of what a file may have made without end, its type."""
+    return reprlib.repr(value) if type(value) in (str, int, float, bool) else type(value).__name__
 
 
 def state_of(module):
@@ -335,7 +342,7 @@ def tensor_of(call):
         call = call.args[0]
     (kind, (content,), _), offset, size, stride, *_ = call.args
     if (call.name, kind) != ("torch._utils._rebuild_tensor_v2", "torch.storage._load_from_bytes"):
-        raise ValueError(f"has a {call.name} of a {kind} for a tensor")
+        raise ValueError(f"has a {call.name} of another kind for a tensor")
     if type(content) is Call and content.name == "_codecs.encode":
         content = content.args[0].encode("latin1")  # pickle 2 has no bytes
     file = io.BytesIO(content)
@@ -388,13 +395,14 @@ def load_edm(path):
             precond, state = state_of(read_pickle(file)["ema"])
         net = state["_modules"]["model"]
         model_type, given = state_of(net)[0], state_of(net)[1]["_init_kwargs"]
-        if precond != "EDMPrecond" or model_type not in EDM_DEFAULTS:
-            names = reprlib.repr((precond, model_type))
+        if precond != "EDMPrecond" or type(model_type) is not str \
+                or model_type not in EDM_DEFAULTS:
+            names = " of ".join(brief(name) for name in (precond, model_type))
             raise ValueError(f"holds {names}; only EDMPrecond of SongUNet or DhariwalUNet is read")
         found = dict(given, sigma_data=state["sigma_data"])
         for name, fixed in EDM_FIXED.items():
             if found.get(name, fixed) != fixed:
-                raise ValueError(f"its {name} is {reprlib.repr(found[name])}; only {fixed} is read")
+                raise ValueError(f"its {name} is {brief(found[name])}; only {fixed} is read")
         network = {name: given.get(name, default)
                    for name, default in EDM_DEFAULTS[model_type].items()}
         network.update(model_type=model_type, img_resolution=given["img_resolution"],
@@ -560,7 +568,10 @@ def onnx_sampler(path, device):
             image = torch.from_numpy(session.run(["image"], feed)[0])
         except Exception as error:  # onnxruntime's exceptions have no other base in common
             raise ValueError(f"{path}: onnxruntime can't run it: {error}") from error
-        return to_float(image.permute(0, 3, 1, 2)) if image.dtype == torch.uint8 else image
+        image = to_float(image.permute(0, 3, 1, 2)) if image.dtype == torch.uint8 else image
+        if image.shape != (len(label), *facts["data"]["shape"]):
+            raise ValueError(f"{path}: gives images of another shape than it tells of")
+        return image
     shape = tuple(session.get_inputs()[0].shape[-3:])
     return Sampler(images, Pixels().decode, shape, f"ONNX generator, {steps_of(steps)}", steps,
                    facts["data"], device)
@@ -587,9 +598,12 @@ def onnx_session(path, device, provider_options=None, batch=None):
     options.intra_op_num_threads = torch.get_num_threads()
     if batch:
         options.add_free_dimension_override_by_name("batch", batch)
+    content = Path(path).read_bytes()  # and not its name, which may not be UTF-8
     try:
-        session = onnxruntime.InferenceSession(path, options, [(provider, provider_options or {})],
-                                               enable_fallback=0)
+        if not is_straight(onnx.load_from_string(content)):
+            raise ValueError("it has loops, branches, or weights in other files")
+        session = onnxruntime.InferenceSession(content, options, [
+            (provider, provider_options or {})], enable_fallback=0)
     except Exception as error:  # onnxruntime's exceptions have no other base in common
         raise ValueError(f"{path}: onnxruntime can't read it: {error}") from error
     loaded = session.get_providers()  # get_available_providers() would tell what was compiled in
@@ -603,6 +617,14 @@ def onnx_session(path, device, provider_options=None, batch=None):
     if not ours:
         raise ValueError(f"{path}: an ONNX file, but not one of export.py")
     return session, facts
+
+
+def is_straight(model):
+    """Whether an ONNX model has neither loops nor branches, nor weights in other files."""
+    attributes = [attribute for node in model.graph.node for attribute in node.attribute]
+    tensors = [*model.graph.initializer, *(attribute.t for attribute in attributes)]
+    return not (model.functions or any(part.HasField("g") or part.graphs for part in attributes)
+                or any(tensor.data_location or tensor.external_data for tensor in tensors))
 
 
 def fits_graph(facts, session):
@@ -981,7 +1003,7 @@ def save_map(cfg, sampler, out):
     reference = load_reference(sampler.data, cfg.data_dir, sampler.device)
     n = min(cfg.n or MAP_N, len(reference.labels))
     if n < (cfg.n or 0):
-        tell(f"--n {cfg.n}: shows {n}, for there are no more real images", file=sys.stderr)
+        tell(f"--n {cfg.n}: shows {n}, for there are no more real images", error=True)
     label = reference.labels[:n].clamp(max=len(sampler.data["classes"]) - 1)  # 0 if unconditional
     features, _ = extract(reference.net, generate(sampler, label, cfg.seed, cfg.batch))
     save_plane({"real": (reference.features[:n], label), sampler.name: (features, label)},

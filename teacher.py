@@ -28,6 +28,7 @@ import importlib.util
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import pickle
 import pickletools
@@ -72,6 +73,7 @@ ANY_CLASS = ("any/",)  # the classes of a model without labels; no folder has th
 DATA_DIR, FOLDER_SIZE = "data", 32
 OUT, AUTOENCODER_OUT = "runs/teacher", "runs/autoencoder"
 MEMORY = 4 * 2**30  # bytes: a folder with more pixels stays on the disk
+FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "PPM")  # PIL would run a program in PostScript
 GREY = {"1", "L", "LA", "La", "I", "I;16", "I;16B"}  # PIL's modes of images without colour
 
 # What of teacher.py depends on the data: it fills the options that were not given.
@@ -796,6 +798,8 @@ def words_of(path, config_class):
     Not where that run wrote, and not that it was resumed.
     """
     try:
+        if not Path(path).is_file():
+            raise ValueError("no such file")
         saved = json.loads(Path(path).read_text())
         words = [flag(name) if value is True else flag(f"no_{name}") if value is False else
                  f"{flag(name)}={value}" for name, value in saved.items()
@@ -813,6 +817,8 @@ def words_of(path, config_class):
 def resumed(config_class, given):
     """The config of the run to resume; ValueError if a given option contradicts it."""
     path = given["resume"]
+    if Path(path).is_symlink():  # the run's folder is that of the file
+        path = given["resume"] = str(Path(path).resolve())
     checkpoint = load(path, resume=True)
     saved, fields = checkpoint["config"], dataclasses.fields(config_class)
     if other := saved.keys() ^ {field.name for field in fields}:
@@ -822,6 +828,10 @@ def resumed(config_class, given):
     if "out" in given:
         raise ValueError(f"--out {given['out']}: a resumed run goes on in its own folder, "
                          f"{Path(path).parent}")
+    try:
+        config_class(**saved)
+    except ValueError as error:
+        raise ValueError(f"--resume {path}: holds options that are none: {error}") from error
     for field in fields:
         name, free = field.name, field.metadata["free"]
         if name == "data":
@@ -830,10 +840,6 @@ def resumed(config_class, given):
             before = "none" if saved[name] is None else saved[name]
             raise ValueError(f"{flag(name)} {given[name]}: the run to resume has {before}; leave "
                              "the flag out, or start a new run")
-    try:
-        config_class(**saved)
-    except ValueError as error:
-        raise ValueError(f"--resume {path}: holds options that are none: {error}") from error
     cfg = config_class(**{**saved, **given, "out": str(Path(path).parent)})
     if (cfg.steps or 0) <= checkpoint["step"] and not cfg.profile:
         raise ValueError(f"--steps {cfg.steps}: {path} has done {checkpoint['step']} already; give "
@@ -851,8 +857,13 @@ def run_script(main):
     SIGTERM is an exception from here on.
     """
     name, status, words = Path(sys.argv[0]).name, 0, None
-    if threading.current_thread() is threading.main_thread():  # or temporary files would be left
+    in_main = threading.current_thread() is threading.main_thread()
+    if in_main:  # or temporary files would be left
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # which `2>&-` closes
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError, OSError):  # where it is closed, or no terminal's
+            stream.reconfigure(errors="backslashreplace")  # of names that its encoding has not
     if dist.is_torchelastic_launched():
         dist.init_process_group(timeout=datetime.timedelta(hours=1))  # rank 0 may have to download
         name += f", rank {rank()}"
@@ -880,14 +891,22 @@ def run_script(main):
             status, words = 2, ("a process that reads images was killed, for want of memory "
                                 f"perhaps; a smaller --batch or --size needs less; {AGAIN}")
         elif isinstance(error, MemoryError) or re.search("(of|enough|allocate) memory", str(error)):
-            status, words = 2, ("out of memory; try --accumulate 4, --checkpointing or a smaller "
-                                "--batch, --width or --n")
+            status, words = 2, ("out of memory; try a smaller --batch, --width or --n, or to train "
+                                "--accumulate 4 or --checkpointing")
+        elif "CxxCompiler" in str(error):
+            status, words = 2, ("--compile: PyTorch finds no working C++ compiler; install one, or "
+                                "give --compile off")
         else:
             raise
+    if status and in_main:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # it ends now
     if words:
+        words = "".join(c if c.isprintable() else "?" for c in words)  # as a file's may not be
         print(f"{name}: {words}", file=sys.stderr)
     for reader in list(READERS):
         reader.close()
+    for child in multiprocessing.active_children():  # a reader would wait for this process
+        child.kill()
     if status:
         sys.exit(status)
 
@@ -957,7 +976,11 @@ def on_rank_0(function):
     return wrapped
 
 
-tell = on_rank_0(print)
+@on_rank_0
+def tell(message, error=False):
+    """Print a line, or on stderr, without which a run goes on if nobody listens there any more."""
+    with contextlib.suppress(OSError if error else ()):
+        print(message, file=sys.stderr if error else None)
 
 
 def progress(items, title, total=None):
@@ -1083,6 +1106,8 @@ class Survey:
         return pixels if self.in_memory else None, found
 
 
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP")
+                if hasattr(signal, name)]  # Windows has no SIGHUP
 READERS = weakref.WeakSet()  # generators of read_ahead(), which are to be closed if a run fails
 
 
@@ -1104,12 +1129,21 @@ def read_by_workers(files, indices):
     loader = DataLoader(files, batch_size=None, sampler=indices, num_workers=workers,
                         worker_init_fn=outlast_signals)
     try:
-        yield from loader
+        mask_signals("SIG_BLOCK")  # they would get lost among processes that are being started
+        loaded = iter(loader)
+        mask_signals("SIG_UNBLOCK")
+        yield from loaded
         return
     except ValueError as error:  # to which a worker adds its traceback
         reason = str(error).strip().split("ValueError: ")[-1]
         error.__traceback__ = None  # which would hold the processes
     raise ValueError(reason)
+
+
+def mask_signals(how):
+    """Let the signals that stop a run wait (SIG_BLOCK), or come again (SIG_UNBLOCK)."""
+    if hasattr(signal, "pthread_sigmask"):  # not on Windows
+        signal.pthread_sigmask(getattr(signal, how), STOP_SIGNALS)
 
 
 def outlast_signals(worker):
@@ -1120,6 +1154,7 @@ def outlast_signals(worker):
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(60))
+    mask_signals("SIG_UNBLOCK")
 
 
 def square(image, size):
@@ -1161,7 +1196,8 @@ def readable(path):
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would be waited for
             raise ValueError("it is no regular file")
-        with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
+        Image.init()  # knows FORMATS from here on
+        with warnings.catch_warnings(action="ignore"), Image.open(path, formats=FORMATS) as image:
             if image.mode == "F":
                 raise ValueError("its pixels are floating-point numbers, of no known range")
             yield image
@@ -1272,7 +1308,7 @@ def load_folder(folder, size, stream):
     if beside := [] if train == test else {*Path(folder).iterdir()} - {train, test}:
         told.append(f"{len(beside)} beside {train.name} and {test.name}")
     if told:
-        tell("\n    ".join([f"{folder}: {len(labels)} images", *told]), file=sys.stderr)
+        tell("\n    ".join([f"{folder}: {len(labels)} images", *told]), error=True)
     return splits
 
 
@@ -1731,12 +1767,16 @@ class Descent:
         return dict(optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict())
 
     def load_state_dict(self, state):
-        self.optimizer.load_state_dict(state["optimizer"])
+        moments = state["optimizer"]["state"]  # Adam's; the rest is as this run's options have it
+        for i, found in moments.items():
+            shape = self.parameters[i].shape
+            fit = dict(step=(), exp_avg=shape, exp_avg_sq=shape)
+            if {name: value.shape for name, value in found.items()} != fit or found["step"] < 1:
+                raise ValueError("an optimizer's state does not fit its parameters")
+        self.optimizer.load_state_dict(dict(self.optimizer.state_dict(), state=moments))
         for p, found in self.optimizer.state.items():  # with the strides of another device
-            if not all(value.shape in ((), p.shape) for value in found.values()):
-                raise ValueError("an optimizer's state is of another shape than its parameter")
-            found.update({name: torch.empty_like(p).copy_(value) for name, value in found.items()
-                          if value.shape == p.shape})
+            found.update({name: torch.empty_like(p).copy_(found[name])
+                          for name in ("exp_avg", "exp_avg_sq")})
         if state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
 
@@ -1897,16 +1937,20 @@ def older(path, age):
 
 def not_finite(state):
     """The name of the first tensor in nested dictionaries and lists that is not finite; or None."""
+    return next((name for name, value in tensors_in(state) if not value.isfinite().all()), None)
+
+
+def tensors_in(state):
+    """Yield name and tensor of all that are in nested dictionaries and lists, in their order."""
     rest, seen = [("", state)], set()
     while rest:
         name, state = rest.pop()
-        if isinstance(state, torch.Tensor) and not state.isfinite().all():
-            return name
+        if isinstance(state, torch.Tensor):
+            yield name, state
         if isinstance(state, (dict, list, tuple)) and id(state) not in seen:
             seen.add(id(state))  # for a file may name one a million times
             items = state.items() if isinstance(state, dict) else enumerate(state)
             rest += [(f"{name}.{key}".lstrip("."), value) for key, value in items][::-1]
-    return None
 
 
 def load(path, resume=False, kind=None):
@@ -1972,7 +2016,8 @@ def read(path, accepts):
                              ValueError, TypeError, AttributeError, OverflowError), \
             warnings.catch_warnings(action="ignore"):
         content = torch.load(path, map_location="cpu", weights_only=True)
-        if accepts(content):
+        sizes = [value.nbytes for _, value in tensors_in(content)]  # as views they may be any
+        if sum(sizes) <= os.path.getsize(path) and accepts(content):
             return content
     raise ValueError("not a checkpoint of this project, or of another version of it")
 
@@ -1981,7 +2026,8 @@ def check_archive(path):
     """Raises ValueError if a file is damaged, or something else than save() writes.
 
     PyTorch looks at no checksum; and without executing anything, it would make room for what
-    compressed parts say that they hold, and a bytearray as large as a pickle asks for.
+    compressed parts say that they hold, and a bytearray as large as a pickle asks for, and take
+    hours for the hash of a tuple of tuples of tuples that are all one.
     """
     with open(path, "rb") as file:
         reason = "not a checkpoint of this project"
@@ -1994,18 +2040,39 @@ def check_archive(path):
             names = {entry.filename.lower() for entry in entries}
             if (len(names) < len(entries) or not all(map(LAYOUT.fullmatch, names))
                     or any(entry.compress_type for entry in entries)
+                    or not ends_plainly(file, archive.start_dir)
                     or sum(entry.file_size for entry in entries) > size):
                 reason = "not a checkpoint of this project, but an archive of another kind"
             elif archive.testzip() is None:
                 content, = (archive.read(entry) for entry in entries
                             if entry.filename.lower().endswith("data.pkl"))
-                found = {value or opcode.name for opcode, value, _ in pickletools.genops(content)
-                         if opcode.name in ("GLOBAL", "STACK_GLOBAL", "INST")}
-                if found <= PICKLED:
+                found, tuples, again, last = set(), set(), 0, ""
+                for opcode, value, _ in pickletools.genops(content):
+                    if opcode.name in ("GLOBAL", "STACK_GLOBAL", "INST"):
+                        found.add(value or opcode.name)
+                    if "TUPLE" in last and "PUT" in opcode.name:
+                        tuples.add(value)
+                    again += "GET" in opcode.name and value in tuples
+                    last = opcode.name
+                if found <= PICKLED and again < 20:
                     return
-                reason = (f"names {min(found - PICKLED)!r:.100}, which no checkpoint of this "
-                          "project does; refused")
+                what = f"names {min(found - PICKLED)!r:.100}" if found - PICKLED else \
+                    "has tuples within tuples"
+                reason = f"{what}, which no checkpoint of this project does; refused"
     raise ValueError(reason)
+
+
+def ends_plainly(file, start):
+    """Whether a zip archive ends as PyTorch's do, with one directory, at `start`, for any reader.
+
+    The end is three records: zip64's, where that one is, and zip's (PKWARE's APPNOTE, 4.3.14-16).
+    """
+    at = file.seek(-98, os.SEEK_END)
+    record, locator, last = struct.unpack("<56s20s22s", file.read())
+    size, offset = struct.unpack("<QQ", record[40:])
+    return (record[:4] == b"PK\6\6" and locator == struct.pack("<4sLQL", b"PK\6\7", 0, at, 1)
+            and last[:4] == b"PK\5\6" and last[20:] == b"\0\0"
+            and (offset, offset + size) == (start, at))
 
 
 def fits(checkpoint):
@@ -2017,8 +2084,9 @@ def fits(checkpoint):
             and all(isinstance(data[name], (list, tuple)) for name in ("shape", "classes"))
             and all(type(size) is int for size in data["shape"])
             and isinstance(checkpoint["config"], dict) and type(data["flip"]) is bool
-            and all(type(name) is str for name in (*data["classes"], data["name"] or "",
-                                                   data.get("data_dir", "")))
+            and all(type(name) is str for name in (*data["classes"], data.get("data_dir", "")))
+            and (type(data["name"]) is str or data["name"] is None and kind == "teacher")
+            and type(checkpoint.get("training", {}).get("images")) in (int, type(None))
             and data["size"] in (None, data["shape"][-1])):
         return False
     if kind == "autoencoder":
@@ -2035,11 +2103,13 @@ def fits(checkpoint):
     sigmas = checkpoint["sigmas"] if kind == "generator" else [SIGMA_MAX]
     figures = [checkpoint[name] or {} for name in ("figures", "best", "teacher_figures")
                if kind == "generator"]
-    return (all(type(value) in (int, float, str) for part in figures for value in part.values())
+    return (all(type(name) is str and type(value) in (int, float, str)
+                for part in figures for name, value in part.items())
             and tuple(data["shape"]) == shape and classes in (0, len(data["classes"]))
             and isinstance(sigmas, (list, tuple)) and len(sigmas) > 0
             and all(type(sigma) is float and SIGMA_MIN <= sigma <= SIGMA_MAX for sigma in sigmas)
-            and checkpoint["prediction"] in PREDICTIONS and checkpoint["schedule"] in SCHEDULES)
+            and all(type(checkpoint[name]) is str and checkpoint[name] in known for name, known in
+                    (("prediction", PREDICTIONS), ("schedule", SCHEDULES))))
 
 
 def shape_of(network):
@@ -2050,6 +2120,8 @@ def shape_of(network):
 def fits_network(checkpoint):
     """Whether a network has possible sizes, and weights enough for them to be true."""
     network, mults = checkpoint["network"], checkpoint["network"]["channel_mult"]
+    if type(network.get("model_type", "")) is not str:
+        return False
     sizes = [*mults, network.get("label_dim", 0) + 1, network.get("latent_channels", 1)]
     sizes += [network[n] for n in ("img_resolution", "img_channels", "model_channels",
                                    "num_blocks")]
@@ -2082,7 +2154,7 @@ def check_resumed(checkpoint, cfg, count, name):
     changed = [f"{flag(key)} {value} (it was {'not given' if saved[key] is None else saved[key]})"
                for key, value in dataclasses.asdict(cfg).items()
                if value != saved[key] and key not in ("out", "resume")]
-    tell(", ".join([f"resuming after step {checkpoint['step']}", *changed]), file=sys.stderr)
+    tell(", ".join([f"resuming after step {checkpoint['step']}", *changed]), error=True)
 
 
 def network_of(checkpoint):
@@ -2129,25 +2201,21 @@ def make_run_folder(cfg):
     """
     names = ("autoencoder.pt", "teacher.pt", "generator.pt", "last.pt", "autoencoder.[0-9].pt",
              "teacher.[0-9].pt", "last.[0-9].pt", "config.json", "log.jsonl", "loss.png",
-             "latents.png", "samples_*.png")
+             "latents.png", f"samples_{'[0-9]' * 6}*.png")
     out = Path(cfg.out)
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
         lock = locked(out)
-        for path in out.glob(".[0-9]*.*"):  # what a process that was killed had begun to write
-            path.unlink()
+        for name in (*names, "pairs.pt"):  # what a process that was killed had begun to write
+            for path in out.glob(f".[0-9]*.{name}"):
+                path.unlink()
         found = [path for name in names for path in out.glob(name)]
-        if cfg.resume or cfg.profile:
-            pass
-        elif any(path.suffix == ".pt" for path in found):
+        if found and not cfg.resume and not cfg.profile:
             old = next(path for n in itertools.count(1) if not (path := out / f"old{n}").exists())
-            tell(f"the run that was in {out} is in {old} now", file=sys.stderr)
+            tell(f"the run that was in {out} is in {old} now", error=True)
             old.mkdir()
             for path in found:
                 path.replace(old / path.name)
-        else:  # of a run that got nowhere
-            for path in found:
-                path.unlink()
     with replacing(out / "config.json") as path:
         path.write_text(json.dumps(dataclasses.asdict(cfg), indent=1) + "\n")
     return lock
@@ -2182,7 +2250,7 @@ class Log:
         self.cfg, self.path, self.lock = cfg, Path(cfg.out) / "log.jsonl", lock
         self.pending, self.now, self.began, self.told = [], start + 1, 0.0, time.perf_counter()
         if rank() == 0:  # drop the lines of steps that will be done anew
-            lines = read_log(self.path) if start and self.path.exists() else []
+            lines = read_log(self.path) if start and self.path.is_file() else []
             with replacing(self.path) as path:
                 path.write_text("".join(json.dumps(line) + "\n" for line in lines
                                         if line["step"] <= start))
@@ -2263,9 +2331,11 @@ def read_log(path):
     for text in Path(path).read_text(errors="replace").splitlines():
         try:
             line = json.loads(text)
-            if not all(type(value) in (int, float) for value in line.values()) or line["step"] < 0:
+            if not (line["step"] >= 0 and len(line) < 100  # a run's own have 20 at most
+                    and all(re.fullmatch(r"\w{1,100}", name) and type(value) in (int, float)
+                            and abs(value) < 1e30 for name, value in line.items())):
                 break
-        except (ValueError, AttributeError, KeyError, RecursionError):
+        except (ValueError, AttributeError, KeyError, TypeError, RecursionError):
             break
         lines.append(line)
     return lines
@@ -2321,8 +2391,8 @@ def training_steps(start, cfg, device, networks, log, write_checkpoint):
             number = signals.received()
             if number or due(step, cfg.save_every, cfg.steps):
                 log.check()
-                plot_log(log.path)
                 path = write_checkpoint(step + 1)
+                plot_log(log.path)
             if number and step + 1 < cfg.steps:
                 log.say(f"stopped after step {step + 1} of {cfg.steps}, which is saved; go on with "
                         f"--resume {path}")
@@ -2341,9 +2411,8 @@ class StopSignals:
 
     def __enter__(self):
         if self.wait and threading.current_thread() is threading.main_thread():
-            for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-                number = getattr(signal, name, None)  # Windows has no SIGHUP, nohup ignores it
-                if number and signal.getsignal(number) != signal.SIG_IGN:
+            for number in STOP_SIGNALS:
+                if signal.getsignal(number) != signal.SIG_IGN:  # as nohup does
                     self.before[number] = signal.signal(number, self.note)
         return self
 
@@ -2506,7 +2575,8 @@ def save_plane(groups, classes, path, umap=False):
         part, start = points[start:start + len(label)], start + len(label)
         for c in label.unique().tolist():
             x, y = part[(label == c).cpu().numpy()].T
-            panel.scatter(x, y, 3, [colour(c)], label=classes[c].replace("$", r"\$"))
+            name = classes[c].replace("$", r"\$").encode(errors="replace").decode()
+            panel.scatter(x, y, 3, [colour(c)], label=name)
         panel.set(title=f"{name} ({kind})", xticks=[], yticks=[])
     if few:
         panels[-1].legend(loc="center left", bbox_to_anchor=(1, 0.5), markerscale=3)

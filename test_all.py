@@ -26,6 +26,7 @@ import shlex
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import time
@@ -980,6 +981,8 @@ def dirty_photographs(folder):
     (dogs / "unreadable.png").write_bytes(whole)
     os.chmod(dogs / "unreadable.png", 0o000)
     good += os.geteuid() == 0  # who can read it
+    (cats / "program.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 20 20\n"
+                                       b"%%EndComments\nshowpage\n%%EOF\n")
     (dogs / "mixed.png").write_bytes(whole[:200] + bytes(300) + whole[500:])
     for name in ("a.gif", "b.heic", "Thumbs.db", "README"):
         (dogs / name).write_bytes(b"GIF89a")
@@ -997,13 +1000,15 @@ def test_dirty_folder_is_told_of_and_trains(stream, tmp_path, capsys, faults):
     teacher.main([*TINY, "--data", str(folder), "--size", "16", "--blocks", "1", *flags, "--batch",
                   "8", "--out", str(tmp_path / "t")])
     told = capsys.readouterr().err
-    bad = 7 + (os.geteuid() != 0)
+    bad = 8 + (os.geteuid() != 0)
     assert told.startswith(f"{folder}: {good} images\n    {bad} left out as unreadable: ")
     for part in ("3 transparent, and put on white", "1 smaller than --size and enlarged",
                  "3 of several frames, the first of which is taken", "2 hidden",
                  "2 links to folders that were read already", "1 beside the folders of classes",
                  "1 of another kind (.gif)", "1 of another kind (.heic)", "1 of another kind (.db)",
-                 "1 of another kind (no ending)", "cats/empty.png: not a readable image"):
+                 "1 of another kind (no ending)", "1 of CMYK, turned into RGB",
+                 "1 of 16 bits, the upper 8 of which are taken",
+                 "cats/empty.png: not a readable image"):
         assert part in told, (part, told)
     data = [teacher.load_data(str(folder), split, size=16) for split in ("train", "test")]
     assert sum(len(part.labels) for part in data) == good and data[0].classes[2] == r"猫 é $\x$"
@@ -1872,6 +1877,42 @@ def test_new_run_leaves_nothing_of_the_one_it_replaces(tiny_teacher, tmp_path, c
     assert {path.name for path in (tmp_path / "old1").iterdir()} == {
         "last.pt", "generator.pt", "samples_000099.png"}
     assert teacher.load(tmp_path / "last.pt")["step"] == 4
+
+
+def test_new_run_keeps_what_it_did_not_make(tmp_path):
+    ours = dict.fromkeys(("config.json", "log.jsonl"), "mine")
+    others = dict.fromkeys((".2024-notes.txt", "samples_best.png", "a.txt"), "mine")
+    for name, text in {**ours, **others}.items():
+        (tmp_path / name).write_text(text)
+    teacher.main([*TINY, "--out", str(tmp_path)])
+    assert all((tmp_path / name).read_text() == "mine" for name in others)
+    assert all((tmp_path / "old1" / name).read_text() == "mine" for name in ours)
+
+
+def test_link_to_a_checkpoint_is_resumed_in_the_run_s_own_folder(tmp_path):
+    teacher.main([*TINY, "--out", str(tmp_path / "run")])
+    (tmp_path / "link.pt").symlink_to(tmp_path / "run" / "teacher.pt")
+    teacher.main(["--resume", str(tmp_path / "link.pt"), "--steps", "6"])
+    assert teacher.load(tmp_path / "run" / "teacher.pt")["step"] == 6
+    assert {path.name for path in tmp_path.iterdir()} == {"link.pt", "run"}
+
+
+def test_training_goes_on_where_stderr_is_closed(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", None)
+    teacher.run_script(lambda: teacher.main([*TINY, "--out", str(tmp_path)]))
+    assert teacher.load(tmp_path / "teacher.pt")["step"] == 4
+
+
+@pytest.mark.parametrize("line", ['{"step": 3, "loss": 1%s}' % ("0" * 400),
+                                  '{"step": 3, "$x^$": 1}',
+                                  '{"step": 3, "\\ud800": 1}', '{"step": 3, "loss": 1e308}',
+                                  "[]"])
+def test_line_of_a_log_that_no_run_writes_is_dropped(line, curves, tmp_path):
+    path = tmp_path / "log.jsonl"
+    path.write_text('{"step": 1, "loss": 1.0}\n{"step": 2, "loss": 0.5}\n' + line + "\n")
+    assert len(teacher.read_log(path)) == 2
+    teacher.plot_log(path)
+    assert (tmp_path / "loss.png").exists()
 
 
 def test_networks_start_as_the_teacher_which_stays_bit_identical(tiny_teacher, tmp_path,
@@ -3231,12 +3272,19 @@ def test_older_checkpoints_are_kept_and_one_is_named_where_the_last_is_damaged(
     assert teacher.load(path)["step"] == 6
 
 
-@pytest.mark.parametrize("name, value", [("latent", "/a.pt"), ("steps", None), ("batch", None)])
-def test_resume_of_options_that_a_run_can_not_have_is_refused(name, value, tiny_teacher, tmp_path,
-                                                              capsys, faults):
-    checkpoint = torch.load(tiny_teacher, weights_only=True)
-    checkpoint["config"][name] = value
-    torch.save(checkpoint, tmp_path / "teacher.pt")
+STATE = ("training", "descent", "optimizer", "state", 0)
+
+
+@pytest.mark.parametrize("path, value", [
+    (("config", "latent"), "/a.pt"), (("config", "steps"), None), (("config", "batch"), None),
+    (("config", "seed"), torch.zeros(3)), (("training", "images"), torch.zeros(3)),
+    ((*STATE, "exp_avg"), torch.zeros(())), ((*STATE, "step"), torch.zeros(8)),
+    ((*STATE, "exp_avg_sq"), ...), ((*STATE, "more"), torch.zeros(())),
+    (("training", "model", "net.map_layer0.weight"), torch.zeros(1).expand(30000, 30000))])
+def test_resume_of_what_a_run_can_not_have_is_refused(path, value, tiny_teacher, tmp_path, capsys,
+                                                      faults):
+    torch.save(changed_at(torch.load(tiny_teacher, weights_only=True), path, value),
+               tmp_path / "teacher.pt")
     line = fails(teacher.main, ["--resume", f"{tmp_path}/teacher.pt", "--no-profile"], capsys)
     assert "teacher.pt" in line and list(tmp_path.iterdir()) == [tmp_path / "teacher.pt"]
     faults["hostile or damaged files"] += 1
@@ -3420,6 +3468,17 @@ def archive(path, entries, compression=zipfile.ZIP_STORED):
         warnings.simplefilter("ignore")  # of two of one name
         for name, content in entries:
             file.writestr(f"archive/{name}", content)
+    end_as_pytorch(path)
+
+
+def end_as_pytorch(path, at=None):
+    """Give a zip file the end of PyTorch's, with a record of zip64; or one said to be at `at`."""
+    content = path.read_bytes()
+    content, end = content[:-22], content[-22:]
+    count, size, start = struct.unpack("<10xHLL2x", end)
+    record = struct.pack("<4sQHHLLQQQQ", b"PK\6\6", 44, 45, 45, 0, 0, count, count, size, start)
+    locator = struct.pack("<4sLQL", b"PK\6\7", 0, len(content) if at is None else at, 1)
+    path.write_bytes(content + record + locator + end)
 
 
 @pytest.fixture(scope="session")
@@ -3442,6 +3501,16 @@ def bombs(folder, checkpoint, parts):
     for name, content in (("deep.pt", b"\x80\x02" + b"]" * 10**5 + b"."),
                           ("protocol4.pt", pickle.dumps([0], 4))):
         archive(folder / name, [("data.pkl", content), *others])
+    archive(folder / "two_directories.pt", [("data.pkl", pickled), ("data/0", bytes(10**9)),
+                                            *others], zipfile.ZIP_DEFLATED)
+    bomb, path = (folder / "two_directories.pt").read_bytes(), folder / "good.pt"
+    archive(path, parts)
+    path.write_bytes(bomb[:-42] + path.read_bytes()[:-98] + path.read_bytes()[-22:])
+    end_as_pytorch(path, at=len(bomb) - 98)  # PyTorch would read the bomb, zipfile the good one
+    path.rename(folder / "two_directories.pt")
+    key = b"".join(b"h%ch%c\x86q%c" % (i, i, i + 1) for i in range(60))
+    archive(folder / "laughing_key.pt", [("data.pkl", b"\x80\2}q\xc8)q\0" + key +
+                                             b"h\xc8h\x3cK\0s."), *others])
     laughs = ()
     for _ in range(60):
         laughs = laughs, laughs
@@ -3454,7 +3523,7 @@ def bombs(folder, checkpoint, parts):
         folder / "shared.pt")
     for path in (("kind",), ("data", "shape"), ("data", "classes"), ("sigmas",), ("figures",),
                  ("figures", "recall"), ("best",), ("network", "channel_mult"), ("model",),
-                 ("training",)):
+                 ("training",), ("prediction",), ("schedule",), ("network", "model_type")):
         torch.save(changed_at(checkpoint, path, laughs), folder / f"laughs_{'_'.join(path)}.pt")
 
 
@@ -3565,6 +3634,17 @@ def hostile_graphs(folder, content):
         node = onnx.helper.make_node("Identity", ["noise"], ["image"])
         model.graph.CopyFrom(onnx.helper.make_graph([node], "other", [noise, label], [image]))
 
+    def branches(model, facts):
+        inner = onnx.helper.make_graph([], "inner", [], [])
+        model.graph.node[0].attribute.append(onnx.helper.make_attribute("then_branch", inner))
+
+    def other_shape(model, facts):
+        facts["data"].update(shape=[1, 16, 16], size=16)
+        for dim in model.graph.output[0].type.tensor_type.shape.dim[-2:]:
+            dim.dim_value = 16
+
+    changed("branches", branches)
+    changed("other_shape", other_shape)
     changed("other", other_graph)
     changed("outside", of_file)
     changed("unknown", lambda model, facts: setattr(model.graph.node[0], "domain", "hostile"))
