@@ -1051,7 +1051,7 @@ def main(argv=None):
     device = pick_device("cpu" if on_cpu else cfg.device)
     if cfg.evaluate:
         result = measured(cfg, device)
-        tell(table(result), json.dumps(result), sep="\n")
+        tell(f"{table(result)}\n{json.dumps(result)}")
         return
     sampler, out = load_sampler(cfg.checkpoint, device, cfg), cfg.out or "samples.png"
     classes = tuple(sampler.data["classes"])

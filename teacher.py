@@ -799,7 +799,7 @@ def words_of(path, config_class):
     """
     try:
         if not Path(path).is_file():
-            raise ValueError("no such file")
+            raise ValueError("No such file")
         saved = json.loads(Path(path).read_text())
         words = [flag(name) if value is True else flag(f"no_{name}") if value is False else
                  f"{flag(name)}={value}" for name, value in saved.items()
@@ -1130,8 +1130,10 @@ def read_by_workers(files, indices):
                         worker_init_fn=outlast_signals)
     try:
         mask_signals("SIG_BLOCK")  # they would get lost among processes that are being started
-        loaded = iter(loader)
-        mask_signals("SIG_UNBLOCK")
+        try:
+            loaded = iter(loader)
+        finally:
+            mask_signals("SIG_UNBLOCK")
         yield from loaded
         return
     except ValueError as error:  # to which a worker adds its traceback
@@ -1764,10 +1766,11 @@ class Descent:
         return values
 
     def state_dict(self):
-        return dict(optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict())
+        moments = self.optimizer.state_dict()["state"]  # its options are those of the run
+        return dict(optimizer=dict(state=moments), scaler=self.scaler.state_dict())
 
     def load_state_dict(self, state):
-        moments = state["optimizer"]["state"]  # Adam's; the rest is as this run's options have it
+        moments = state["optimizer"]["state"]
         for i, found in moments.items():
             shape = self.parameters[i].shape
             fit = dict(step=(), exp_avg=shape, exp_avg_sq=shape)
@@ -2575,8 +2578,8 @@ def save_plane(groups, classes, path, umap=False):
         part, start = points[start:start + len(label)], start + len(label)
         for c in label.unique().tolist():
             x, y = part[(label == c).cpu().numpy()].T
-            name = classes[c].replace("$", r"\$").encode(errors="replace").decode()
-            panel.scatter(x, y, 3, [colour(c)], label=name)
+            shown = classes[c].replace("$", r"\$").encode(errors="replace").decode()
+            panel.scatter(x, y, 3, [colour(c)], label=shown)
         panel.set(title=f"{name} ({kind})", xticks=[], yticks=[])
     if few:
         panels[-1].legend(loc="center left", bbox_to_anchor=(1, 0.5), markerscale=3)

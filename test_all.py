@@ -1041,7 +1041,7 @@ def test_classes_that_are_empty_or_left_without_an_image_are_refused(tmp_path, c
     folder = Path(photographs(tmp_path / "photos"))
     (folder / "empty").mkdir()
     line = fails(teacher.main, ["--data", str(folder)], capsys)
-    assert "no image is left for train of the class 'empty'. Every class needs a folder" in line
+    assert "no image is left for train of the class 'empty'" in line and "Every class" in line
     (folder / "empty" / "1.png").write_text("no image")
     with pytest.raises(ValueError, match="train of the class 'empty' .*/empty/1.png: not a rea"):
         teacher.load_data(str(folder), "train")
