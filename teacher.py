@@ -1129,11 +1129,8 @@ def read_by_workers(files, indices):
     loader = DataLoader(files, batch_size=None, sampler=indices, num_workers=workers,
                         worker_init_fn=outlast_signals)
     try:
-        mask_signals("SIG_BLOCK")  # they would get lost among processes that are being started
-        try:
+        with signals_later():  # they would get lost among processes that are being started
             loaded = iter(loader)
-        finally:
-            mask_signals("SIG_UNBLOCK")
         yield from loaded
         return
     except ValueError as error:  # to which a worker adds its traceback
@@ -1142,10 +1139,20 @@ def read_by_workers(files, indices):
     raise ValueError(reason)
 
 
-def mask_signals(how):
-    """Let the signals that stop a run wait (SIG_BLOCK), or come again (SIG_UNBLOCK)."""
-    if hasattr(signal, "pthread_sigmask"):  # not on Windows
-        signal.pthread_sigmask(getattr(signal, how), STOP_SIGNALS)
+@contextlib.contextmanager
+def signals_later():
+    """The signals that stop a run are handled when the block is left."""
+    came, before = [], {}
+    if threading.current_thread() is threading.main_thread():
+        before = {number: signal.signal(number, lambda number, frame: came.append(number))
+                  for number in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for number in came:
+            signal.raise_signal(number)
 
 
 def outlast_signals(worker):
@@ -1156,7 +1163,6 @@ def outlast_signals(worker):
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(60))
-    mask_signals("SIG_UNBLOCK")
 
 
 def square(image, size):
