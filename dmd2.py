@@ -417,9 +417,13 @@ class Keeper:
             raise ValueError(f"--teacher {self.cfg.teacher}: not the one that the run in "
                              f"{self.cfg.resume} began with, for it has been trained further; give "
                              f"that one, such as {older(self.cfg.teacher, 1)}, if it was kept")
+        data = self.inherited["data"]
+        if tuple(checkpoint["data"]["classes"]) != tuple(data["classes"]):
+            raise ValueError(f"--data {data['name']}: has other classes than {self.cfg.resume} "
+                             "began with; restore them, or start a new run")
         restore(dict(self.networks, ema=self.ema),
                 dict(checkpoint["training"], ema=checkpoint["model"]), self.cfg.resume)
-        check_resumed(checkpoint, self.cfg, self.images, self.inherited["data"]["name"])
+        check_resumed(checkpoint, self.cfg, self.images, data["name"])
         self.best = self.best_there()
         return checkpoint["step"]
 
@@ -531,7 +535,8 @@ def initial(cfg, parent, device):
     """
     source, names = parent, ("model", "model")
     if cfg.init_from and not cfg.resume:
-        source, names = open_checkpoint(cfg.init_from), ("model", "fake_score")
+        source = open_checkpoint(cfg.init_from, cfg.data, cfg.data_dir)
+        names = "model", "fake_score"
         if "fake_score" not in source:
             raise ValueError(f"--init-from {cfg.init_from}: holds no fake score to start from; "
                              "give a generator.pt of dmd2.py (last.pt is for --resume)")

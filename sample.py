@@ -463,8 +463,8 @@ def open_checkpoint(path, data=None, data_dir=None):
     facts = checkpoint["data"]
     if data is None or data == facts["name"]:
         return checkpoint
-    if facts["name"] is not None and not may_be_moved(data, facts["name"]):
-        raise ValueError(f"--data {data}: {path} was trained on {facts['name']}; leave it out")
+    if facts["name"] is not None:
+        at_new_place(facts, data, path)
     where = str(Path(data_dir or DATA_DIR).resolve())
     found = load_data(data, "train", where, facts["size"])
     classes = checkpoint["network"]["label_dim"]
@@ -477,6 +477,15 @@ def open_checkpoint(path, data=None, data_dir=None):
     return dict(checkpoint, data=dict(facts, name=data, data_dir=where, classes=named))
 
 
+def at_new_place(data, name, path):
+    """A file's data, found under another name if one is given; ValueError if it can't be these."""
+    if name is None:
+        return data
+    if name != data["name"] and not may_be_moved(name, data["name"]):
+        raise ValueError(f"--data {name}: {path} was trained on {data['name']}; leave it out")
+    return dict(data, name=name)
+
+
 def load_sampler(path, device=torch.device("cpu"), cfg=None):
     """Make a Sampler of a file of any kind, of a teacher as cfg, a Config, says.
 
@@ -487,10 +496,7 @@ def load_sampler(path, device=torch.device("cpu"), cfg=None):
            if (value := getattr(cfg, name)) is not None}
     if Path(path).suffix == ".onnx":
         sampler = onnx_sampler(path, device)
-        name = sampler.data["name"]  # of a folder, not where it lies
-        if cfg.data not in (None, name) and not may_be_moved(cfg.data, name):
-            raise ValueError(f"--data {cfg.data}: {path} was trained on {name}; leave it out")
-        sampler = sampler._replace(data=dict(sampler.data, name=cfg.data or name))
+        sampler = sampler._replace(data=at_new_place(sampler.data, cfg.data, path))
     else:
         checkpoint = open_checkpoint(path, cfg.data, cfg.data_dir)
         denoiser = build(checkpoint, device)
@@ -623,7 +629,9 @@ def is_straight(model):
     """Whether an ONNX model has neither loops nor branches, nor weights in other files."""
     attributes = [attribute for node in model.graph.node for attribute in node.attribute]
     tensors = [*model.graph.initializer, *(attribute.t for attribute in attributes)]
-    return not (model.functions or any(part.HasField("g") or part.graphs for part in attributes)
+    return not (model.functions or model.graph.sparse_initializer
+                or any(part.HasField("g") or part.graphs or part.HasField("sparse_tensor")
+                       or part.tensors or part.sparse_tensors for part in attributes)
                 or any(tensor.data_location or tensor.external_data for tensor in tensors))
 
 
@@ -728,8 +736,8 @@ def load_features(data, name, device="cpu"):
         path = Path.home() / ".cache" / "dmd2" / f"features_{content.hexdigest()[:16]}.pt"
         with rank_0_first():
             if not path.exists():
-                print(f"training a feature network for {name}; figures compare only with others "
-                      "that tell the same hash", file=sys.stderr)
+                tell(f"training a feature network for {name}; figures compare only with others "
+                     "that tell the same hash", error=True)
                 write_features(data, path, device)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     if digest != SHA256.get(name, digest):
@@ -1022,9 +1030,10 @@ def measured(cfg, device):
             if getattr(cfg, name) is not None:
                 raise ValueError(f"{flag(name)} {getattr(cfg, name)}: {path} holds an autoencoder, "
                                  "of which all held-out images are evaluated; leave it out")
-        name_of(checkpoint["data"], path)
-        reference = load_reference(checkpoint["data"], cfg.data_dir, device)
-        held_out = load_images(checkpoint["data"], "test", cfg.data_dir).in_memory()
+        facts = at_new_place(checkpoint["data"], cfg.data, path)
+        name_of(facts, path)
+        reference = load_reference(facts, cfg.data_dir, device)
+        held_out = load_images(facts, "test", cfg.data_dir).in_memory()
         codec = build(checkpoint, device)
         decoded = to_uint8(torch.cat([codec.reconstruct(to_float(part.to(device))).cpu()
                                       for part in held_out.images.split(cfg.batch)]))

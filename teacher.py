@@ -895,7 +895,7 @@ def run_script(main):
                                 "--accumulate 4 or --checkpointing")
         elif "CxxCompiler" in str(error):
             status, words = 2, ("--compile: PyTorch finds no working C++ compiler; install one, or "
-                                "give --compile off")
+                                "give a new run --compile off")
         else:
             raise
     if status and in_main:
@@ -1158,10 +1158,11 @@ def signals_later():
 def outlast_signals(worker):
     """Let a process that reads images live on while the one that trains ends its step.
 
-    A terminal and a scheduler send their signals to all of them: SIGINT is ignored, SIGTERM ends
-    this one 60 seconds later.
+    A terminal and a scheduler send their signals to all of them: SIGINT and SIGHUP are ignored,
+    SIGTERM ends this one 60 seconds later.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(60))
 
 
@@ -1655,7 +1656,7 @@ def load_to_train(cfg, source, codec, device):
                       for split in ("train", "test"))
     check_batch(cfg.batch, data, cfg.data)
     if source:
-        check_same(source["data"], data)
+        check_same(dict(source["data"], name=cfg.data), data)
     facts = dict(name=cfg.data, data_dir=cfg.data_dir, size=cfg.size, shape=data.shape,
                  classes=data.classes, flip=cfg.flip)
     count = min(512, max(1, 2**24 // math.prod(data.shape)))  # what a network takes at once
@@ -1780,7 +1781,7 @@ class Descent:
         for i, found in moments.items():
             shape = self.parameters[i].shape
             fit = dict(step=(), exp_avg=shape, exp_avg_sq=shape)
-            if {name: value.shape for name, value in found.items()} != fit or found["step"] < 1:
+            if {name: value.shape for name, value in found.items()} != fit or found["step"] < 0:
                 raise ValueError("an optimizer's state does not fit its parameters")
         self.optimizer.load_state_dict(dict(self.optimizer.state_dict(), state=moments))
         for p, found in self.optimizer.state.items():  # with the strides of another device
@@ -2146,7 +2147,7 @@ def restore(parts, states, path):
         for name, part in parts.items():
             part.load_state_dict(states[name])
     except (RuntimeError, TypeError, LookupError, AttributeError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        reason = " ".join(str(error).split()).split("state_dict for ")[-1]
         raise ValueError(f"{path}: can't be resumed from; what it holds does not fit the networks "
                          f"and optimizers of this run ({reason:.200}){instead_of(path)}") from error
 

@@ -1235,6 +1235,8 @@ def test_folder_that_moved_is_taken_at_its_new_place(tmp_path, capsys):
         assert f"--data {tmp_path}/b (it was " in capsys.readouterr().err
     again = ["--teacher", f"{run}/teacher.pt", "--evaluate-every", "0", *argv, *at, "--out"]
     dmd2.main([*TINY_DMD, *again, f"{tmp_path}/new"])
+    dmd2.main([*TINY_DMD, *again, f"{tmp_path}/second", "--init-from",
+               f"{tmp_path}/new/generator.pt"])
     sample.main([f"{tmp_path}/new/last.pt", "--beside", f"{run}/teacher.pt", *at, "--out",
                  f"{tmp_path}/a.png"])
     assert teacher.load(tmp_path / "new" / "last.pt")["data"]["name"] == f"{tmp_path}/b"
@@ -3643,6 +3645,10 @@ def hostile_graphs(folder, content):
         for dim in model.graph.output[0].type.tensor_type.shape.dim[-2:]:
             dim.dim_value = 16
 
+    def sparse_weights(model, facts):
+        model.graph.sparse_initializer.add(dims=[1]).values.name = "sparse"
+
+    changed("sparse", sparse_weights)
     changed("branches", branches)
     changed("other_shape", other_shape)
     changed("other", other_graph)
