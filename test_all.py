@@ -2869,6 +2869,8 @@ def in_child(function, *args):
     context.set_forkserver_preload(["test_all"])
     process = context.Process(target=function, args=args)
     process.start()
+    # Its exit code can be read once, and any other start, or the end of a script, would read it.
+    multiprocessing.process._children.discard(process)
     return process
 
 
