@@ -9,14 +9,14 @@ generator is moved towards the teacher's estimate (Yin et al., "One-step Diffusi
 Matching Distillation", 2023: DMD). DMD2 ("Improved Distribution Matching Distillation for Fast
 Image Synthesis", 2024) adds a discriminator, which knows real images, the two time-scale rule, and
 generators of several steps. In reading order: options, the distribution-matching loss, the GAN,
-the generator's steps, DMD's regression loss, pictures, what happens between steps, training.
+the generator's steps, DMD's regression loss, pictures, the best generator, training.
 """
 
 import dataclasses
 import functools
 import hashlib
 import itertools
-import math
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,24 +24,25 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sample import (BATCH, EVALUATE_AT_LEAST, TITLES, few_step, generator_sampler, guided,
-                    load_images, load_reference, measure, name_of, open_checkpoint, steps_of,
-                    summary, teacher_sampler)
-from teacher import (GENERATOR, PREDICTIONS, SIGMA_MAX, SIGMA_MIN, TRAINED_STEP, Descent, Draw, Log,
-                     TrainingOptions, arg, batch_at, build, check_batch, check_out, check_resumed,
-                     codec_of, due, encoded, filled, flag, frozen, group_norm, load, load_folder,
-                     lowest_quantile, make_run_folder, not_finite, older, parse, parts_of,
-                     pick_device, prepare, progress, quantile_of, rank_0_first, rate_at, read,
-                     restore, run_script, save, save_grid, seeded, shape_of, sigma_at, tell,
-                     to_uint8, training_batches, training_steps, unit_error, unit_noise, update_ema)
+from sample import (BATCH, TITLES, few_step, generator_sampler, guided, load_images, load_reference,
+                    measure, open_checkpoint, summary, teacher_sampler)
+from teacher import (GENERATOR, PREDICTIONS, SIGMA_MAX, SIGMA_MIN, TRAINED_STEP, Descent, Draw, Run,
+                     TrainingOptions, __version__, arg, batch_at, build, codec_of, due, encoded, flag, frozen,
+                     group_norm, load, lowest_quantile, parse, parts_of, pick_device, prepare,
+                     progress, quantile_of, rank, rank_0_first, rate_at, run_script, save, save_grid,
+                     seeded, shape_of, sigma_at, tell, to_uint8, training_batches, unit_error,
+                     unit_noise, update_ema)
 
 # What of dmd2.py depends on the data: it fills the options that were not given.
 RECIPES = {
     "digits": dict(batch=128, steps=1000, lr=4e-4, decay_after=300, fake_lr=1e-3, fake_steps=2,
                    ema=0.99, dm_range="0.02,0.6"),
-    "mnist": dict(batch=256, steps=20000, lr=2e-4, fake_lr=4e-4, fake_steps=2, ema=0.999),
-    "cifar10": dict(batch=256, steps=100000, lr=5e-5, fake_lr=1e-4, fake_steps=5, ema=0.999),
-    "folder": dict(batch=64, steps=20000, lr=5e-5, fake_lr=1e-4, fake_steps=5, ema=0.999),
+    "mnist": dict(batch=256, steps=20000, lr=2e-4, fake_lr=4e-4, fake_steps=2, ema=0.999,
+                  save_every=2000, sample_every=2000, evaluate_every=2000),
+    "cifar10": dict(batch=256, steps=100000, lr=5e-5, fake_lr=1e-4, fake_steps=5, ema=0.999,
+                    save_every=5000, sample_every=5000, evaluate_every=5000),
+    "folder": dict(batch=64, steps=20000, lr=5e-5, fake_lr=1e-4, fake_steps=5, ema=0.999,
+                   save_every=1000, sample_every=1000, evaluate_every=1000),
 }
 RECIPES["fashion"] = RECIPES["mnist"]
 RECIPES["latents"] = RECIPES["digits"]  # whatever the data
@@ -60,33 +61,33 @@ INHERITED = ("network", "prediction", "schedule", "autoencoder", "data")  # from
 
 @dataclasses.dataclass(frozen=True)
 class Config(TrainingOptions):
-    """Options of dmd2.py; those left at None take their values from RECIPES."""
+    """Options of dmd2.py; recipe() gives those that are left at None."""
 
     teacher: str = arg(None, "checkpoint to distil, of teacher.py or of NVlabs/edm (.pkl)",
                        free=True)
-    data: str = arg(None, "what images an EDM checkpoint was trained on, such as cifar10 or a "
-                          "folder; or where a folder is now, if it was moved")
-    out: str = arg("runs/dmd2", "folder of the run", free=True)
+    data: str = arg(None, "what images an EDM checkpoint was trained on, such as cifar10, or where "
+                          "a folder is now", free=True)
+    out: str = arg("runs/dmd2", "folder of the run")
     fake_steps: int = arg(None, "updates of the fake score per update of the generator: the two "
-                                "time-scale rule (default: by data)", at_least=1)
-    lr: float = arg(None, "learning rate of the generator (default: by data)", at_least=0, below=1)
-    fake_lr: float = arg(None, "learning rate of the fake score (default: by data)", at_least=0,
-                         below=1)
+                                "time-scale rule (default: by data)", low=1)
+    lr: float = arg(None, "learning rate of the generator (default: by data)", low=0, high=1)
+    fake_lr: float = arg(None, "learning rate of the fake score (default: by data)", low=0,
+                         high=1)
     conditioning_sigma: float = arg(None, "noise level at which the generator begins (default: "
                                           "by the teacher's prediction)",
-                                    at_least=SIGMA_MIN, at_most=SIGMA_MAX)
+                                    low=SIGMA_MIN, high=SIGMA_MAX)
     student_steps: int = arg(1, "steps in which the generator makes an image", (1, 2, 4))
     backward_simulation: bool = arg(True, "with several steps: train each on what the steps before "
                                           "it make of noise, not on real images with noise")
     dm_weight: float = arg(1.0, "weight of the distribution-matching loss; 0 for the GAN only",
-                           at_least=0)
+                           low=0)
     dm_range: str = arg(None, "noise levels of the distribution-matching loss, as quantiles of the "
                               "karras schedule (default: by data and the teacher's prediction)")
-    fake_weight: float = arg(1.0, "weight of the fake score's loss", at_least=0)
+    fake_weight: float = arg(1.0, "weight of the fake score's loss", low=0)
     fake_range: str = arg("0,1", "noise levels of the fake score's loss, likewise")
-    guidance: float = arg(1.0, "classifier-free guidance of the teacher; 1 is none", at_least=0)
+    guidance: float = arg(1.0, "classifier-free guidance of the teacher; 1 is none", low=0)
     gan_weight: float = arg(0.001, "weight of the generator's GAN loss; 0 turns the GAN off",
-                            at_least=0)
+                            low=0)
     gan_features: str = arg("fake", "whose encoder the discriminator sees by: the fake score's, "
                                     "which it then trains too, or the frozen teacher's",
                             ("fake", "teacher"))
@@ -94,51 +95,33 @@ class Config(TrainingOptions):
     gan_range: str = arg("0,1", "noise levels of the discriminator's images, likewise")
     discriminator_weight: float = arg(0.01, "weight of the discriminator's loss beside the fake "
                                             "score's, with which it shares an encoder",
-                                      at_least=0)
+                                      low=0)
     regression_weight: float = arg(0.0, "weight of DMD's regression loss, on pairs of noise and "
                                         "the teacher's image (of one step only); 0 turns it off",
-                                   at_least=0)
+                                   low=0)
     regression_distance: str = arg("mse", "distance of the regression loss; lpips needs its "
                                           "package, which downloads VGG's weights",
                                    ("mse", "lpips"))
     pairs: int = arg(10000, "pairs for the regression loss, made before training and kept in the "
-                            "run's folder", at_least=1)
+                            "run's folder", low=1)
     init_from: str = arg(None, "generator.pt whose generator and fake score to start from, in "
                                "place of the teacher: a second stage")
-    evaluate_every: int = arg(200, "steps between evaluations, the best of which is kept; 0 for "
-                                   "none", at_least=0)
-    evaluate_n: int = arg(2000, "images per evaluation", at_least=EVALUATE_AT_LEAST)
+    evaluate_every: int = arg(None, "steps between evaluations, the best of which is kept; 0 for "
+                                    "none (default: by data)", low=0)
+    evaluate_n: int = arg(2000, "images per evaluation", low=100)
 
     def __post_init__(self):
         super().__post_init__()
-        if self.teacher is None:
-            raise ValueError("--teacher is missing: give a checkpoint of teacher.py, such as "
-                             "runs/teacher/teacher.pt")
         if not (self.dm_weight or self.gan_weight or self.regression_weight):
             raise ValueError("--dm-weight 0: nothing is left to train the generator by; give a "
                              "--gan-weight or a --regression-weight")
-        if self.dm_weight and not self.fake_weight:
-            raise ValueError("--fake-weight 0: the distribution-matching loss needs a fake score "
-                             "that learns; give --dm-weight 0 too")
-        if self.gan_weight and not self.discriminator_weight:
-            raise ValueError("--discriminator-weight 0: the GAN needs a discriminator that learns; "
-                             "give --gan-weight 0 too")
-        if self.student_steps == 1 and not self.backward_simulation:
-            raise ValueError("--no-backward-simulation: is for generators of several steps; give "
-                             "--student-steps 2 or 4")
-        if self.regression_weight and self.student_steps > 1:
-            raise ValueError(f"--student-steps {self.student_steps}: the regression loss is for "
-                             "generators of one step; leave out --regression-weight")
-        if self.regression_weight and self.batch is not None and self.pairs < self.batch:
-            raise ValueError(f"--pairs {self.pairs}: must be at least --batch, {self.batch}")
+        if self.regression_weight and (self.student_steps > 1 or self.pairs < self.batch):
+            raise ValueError(f"--regression-weight: is for --student-steps 1, and --pairs of at "
+                             f"least a batch, {self.batch}")
         for name in ("dm_range", "fake_range", "gan_range"):
             text = getattr(self, name)
-            try:
-                low, high = interval(text or "0,1")
-                valid = 0 <= low <= high <= 1
-            except ValueError:
-                valid = False
-            if not valid:
+            if not re.fullmatch(r"(0|1|0?\.\d+),(0|1|0?\.\d+)", text) or [*interval(text)] != \
+                    sorted(interval(text)):
                 raise ValueError(f"{flag(name)} {text}: needs two numbers from 0 to 1, the smaller "
                                  "one first, such as 0.02,0.98")
 
@@ -162,7 +145,7 @@ def dmd_gradient(teacher, fake_score, x0, sigma, label, noise):
     label      [B]           the classes x0 was generated for, int64
     returns [B, C, H, W], of order 1 per image; exactly 0 where fake_score equals teacher
 
-    A value that is not finite is left so: Log stops the run at it.
+    A value that is not finite is left so: the run stops at it.
     """
     x = x0 + sigma.view(-1, 1, 1, 1) * noise
     real, fake = teacher(x, sigma, label), fake_score(x, sigma, label)
@@ -285,37 +268,23 @@ class Pairs(NamedTuple):
         return tuple(tensor[index] for tensor in self)
 
 
-def load_pairs(sampler, teacher_sha256, count, path):
+def load_pairs(sampler, digest, count, path):
     """The pairs of a teacher's sampler: from the file at path if they are its, else made and kept.
 
-    Raises OSError if the file can't be written, FloatingPointError if an image is not finite.
+    digest  of the teacher's file
     """
-    data, device = sampler.data, sampler.device
-    origin = dict(teacher_sha256=teacher_sha256, sampler=sampler.name, count=count)
+    origin = dict(teacher=digest, sampler=sampler.name, count=count)
     noise = unit_noise(count, sampler.shape, PAIRS_SEED)
-    label = torch.arange(count) % len(data["classes"])
-
-    def accepts(stored):
-        images = stored["images"]
-        return (stored["origin"] == origin and images.shape == noise.shape
-                and images.dtype == noise.dtype and not not_finite(images))
-
-    stored = None
-    if path.exists():
-        try:
-            stored = read(path, accepts)
-        except ValueError:
-            tell(f"{path}: of another teacher or setting, or damaged; making the pairs anew",
-                 error=True)
-    if stored is None:
-        parts = list(zip(noise.split(BATCH), label.split(BATCH)))
-        images = [sampler.x0(iter([z.to(device)]), c.to(device)).cpu()
-                  for z, c in progress(parts, "pairs")]
-        stored = dict(origin=origin, images=torch.cat(images))
-        if not_finite(stored):
-            raise FloatingPointError("the teacher's images for the regression loss are not finite")
-        save(stored, path)
-    return Pairs(*(part.to(device) for part in (noise, label, stored["images"])))
+    label = torch.arange(count) % len(sampler.data["classes"])
+    with rank_0_first():
+        stored = torch.load(path, weights_only=True) if path.exists() else {}
+        if stored.get("origin") != origin:
+            parts = list(zip(noise.split(BATCH), label.split(BATCH)))
+            images = [sampler.x0(iter([z.to(sampler.device)]), c.to(sampler.device)).cpu()
+                      for z, c in progress(parts, "pairs")]
+            stored = dict(origin=origin, images=torch.cat(images))
+            save(stored, path)
+    return Pairs(*(part.to(sampler.device) for part in (noise, label, stored["images"])))
 
 
 def regression_loss(generator, sigma, noise, label, images, distance=F.mse_loss):
@@ -327,21 +296,14 @@ def regression_loss(generator, sigma, noise, label, images, distance=F.mse_loss)
 
 
 def distance_function(name, device):
-    """mse or lpips of two batches of x0 [B, C, H, W]; ValueError if it is not to be had.
+    """mse or lpips of two batches of x0 [B, C, H, W].
 
     LPIPS (Zhang et al. 2018) is of images in [-1, 1], by VGG, at 224 x 224, as DMD has it.
     """
     if name == "mse":
         return F.mse_loss
-    try:
-        import lpips
-        net = lpips.LPIPS(net="vgg", verbose=False).to(device).requires_grad_(False)
-    except ImportError as error:
-        raise ValueError("--regression-distance lpips: the lpips package is not installed; pip "
-                         "install lpips, or use mse") from error
-    except (OSError, RuntimeError) as error:
-        raise ValueError(f"--regression-distance lpips: its weights can't be had ({error}); "
-                         "use mse") from error
+    import lpips
+    net = lpips.LPIPS(net="vgg", verbose=False).to(device).requires_grad_(False)
 
     def distance(a, b):
         a, b = (F.interpolate(x.expand(-1, 3, -1, -1), size=(224, 224), mode="bilinear")
@@ -376,205 +338,78 @@ def save_estimates(teacher, fake_score, sampler, sigmas, path, pairs=None, colum
     save_grid(to_uint8(images), list(rows), path, titles)
 
 
-# ---- what happens between the steps -------------------------------------------------------------
+# ---- the best generator of a run ----------------------------------------------------------------
 
-class Keeper:
-    """Evaluates, pictures, saves and resumes a run; generator.pt is the best of its EMA generators.
+class Best:
+    """Measures generators as the teacher was measured, and keeps the best in generator.pt; without
+    evaluations it keeps the one that it is given.
 
-    networks  what a resumed run needs besides the EMA: networks and optimizers by name
-    images    how many real ones it is trained on; None where no option needs them
+    facts  what a generator's checkpoint tells besides its step, weights and figures
     """
 
-    def __init__(self, cfg, parent, teacher, ema, sigmas, networks, images):
-        self.cfg, self.teacher, self.ema, self.images = cfg, teacher, ema, images
-        self.sigmas, self.networks, self.out = sigmas, networks, Path(cfg.out)
-        self.device = next(teacher.parameters()).device
-        self.inherited = dict({name: parent[name] for name in INHERITED}, sigmas=sigmas)
-        self.sampler = generator_sampler(ema, self.inherited, self.device)
-        self.teacher_sha256 = hashlib.sha256(Path(cfg.teacher).read_bytes()).hexdigest()
-        self.figures = self.best = self.teacher_figures = self.reference = None
-        self.start = self.resume() if cfg.resume else 0
-        sampler = teacher_sampler(teacher, parent, self.device)
+    def __init__(self, cfg, facts, sampler, teacher):
+        self.cfg, self.facts, self.sampler = cfg, facts, sampler
+        self.path, self.best, self.reference = Path(cfg.out, "generator.pt"), None, None
         if cfg.evaluate_every:
-            self.reference = load_reference(parent["data"], cfg.data_dir, self.device, cfg.stream)
-            self.teacher_figures = self.measure(sampler)
-        self.pairs = None
-        if cfg.regression_weight:
-            with rank_0_first():
-                self.pairs = load_pairs(sampler, self.teacher_sha256, cfg.pairs,
-                                        self.out / "pairs.pt")
+            self.reference = load_reference(facts["data"], sampler.device)
+            self.facts["teacher_figures"] = self.figures(teacher)
+        if cfg.resume and self.path.exists():  # it may be of a later step, and is not to be lost
+            self.best = load(self.path, "generator")["figures"]
 
-    def measure(self, sampler):
-        """evaluate() at this run's number of samples, and what they were compared with."""
-        n = self.cfg.evaluate_n
-        return dict(measure(sampler, self.reference, n, EVALUATION_SEED),
-                    protocol=f"{n} samples, {self.reference.protocol}")
-
-    def resume(self):
-        """Restore networks and optimizers from --resume; returns the step to go on at."""
-        checkpoint = load(self.cfg.resume, resume=True)
-        if checkpoint.get("teacher_sha256") != self.teacher_sha256:
-            raise ValueError(f"--teacher {self.cfg.teacher}: not the one that the run in "
-                             f"{self.cfg.resume} began with, for it has been trained further; give "
-                             f"that one, such as {older(self.cfg.teacher, 1)}, if it was kept")
-        data = self.inherited["data"]
-        if tuple(checkpoint["data"]["classes"]) != tuple(data["classes"]):
-            raise ValueError(f"--data {data['name']}: has other classes than {self.cfg.resume} "
-                             "began with; restore them, or start a new run")
-        restore(dict(self.networks, ema=self.ema),
-                dict(checkpoint["training"], ema=checkpoint["model"]), self.cfg.resume)
-        check_resumed(checkpoint, self.cfg, self.images, data["name"])
-        self.best = self.best_there()
-        return checkpoint["step"]
-
-    def best_there(self):
-        """The figures of the generator.pt in the run's folder; None if it is none, or unmeasured.
-
-        It may be of a later step than the checkpoint to go on from, and is not to be lost then.
-        """
-        path = self.out / "generator.pt"
-        try:
-            figures = (load(path)["figures"] or {}) if path.exists() else {}
-        except ValueError as error:
-            tell(f"{error}; the next one evaluated replaces it", error=True)
-            return None
-        kinds = dict(dict.fromkeys(TITLES, float), step=int)
-        fit = all(type(figures.get(k)) is kinds[k] and math.isfinite(figures[k]) for k in kinds)
-        return figures if fit else None
-
-    def begin(self, log):
-        """Tell what is distilled; and the teacher's figures, to compare the generator's with."""
-        name, images = self.inherited["data"]["name"], self.images or "no"
-        log.say(f"{name}: {images} real images to train on; on {self.device}; {self.cfg.steps} "
-                f"steps, written to {self.out}")
-        if self.reference and self.start == 0:
-            log.write(0, **{f"teacher_{name}": self.teacher_figures[name] for name in TITLES})
-            log.say(f"teacher: {summary(self.teacher_figures)}")
-
-    def after(self, step, log):
-        """Do whatever is due after a step, counted from 0."""
-        cfg = self.cfg
-        if due(step, cfg.evaluate_every, cfg.steps):
-            log.check()
-            self.figures = dict(self.measure(self.sampler), step=step + 1)
-            log.write(step + 1, **{name: self.figures[name] for name in TITLES})
-            log.say(f"step {step + 1}: {summary(self.figures)}")
-            if not self.best or self.merit(self.figures) > self.merit(self.best):
-                self.best = self.figures
-                self.save_generator(step + 1)
-        if due(step, cfg.sample_every, cfg.steps):
-            with torch.compiler.set_stance("force_eager"):  # its batch is of another size
-                save_estimates(self.teacher, self.networks["fake_score"], self.sampler, self.sigmas,
-                               self.out / f"samples_{step + 1:06d}.png", self.pairs)
-
-    def write_checkpoint(self, step):
-        """Write last.pt, of so many steps done, and without evaluations generator.pt, too."""
-        if not self.cfg.evaluate_every:
-            self.save_generator(step)
-        training = {name: network.state_dict() for name, network in self.networks.items()}
-        path = self.out / "last.pt"
-        save(dict(self.checkpoint(step), training=dict(training, images=self.images)), path,
-             self.cfg.keep)
-        return path
+    def figures(self, sampler):
+        return measure(sampler, self.reference, self.cfg.evaluate_n, EVALUATION_SEED)
 
     def merit(self, figures):
         """Sorts generators: those of about the teacher's recall first, by Fréchet distance.
 
         By the distance alone a generator would be preferred that makes fewer kinds of images well.
         """
-        recall = min(figures["recall"], RECALL_SHARE * self.teacher_figures["recall"])
+        recall = min(figures["recall"], RECALL_SHARE * self.facts["teacher_figures"]["recall"])
         return recall, -figures["frechet_distance"]
 
-    def save_generator(self, step):
-        """Write generator.pt; the fake score goes along, for a second stage to begin with."""
-        fake_score = self.networks["fake_score"].state_dict()
-        save(dict(self.checkpoint(step), fake_score=fake_score), self.out / "generator.pt")
-
-    def checkpoint(self, step):
-        """The EMA generator, its figures if this step was evaluated, and where it comes from."""
-        evaluated = self.figures is not None and self.figures["step"] == step
-        return dict(self.inherited, kind="generator", config=dataclasses.asdict(self.cfg),
-                    step=step, figures=self.figures if evaluated else None, best=self.best,
-                    teacher_figures=self.teacher_figures,
-                    teacher_sha256=self.teacher_sha256, model=self.ema.state_dict())
-
-    def end(self):
-        """Say which file holds what, and which step its figures are of."""
-        if self.best:
-            for name, title, figures in (("generator.pt", "best", self.best),
-                                         ("last.pt", "last", self.figures)):
-                tell(f"{self.out / name}: the {title}, step {figures['step']}: {summary(figures)}")
-        else:
-            tell(f"{self.out / 'generator.pt'}: the last, not measured")
+    def consider(self, step, run, fake_score):
+        """Keep the generator after a step, with the fake score for a second stage, if it is best."""
+        figures = None
+        if self.reference:
+            figures = dict(run.measure(step, lambda: self.figures(self.sampler)), step=step + 1)
+        if not self.best or self.merit(figures) > self.merit(self.best):
+            self.best = figures
+            if rank() == 0:
+                save(dict(self.facts, step=step + 1, figures=figures,
+                          model=self.sampler.denoiser.state_dict(),
+                          fake_score=fake_score.state_dict()), self.path)
 
 
 # ---- training -----------------------------------------------------------------------------------
 
-def read_teacher(cfg):
-    """The checkpoint of --teacher and the config that its data fill; ValueError if it is unfit."""
-    if cfg.resume and not Path(cfg.teacher).exists():
-        raise ValueError(f"--teacher {cfg.teacher}: from which {cfg.resume} was distilled, is not "
-                         "there; give its new place")
-    parent = open_checkpoint(cfg.teacher, cfg.data, cfg.data_dir)
+def recipe(given):
+    """Options that were not given: by the teacher's data and prediction."""
+    if "teacher" not in given:
+        raise ValueError("--teacher is missing: give a checkpoint of teacher.py, such as "
+                         "runs/teacher/teacher.pt")
+    parent = open_checkpoint(given["teacher"], given.get("data"))
     if parent["kind"] != "teacher":
-        raise ValueError(f"--teacher {cfg.teacher}: holds a {parent['kind']}; give a checkpoint of "
-                         "teacher.py")
-    name = name_of(parent["data"], cfg.teacher)
-    check_out(cfg, cfg.teacher, cfg.init_from)
-    if parent["autoencoder"] and cfg.regression_weight and cfg.regression_distance == "lpips":
-        raise ValueError("--regression-distance lpips: is of images, and this teacher makes "
-                         "latents; use mse")
-    kind = "latents" if parent["autoencoder"] else name if name in RECIPES else "folder"
-    return parent, filled(cfg, RANGES[parent["prediction"]], RECIPES[kind])
+        raise ValueError(f"--teacher {given['teacher']}: holds a {parent['kind']}; give a checkpoint "
+                         "of teacher.py")
+    kind = "latents" if parent["autoencoder"] else parent["data"]["name"]
+    base = dict(save_every=200, sample_every=500, evaluate_every=200,
+                data_dir=parent["data"]["data_dir"])
+    return {**base, **RANGES[parent["prediction"]], **RECIPES.get(kind, RECIPES["folder"])}
 
 
-def initial(cfg, parent, device):
+def initial(cfg, parent, sigmas, device):
     """Generator and fake score to begin with: two copies of the teacher, or --init-from's.
 
     Of these the generator is the EMA. Raises ValueError if they are not of this teacher's kind.
     """
     source, names = parent, ("model", "model")
     if cfg.init_from and not cfg.resume:
-        source = open_checkpoint(cfg.init_from, cfg.data, cfg.data_dir)
-        names = "model", "fake_score"
-        if "fake_score" not in source:
-            raise ValueError(f"--init-from {cfg.init_from}: holds no fake score to start from; "
-                             "give a generator.pt of dmd2.py (last.pt is for --resume)")
-        a, b = (dict(c, data=dict(c["data"], data_dir=None)) for c in (source, parent))
-        for part in ("network", "prediction", "data"):
-            if a[part] != b[part]:
-                raise ValueError(f"--init-from {cfg.init_from}: has another {part} than --teacher "
-                                 f"{cfg.teacher}; give a generator distilled from its kind")
-        a, b = ((c["autoencoder"] or dict(model={}))["model"] for c in (source, parent))
-        if a.keys() != b.keys() or not all(torch.equal(a[name], b[name]) for name in a):
-            raise ValueError(f"--init-from {cfg.init_from}: is of another autoencoder's latents "
-                             f"than --teacher {cfg.teacher}; give a generator distilled from a "
-                             "teacher of the same autoencoder.pt")
-        if len(source["sigmas"]) != cfg.student_steps:
-            raise ValueError(f"--init-from {cfg.init_from}: is a generator of "
-                             f"{steps_of(len(source['sigmas']))}; give --student-steps "
-                             f"{len(source['sigmas'])}")
-        if abs(source["sigmas"][0] / cfg.conditioning_sigma - 1) > 1e-6:
-            raise ValueError(f"--init-from {cfg.init_from}: begins at another noise level; give "
-                             f"--conditioning-sigma {source['sigmas'][0]:g}")
-    try:
-        return tuple(build(dict(source, model=source[name]), device).requires_grad_(True)
-                     for name in names)
-    except ValueError as error:  # of the fake score, which no other script reads
-        raise ValueError(f"--init-from {cfg.init_from}: {error}") from error
-
-
-def load_real(cfg, parent, device):
-    """The teacher's training data, as its x0; None where no option needs them.
-
-    Raises ValueError if they are fewer than a batch or others now, OSError if they are missing.
-    """
-    if not cfg.gan_weight and cfg.backward_simulation:
-        return None
-    facts = parent["data"]
-    real = load_images(facts, "train", cfg.data_dir, cfg.stream)._replace(flip=facts["flip"])
-    check_batch(cfg.batch, real, facts["name"])
-    return encoded(real, codec_of(parent["autoencoder"], device), device)
+        source, names = load(cfg.init_from, "generator"), ("model", "fake_score")
+        for name, wanted in dict(parent, sigmas=sigmas).items():
+            if name in ("network", "prediction", "sigmas") and source[name] != wanted:
+                raise ValueError(f"--init-from {cfg.init_from}: its {name} is {source[name]}, not "
+                                 f"{wanted}; give a generator.pt of this teacher's kind and steps")
+    return [build(dict(source, model=source[name]), device).requires_grad_(True) for name in names]
 
 
 def weighted(losses, weights):
@@ -584,8 +419,9 @@ def weighted(losses, weights):
 
 def train(cfg):
     """Distil; returns the path of the generator's checkpoint."""
-    device, (parent, cfg) = pick_device(cfg.device), read_teacher(cfg)
-    parts, sigmas = parts_of(cfg), generator_sigmas(cfg.student_steps, cfg.conditioning_sigma)
+    device, parts = pick_device(cfg.device), parts_of(cfg)
+    parent = open_checkpoint(cfg.teacher, cfg.data, cfg.data_dir)
+    sigmas = generator_sigmas(cfg.student_steps, cfg.conditioning_sigma)
     num_classes, shape = len(parent["data"]["classes"]), shape_of(parent["network"])
     distance = distance_function(cfg.regression_distance, device) if cfg.regression_weight else None
     lowest = lowest_quantile(parent["schedule"])
@@ -598,8 +434,8 @@ def train(cfg):
                    discriminator_loss=cfg.discriminator_weight,
                    regression_loss=cfg.regression_weight)
 
-    teacher, (generator, fake_score) = build(parent, device), initial(cfg, parent, device)
-    ema = frozen(generator)
+    teacher, (generator, fake_score) = build(parent, device), initial(cfg, parent, sigmas, device)
+    ema, guide = frozen(generator), guided(teacher, cfg.guidance, parent)
     torch.manual_seed(cfg.seed)
     discriminator = Discriminator(teacher if cfg.gan_features == "teacher" else fake_score)
     discriminator.to(device)
@@ -607,28 +443,37 @@ def train(cfg):
     generator_descent = Descent(adamw(generator.parameters()), cfg, device, "generator_")
     fake_descent = Descent(adamw([*fake_score.parameters(), *discriminator.head.parameters()]), cfg,
                            device, "fake_")
-    guide = guided(teacher, cfg.guidance, parent, cfg.teacher)
-    real_data = load_real(cfg, parent, device)
-    networks = dict(generator=generator, fake_score=fake_score, head=discriminator.head,
-                    generator_descent=generator_descent, fake_descent=fake_descent)
-    keeper = Keeper(cfg, parent, guide, ema, sigmas, networks,
-                    len(real_data.labels) if real_data else None)
-    # Only now: the keeper has measured the teacher and made its pairs in float32. ema stays so.
-    prepare(cfg, device, teacher, generator, fake_score)
-    log = Log(cfg, keeper.start, make_run_folder(cfg))
-    keeper.begin(log)
-    real_batches = (training_batches(real_data, keeper.start, cfg, parts, device) if real_data else
-                    itertools.repeat((None, None)))
-    load_folder.cache_clear()  # what is left of it is in `real_data`
-    roles = dict(teacher=teacher, generator=generator, fake_score=fake_score,
-                 discriminator=discriminator)
 
-    for step in training_steps(keeper.start, cfg, device, roles, log, keeper.write_checkpoint):
+    real_data, batches = None, itertools.repeat((None, None))
+    if cfg.gan_weight or not cfg.backward_simulation:
+        real_data = load_images(parent["data"], "train")._replace(flip=parent["data"]["flip"])
+        real_data = encoded(real_data, codec_of(parent["autoencoder"], device), device)
+    digest = hashlib.sha256(Path(cfg.teacher).read_bytes()).hexdigest()
+    run = Run(cfg, "last.pt", dict(generator=generator, fake_score=fake_score, ema=ema,
+                                   head=discriminator.head, generator_descent=generator_descent,
+                                   fake_descent=fake_descent),
+              dict(parent["data"], teacher=digest, count=real_data and len(real_data.labels)))
+    facts = dict({name: parent[name] for name in INHERITED}, kind="generator", sigmas=sigmas,
+                 version=__version__, config=dataclasses.asdict(cfg), teacher_figures=None)
+    teachers = teacher_sampler(guide, parent, device)
+    best = Best(cfg, facts, generator_sampler(ema, facts, device), teachers)
+    pairs = cfg.regression_weight and load_pairs(teachers, digest, cfg.pairs,
+                                                 Path(cfg.out, "pairs.pt"))
+    prepare(cfg, device, teacher, generator, fake_score)  # only now: so far all was in float32
+    if real_data:
+        batches = training_batches(real_data, run.start, cfg, parts, device)
+    run.say(f"{parent['data']['name']}: {num_classes} classes; on {device}; {cfg.steps} steps")
+    if best.reference:
+        run.say(f"teacher: {summary(facts['teacher_figures'])}")
+        if not cfg.resume:
+            run.write(-1, **{f"teacher_{name}": facts["teacher_figures"][name] for name in TITLES})
+
+    for step in run.steps(lambda: dict(facts, figures=None, model=ema.state_dict())):
         update_generator = step % cfg.fake_steps == 0  # DMD2's two time-scale update rule
         update, k = step // cfg.fake_steps, trained_step(len(sigmas), cfg.seed, step)
         for part in parts:
             draw = Draw(GENERATOR, cfg.seed, step, cfg.batch, shape, device, part)
-            real, real_label = next(real_batches)
+            real, real_label = next(batches)
             label = draw.label(num_classes)
             given, label = (None, label) if cfg.backward_simulation else (real, real_label)
             x, sigma = step_input(generator, sigmas, k, label, draw, given)
@@ -646,11 +491,11 @@ def train(cfg):
                     logits = discriminator(*diffused(x0, draw, gan_range), label)
                     losses["gan_loss"] = generator_loss(logits)
                 if cfg.regression_weight:
-                    pairs = keeper.pairs.batch(update, cfg.batch, cfg.seed, part)
-                    losses["regression_loss"] = regression_loss(generator, sigmas[0], *pairs,
+                    pair = pairs.batch(update, cfg.batch, cfg.seed, part)
+                    losses["regression_loss"] = regression_loss(generator, sigmas[0], *pair,
                                                                 distance)
                 generator_descent.add(weighted(losses, weights))
-                log.note(**losses)
+                run.note(**losses)
 
             # Fake score: a teacher's loss, on the generator's samples, at every step.
             # Discriminator: real images from generated ones.
@@ -664,24 +509,27 @@ def train(cfg):
                                discriminator(*diffused(x0, draw, gan_range), label))
                 losses["discriminator_loss"] = discriminator_loss(real_logits, fake_logits)
             fake_descent.add(weighted(losses, weights))
-            log.note(**losses)
+            run.note(**losses)
 
         if update_generator:
             rate = rate_at(update, cfg.lr, cfg.warmup, cfg.decay_after)
-            log.note(**generator_descent.step(rate))
+            run.note(**generator_descent.step(rate))
             update_ema(ema, generator, cfg.ema, update)
         rate = rate_at(step, cfg.fake_lr, cfg.warmup)
-        log.note(**fake_descent.step(rate))
-        log.step()
-        keeper.after(step, log)
-    log.close()
-    if not cfg.profile:
-        keeper.end()
-    return keeper.out / "generator.pt"
+        run.note(**fake_descent.step(rate))
+
+        if due(step, cfg.evaluate_every or cfg.steps, cfg.steps):
+            best.consider(step, run, fake_score)
+        if due(step, cfg.sample_every, cfg.steps):
+            run.draw(step, lambda path: save_estimates(teacher, fake_score, best.sampler, sigmas,
+                                                       path, pairs))
+    if best.best:
+        tell(f"{best.path}: the best, of step {best.best['step']}: {summary(best.best)}")
+    return best.path
 
 
 def main(argv=None):
-    cfg = parse(Config, argv, __doc__)
+    cfg = parse(Config, argv, __doc__.split("\n\nTwo copies")[0], recipe)
     path = train(cfg)
     if not cfg.profile:
         tell(f"next: python sample.py {path}   or   python export.py {path}")

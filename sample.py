@@ -4,62 +4,46 @@
     python sample.py runs/teacher/teacher.pt --labels 3,3,7 --out threes.png
     python sample.py runs/dmd2/generator.onnx --n 1000 --out samples.npz
     python sample.py runs/dmd2/generator.pt --evaluate         # Fréchet distance and more
-    python sample.py runs/teacher/teacher.pt --trajectory      # or --interpolate, --map
+    python sample.py runs/teacher/teacher.pt --trajectory      # or --map, --beside
     python sample.py edm-cifar10-32x32-cond-vp.pkl --sampler ddim --steps 50
 
 A checkpoint of teacher.py or dmd2.py, a file of export.py, or a checkpoint of NVlabs/edm: its path
 is all that is needed. In reading order: samplers, options, EDM's checkpoints, any checkpoint as one
-function, features, quality, output, pictures.
+function, features, quality, output and pictures.
 """
 
+import collections
 import dataclasses
 import functools
 import hashlib
 import io
 import itertools
 import json
-import math
-import pickletools
-import reprlib
+import pickle
 import statistics
-import struct
 import sys
 from pathlib import Path
 from typing import Callable, NamedTuple
 
 import numpy as np
-import onnx
-import onnxruntime
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from teacher import (ANY_CLASS, DATA_DIR, FEATURES, HEUN_STEPS, KNOWN_DATA, SIGMA_DATA, SUBSET,
-                     Options, Pixels, arg, build, check_same, codec_of, exported_noise, fits, flag,
-                     fresh_noise, heun, load, load_data, may_be_moved, not_finite, on_rank_0, parse,
-                     pick_device, progress, psnr, rank, rank_0_first, ranks, read, replacing,
-                     run_script, sampling_sigmas, save, save_grid, save_plane, seeded, shape_of,
-                     tell, to_float, to_uint8)
+from teacher import (FEATURES, HEUN_STEPS, KNOWN_DATA, SUBSET, Options, Pixels, arg, build,
+                     codec_of, flag, fresh_noise, heun, load, load_data, parse, pick_device,
+                     progress, psnr, rank, rank_0_first, ranks, replacing, run_script,
+                     sampling_sigmas, save, save_grid, seeded, shape_of, tell, to_float, to_uint8)
 
 ASSETS = Path(__file__).resolve().parent / "assets"
 DIMENSIONS = 64  # of the feature space in which quality is measured
 NEIGHBOURS = 3  # k of precision and recall
-EVALUATE_N, EVALUATE_AT_LEAST = 10000, 100
+EVALUATE_N, MAP_N = 10000, 1000  # images, by default
 BATCH = 256  # images at a time; changes the speed only
-MAP_N = 1000  # real images and generated ones in a map
-STRIP_ROWS, STRIP_COLUMNS = 4, 10  # of a trajectory by default; columns of an interpolation, too
 TITLES = dict(frechet_distance="Fréchet distance", accuracy="classified as asked",
               precision="precision", recall="recall")
-
-OPCODES = 10**7  # of a pickle at most; those of EDM have less than 10**5
-
-# SHA-256 of the feature networks in assets/; `python sample.py --train-features digits` makes one.
-SHA256 = {
-    "digits": "cccf1413509d3f3f21bba293d4335c019cba307419630e1dd361feaf1f021495",
-    "mnist": "5754c12ac82f279fea6591087cebb8bac6a0afd92f79af5473a65fbf973d033d",
-}
 
 
 # ---- samplers: from noise to images, by a denoiser; heun is in teacher.py -----------------------
@@ -87,24 +71,13 @@ def ddim(denoiser, x, sigmas, label, noises=(), eta=0.0):
     return x
 
 
-class SamplerKind(NamedTuple):
-    """A choice of --sampler."""
-
-    function: Callable
-    title: str
-    steps: int           # by default
-    options: tuple = ()  # of the function, and flags
-    own: bool = False    # whether its levels are those of the teacher's schedule
-
-
+# By name: function, title, steps by default, whether its levels are those of the teacher's schedule.
 SAMPLERS = {
-    "heun": SamplerKind(heun, "Heun", HEUN_STEPS, ("churn", "s_min", "s_max", "s_noise")),
-    "euler": SamplerKind(ddim, "Euler", 2 * HEUN_STEPS - 1),
-    "ddim": SamplerKind(ddim, "DDIM", 50, ("eta",), own=True),
-    "ddpm": SamplerKind(functools.partial(ddim, eta=1.0), "DDPM", 1000, own=True),
+    "heun": (heun, "Heun", HEUN_STEPS, False),
+    "euler": (ddim, "Euler", 2 * HEUN_STEPS - 1, False),
+    "ddim": (ddim, "DDIM", 50, True),
+    "ddpm": (functools.partial(ddim, eta=1.0), "DDPM", 1000, True),
 }
-SAMPLER = "heun"  # by default
-SAMPLER_OPTIONS = [option for kind in SAMPLERS.values() for option in kind.options]
 
 
 def few_step(generator, x, sigmas, label, noises=()):
@@ -139,13 +112,13 @@ class Guided(nn.Module):
         return without + self.guidance * (with_label - without)
 
 
-def guided(denoiser, guidance, checkpoint, path):
+def guided(denoiser, guidance, checkpoint):
     """The denoiser with guidance, or itself for 1; ValueError if it can't do without labels."""
     if guidance == 1:
         return denoiser
     if not checkpoint["config"].get("label_dropout"):
-        raise ValueError(f"--guidance {guidance:g}: {path} was trained without --label-dropout and "
-                         "knows no images without label; leave it out")
+        raise ValueError(f"--guidance {guidance:g}: the teacher was trained without --label-dropout "
+                         "and knows no images without label; leave it out")
     return Guided(denoiser, guidance, checkpoint["network"]["label_dim"])
 
 
@@ -157,222 +130,70 @@ class Config(Options):
 
     checkpoint: str = arg(None, "teacher.pt, generator.pt, generator.onnx, an EDM .pkl or, to "
                                 "--evaluate, autoencoder.pt", positional=True)
-    n: int = arg(None, "number of images, or of the rows of --trajectory and --interpolate "
-                       f"(default: 10 per class; {STRIP_ROWS} and at most 10 rows; with "
-                       f"--evaluate {EVALUATE_N})", at_least=1)
-    labels: str = arg(None, "the classes to sample, by number or name, such as 3,3,7 (default: "
-                            "all, evenly)")
-    sampler: str = arg(None, "of a teacher: Heun's method or Euler's, at EDM's noise levels, or "
-                             "DDIM or DDPM, at those of the teacher's schedule unless that is "
-                             f"lognormal (default: {SAMPLER})", tuple(SAMPLERS))
+    n: int = arg(None, "number of images, or rows of --trajectory (default: 10 per class; 4 rows; "
+                       f"with --evaluate {EVALUATE_N})", low=1)
+    labels: str = arg(None, "the classes to sample, by name or number, such as 3,3,7 (default: all, "
+                            "evenly)")
+    sampler: str = arg(None, "of a teacher: Heun's or Euler's method at EDM's noise levels, or DDIM "
+                             "or DDPM at those of the teacher's schedule (default: heun)",
+                       tuple(SAMPLERS))
     steps: int = arg(None, "steps of a teacher's sampler (default: "
-                           f"{', '.join(f'{k} {v.steps}' for k, v in SAMPLERS.items())})",
-                     at_least=1)
-    eta: float = arg(None, "of ddim: the share of DDPM's noise (default: 0)", at_least=0, at_most=1)
-    churn: float = arg(None, "of heun: EDM's S_churn, noise added in each step (default: 0)",
-                       at_least=0)
-    s_min: float = arg(None, "with --churn: the lowest noise level it is added at (default: 0)",
-                       at_least=0)
-    s_max: float = arg(None, "with --churn: the highest (default: any)", at_least=0)
-    s_noise: float = arg(None, "with --churn: the standard deviation of it (default: 1)",
-                         at_least=0)
-    guidance: float = arg(None, "classifier-free guidance of a teacher (default: 1, none)",
-                          at_least=0)
+                           f"{', '.join(f'{k} {v[2]}' for k, v in SAMPLERS.items())})", low=1)
+    guidance: float = arg(None, "classifier-free guidance of a teacher (default: 1, none)", low=0)
     data: str = arg(None, "what images an EDM checkpoint was trained on, such as cifar10, or where "
-                          "a folder is now: for --evaluate, --beside, --map, names of classes")
-    seed: int = arg(0, "seed of the noise", at_least=0, below=2**63)
-    out: str = arg(None, "a .png (a grid), a .npz (images uint8 [N, H, W, C] and labels), or a "
-                         "folder for a PNG file each (default: samples.png)")
+                          "a folder is now")
+    data_dir: str = arg(None, "where the real images are (default: where training found them)")
+    seed: int = arg(0, "seed of the noise", low=0)
+    out: str = arg("samples.png", "a .png (a grid), a .npz (images uint8 [N, H, W, C] and labels), "
+                                  "or a new folder for a PNG file each")
     evaluate: bool = arg(False, "print Fréchet distance, precision and recall (also of an "
                                 "autoencoder's reconstructions); writes no images")
-    seeds: int = arg(3, "with --evaluate: the number of seeds, from --seed on", at_least=1)
+    seeds: int = arg(3, "with --evaluate: the number of seeds, from --seed on", low=1)
     beside: str = arg(None, "a second checkpoint: the picture shows real images, its images, and "
                             "those of the first for the same noise")
     trajectory: bool = arg(False, "the picture shows a sample per row, step by step: the noisy "
                                   "image, scaled by 1 / (1 + sigma), and the estimate of x0")
-    interpolate: bool = arg(False, "the picture shows a class per row, from one noise to another")
-    map: bool = arg(False, "the picture shows real and generated images as dots in one plane of "
-                           f"their features (--n of each, by default {MAP_N}): of UMAP where "
-                           "umap-learn is installed, or else of PCA")
-    data_dir: str = arg(None, "with --evaluate, --beside and --map: where the real images are "
-                              "(default: where training found them)")
-    batch: int = arg(BATCH, "images at a time, which changes the speed only", at_least=1)
-    train_features: str = arg(None, "make a new feature network for this data, written to --out; "
-                                    "figures measured with it compare with no others",
-                              tuple(SHA256))
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.checkpoint is None and not self.train_features:
-            raise ValueError("no checkpoint given; runs/dmd2/generator.pt is dmd2.py's")
-        shown = [flag(name) for name in ("evaluate", "beside", "trajectory", "interpolate", "map")
-                 if getattr(self, name)]
-        if len(shown) > 1:
-            raise ValueError(f"{' and '.join(shown)}: are different things; give one of them")
-        if self.evaluate and (self.labels or self.out):
-            raise ValueError("--evaluate measures all classes of a checkpoint and writes no "
-                             "images: leave out --labels and --out")
-        if self.map and self.labels:
-            raise ValueError("--map shows all classes: leave out --labels")
-        if self.evaluate and self.n is not None and self.n < EVALUATE_AT_LEAST:
-            raise ValueError(f"--n {self.n}: --evaluate needs at least {EVALUATE_AT_LEAST} images")
-        kind = self.sampler or SAMPLER
-        for name in SAMPLER_OPTIONS:
-            if getattr(self, name) is not None and name not in SAMPLERS[kind].options:
-                value = getattr(self, name)
-                raise ValueError(f"{flag(name)} {value}: not an option of --sampler {kind}")
-        if not self.churn and {self.s_min, self.s_max, self.s_noise} != {None}:
-            raise ValueError("--s-min, --s-max and --s-noise say how --churn adds noise: give it")
-        if None not in (self.s_min, self.s_max) and self.s_min > self.s_max:
-            raise ValueError(f"--s-min {self.s_min}: is above --s-max {self.s_max}")
-        if self.beside and (self.labels or self.n):
-            raise ValueError("--beside shows 5 images of each class: leave out --labels and --n")
-        kinds = (".png",) if shown else (".png", ".npz", "")
-        kinds = (".pt",) if self.train_features else kinds
-        if self.out and Path(self.out).suffix not in kinds:
-            raise ValueError(f"--out {self.out}: must end in "
-                             f"{' or '.join(kind or 'nothing, for a folder' for kind in kinds)}")
+    map: bool = arg(False, f"the picture shows real and generated images ({MAP_N} of each) as dots "
+                           "in a plane of their features: UMAP with umap-learn, or else PCA")
+    batch: int = arg(BATCH, "images at a time, which changes the speed only", low=1)
 
 
 # ---- EDM's published checkpoints: pickles, read without executing anything from them ------------
 
-class Call(NamedTuple):
-    """What a pickle asks to be called. Here nothing is: it is kept as a description."""
+class EDMUnpickler(pickle.Unpickler):
+    """Knows the fourteen names in EDM's files, each as a harmless stand-in, and refuses all others.
 
-    name: str    # of EDM_NAMES
-    args: tuple
-    state: dict  # what the result is to be updated with
-
-
-# All that EDM's files name (torch_utils.persistence, version 6; NumPy 1 and 2; pickle 2 to 4).
-EDM_NAMES = {
-    "torch_utils.persistence._reconstruct_persistent_obj", "torch.nn.modules.container.ModuleDict",
-    "torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state",
-    "torch._utils._rebuild_tensor_v2", "torch.storage._load_from_bytes", "torch.FloatStorage",
-    "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar", "numpy.dtype",
-    "collections.OrderedDict", "dnnlib.util.EasyDict", "builtins.set", "__builtin__.set",
-    "_codecs.encode"}
-DICTIONARIES = {"collections.OrderedDict", "dnnlib.util.EasyDict"}
-
-
-def read_pickle(file):
-    """The contents of a pickle: dictionaries, lists, tuples, strings, numbers, bytes, and Calls.
-
-    It does what the few opcodes of EDM's files say about such data, and nothing else: no function
-    or method that a file names is looked up or called, and no object of another kind is made.
-    Raises ValueError, LookupError, TypeError or AttributeError for any other file.
+    The objects of EDM's own classes, which carry their program text, come as dictionaries of
+    class_name and state.
     """
-    stack, marks, memo = [], [], {}
 
-    def taken(count):  # from the stack: so many, or all above the last mark
-        place = marks.pop() if count is None else len(stack) - count
-        items, stack[place:] = stack[place:], []
-        return items
+    NAMES = {
+        "torch_utils.persistence._reconstruct_persistent_obj": lambda meta: meta,
+        "torch.nn.modules.container.ModuleDict": type("ModuleDict", (), {}),
+        "torch.storage._load_from_bytes": lambda content: torch.load(io.BytesIO(content),
+                                                                     weights_only=True),
+        "torch._utils._rebuild_tensor_v2": torch._utils._rebuild_tensor_v2,
+        "torch._utils._rebuild_parameter": lambda data, *rest: data,
+        "torch._utils._rebuild_parameter_with_state": lambda data, *rest: data,
+        "numpy.core.multiarray.scalar": lambda *rest: None,
+        "numpy._core.multiarray.scalar": lambda *rest: None,
+        "numpy.dtype": type("dtype", (), dict(__init__=lambda self, *rest: None,
+                                              __setstate__=lambda self, state: None)),
+        "collections.OrderedDict": collections.OrderedDict,
+        "dnnlib.util.EasyDict": type("EasyDict", (dict,), {}),
+        "builtins.set": set, "__builtin__.set": set,
+        "_codecs.encode": lambda text, _: text.encode("latin1"),
+    }
 
-    for count, (opcode, value, _) in enumerate(pickletools.genops(file)):
-        if count > OPCODES:
-            raise ValueError("is longer than any EDM checkpoint")
-        match opcode.name:
-            case "PROTO" | "FRAME" | "STOP" | "BINPERSID":
-                pass
-            case "MARK":
-                marks.append(len(stack))
-            case "MEMOIZE" | "BINPUT" | "LONG_BINPUT":
-                memo[len(memo) if value is None else value] = stack[-1]
-            case "BINGET" | "LONG_BINGET":
-                stack.append(memo[value])
-            case "NONE" | "NEWTRUE" | "NEWFALSE":
-                stack.append(dict(NONE=None, NEWTRUE=True, NEWFALSE=False)[opcode.name])
-            case ("BININT" | "BININT1" | "BININT2" | "LONG1" | "BINFLOAT" | "BINUNICODE"
-                  | "SHORT_BINUNICODE" | "BINBYTES" | "SHORT_BINBYTES" | "BINBYTES8"):
-                stack.append(value)
-            case "EMPTY_DICT":
-                stack.append({})
-            case "EMPTY_LIST" | "EMPTY_SET":
-                stack.append([])
-            case "EMPTY_TUPLE" | "TUPLE1" | "TUPLE2" | "TUPLE3" | "TUPLE":
-                counts = dict(EMPTY_TUPLE=0, TUPLE1=1, TUPLE2=2, TUPLE3=3)
-                stack.append(tuple(taken(counts.get(opcode.name))))
-            case "APPEND" | "APPENDS" | "ADDITEMS":
-                items = taken(1 if opcode.name == "APPEND" else None)
-                list.extend(stack[-1], items)
-            case "SETITEM" | "SETITEMS":
-                items = taken(2 if opcode.name == "SETITEM" else None)
-                if not all(type(key) is str and len(key) < 100 for key in items[::2]):
-                    raise ValueError("has a dictionary of other keys than names")
-                dict.update(stack[-1], zip(items[::2], items[1::2], strict=True))
-            case "GLOBAL" | "STACK_GLOBAL":
-                name = ".".join(value.split(" ") if opcode.name == "GLOBAL" else taken(2))
-                if name not in EDM_NAMES:
-                    raise ValueError(f"names {name!r:.200}, which no EDM checkpoint does; refused")
-                stack.append(Call(name, (), {}))
-            case "REDUCE" | "NEWOBJ":
-                call, args = taken(2)
-                if type(call) is not Call or type(args) is not tuple:
-                    raise TypeError("calls no function, or with something else than arguments")
-                name = call.name
-                empty = name in DICTIONARIES and args == ()
-                stack.append({} if empty else Call(name, args, {}))
-            case "BUILD":
-                state = stack.pop()
-                stack[-1].state.update(state=state)
-            case name:
-                raise ValueError(f"has the opcode {name}, which no EDM checkpoint does; refused")
-    return stack.pop()
-
-
-def brief(value):
-    """A value for a message; of what a file may have made without end, its type."""
-    return reprlib.repr(value) if type(value) in (str, int, float, bool) else type(value).__name__
-
-
-def state_of(module):
-    """Class name (of EDM's own) and state of a module."""
-    if module.name == "torch.nn.modules.container.ModuleDict":
-        return None, module.state["state"]
-    if module.name != "torch_utils.persistence._reconstruct_persistent_obj":
-        raise ValueError(f"has a {module.name} for a module")
-    meta, = module.args
-    return meta["class_name"], meta["state"]
-
-
-def tensor_of(call):
-    """The float32 tensor of a Call to make one; ValueError if it would reach out of its storage."""
-    while call.name.startswith("torch._utils._rebuild_parameter"):
-        call = call.args[0]
-    (kind, (content,), _), offset, size, stride, *_ = call.args
-    if (call.name, kind) != ("torch._utils._rebuild_tensor_v2", "torch.storage._load_from_bytes"):
-        raise ValueError(f"has a {call.name} of another kind for a tensor")
-    if type(content) is Call and content.name == "_codecs.encode":
-        content = content.args[0].encode("latin1")  # pickle 2 has no bytes
-    file = io.BytesIO(content)
-    *_, (_, dtype, _, _, count, _), _ = (read_pickle(file) for _ in range(5))
-    if dtype.name != "torch.FloatStorage" or struct.unpack("<q", file.read(8)) != (count,):
-        raise ValueError("has a storage of another type than float32")
-    if not all(type(n) is int and 0 <= n < 2**31 for n in (offset, *size, *stride)):
-        raise ValueError("has a tensor with no possible shape")
-    storage = np.frombuffer(content, "<f4", count, file.tell())
-    if len(size) > 4 or not 0 < math.prod(size) <= count:
-        raise ValueError("has a tensor that does not fit its storage")
-    return torch.as_strided(torch.from_numpy(storage.copy()), size, stride, offset)
-
-
-def tensors_of(module, prefix=""):
-    """Yield name and tensor of a module's parameters and buffers and those of all within it."""
-    _, state = state_of(module)
-    for part in ("_parameters", "_buffers", "_modules"):
-        while state[part]:  # taken out, so that none is met twice
-            name, value = state[part].popitem()
-            if value is not None and part == "_modules":
-                yield from tensors_of(value, f"{prefix}{name}.")
-            elif value is not None:
-                yield prefix + name, tensor_of(value)
+    def find_class(self, module, name):
+        if f"{module}.{name}" not in self.NAMES:
+            raise ValueError(f"names {module}.{name}, which no EDM checkpoint does; refused")
+        return self.NAMES[f"{module}.{name}"]
 
 
 # What both of EDM's networks are made of here, and what each is by default.
 EDM_FIXED = dict(embedding_type="positional", encoder_type="standard", decoder_type="standard",
-                 resample_filter=[1, 1], channel_mult_noise=1, channel_mult_emb=4,
-                 sigma_data=SIGMA_DATA)
+                 resample_filter=[1, 1], channel_mult_noise=1, channel_mult_emb=4)
 EDM_DEFAULTS = {
     "SongUNet": dict(label_dim=0, model_channels=128, channel_mult=[1, 2, 2, 2], num_blocks=4,
                      attn_resolutions=[16]),
@@ -381,54 +202,47 @@ EDM_DEFAULTS = {
 }
 
 
+def edm_weights(module, prefix="net."):
+    """Yield name and float32 tensor of a module's parameters and those within it."""
+    state = module["state"] if isinstance(module, dict) else vars(module)
+    for name, value in state["_parameters"].items():
+        if value is not None:
+            yield prefix + name, value.detach().float()
+    for name, part in state["_modules"].items():
+        yield from edm_weights(part, f"{prefix}{name}.")
+
+
 def load_edm(path):
     """A checkpoint of NVlabs/edm as the dictionary that load() returns, executing nothing from it.
 
-    Only the EMA network's constructor arguments and float32 weights are taken out of the pickle;
-    the program text that it carries too is passed over. Raises ValueError if the file is missing,
-    of another kind or damaged.
+    Raises ValueError if the file is of another kind or damaged, OSError if it is missing.
     """
-    if not Path(path).is_file():
-        raise ValueError(f"{path}: no such checkpoint file; NVlabs/edm publishes them")
     try:
         with open(path, "rb") as file:
-            precond, state = state_of(read_pickle(file)["ema"])
-        net = state["_modules"]["model"]
-        model_type, given = state_of(net)[0], state_of(net)[1]["_init_kwargs"]
-        if precond != "EDMPrecond" or type(model_type) is not str \
-                or model_type not in EDM_DEFAULTS:
-            names = " of ".join(brief(name) for name in (precond, model_type))
-            raise ValueError(f"holds {names}; only EDMPrecond of SongUNet or DhariwalUNet is read")
-        found = dict(given, sigma_data=state["sigma_data"])
+            precond = EDMUnpickler(file).load()["ema"]
+        net = precond["state"]["_modules"]["model"]
+        kind, given = net["class_name"], net["state"]["_init_kwargs"]
+        if precond["class_name"] != "EDMPrecond" or kind not in EDM_DEFAULTS:
+            raise ValueError(f"holds {precond['class_name']} of {kind}; only EDMPrecond of SongUNet "
+                             "or DhariwalUNet is read")
         for name, fixed in EDM_FIXED.items():
-            if found.get(name, fixed) != fixed:
-                raise ValueError(f"its {name} is {brief(found[name])}; only {fixed} is read")
-        network = {name: given.get(name, default)
-                   for name, default in EDM_DEFAULTS[model_type].items()}
-        network.update(model_type=model_type, img_resolution=given["img_resolution"],
+            if given.get(name, fixed) != fixed:
+                raise ValueError(f"its {name} is {given[name]}; only {fixed} is read")
+        network = {name: given.get(name, value) for name, value in EDM_DEFAULTS[kind].items()}
+        network.update(model_type=kind, img_resolution=given["img_resolution"],
                        img_channels=given["in_channels"])
-        weights, budget = {}, Path(path).stat().st_size
-        for name, tensor in tensors_of(net):
-            budget -= tensor.untyped_storage().nbytes()
-            if budget < 0 or len(name) > 1000:
-                raise ValueError("its weights share memory, or have names without end")
-            if not name.endswith("resample_filter"):
-                weights[f"net.{name}"] = tensor
-        weights.pop("net.map_augment.weight", None)  # of EDM's augmentations; samples have none
-        side, label_dim = network["img_resolution"], network["label_dim"]
-        classes = tuple(map(str, range(min(label_dim, 2**16)))) or ANY_CLASS
-        checkpoint = dict(kind="teacher", step=1, config={}, network=network, prediction="edm",
-                          schedule="lognormal", model=weights, autoencoder=None,
-                          data=dict(name=None, size=side, classes=classes, flip=False,
-                                    shape=(network["img_channels"], side, side)))
-        if not fits(checkpoint):
-            raise ValueError("its network's arguments do not fit each other")
-    except (ValueError, LookupError, TypeError, AttributeError, struct.error, RuntimeError,
-            OverflowError, MemoryError) as error:
-        reason = str(error) or type(error).__name__
+        weights = dict(edm_weights(net))
+    except OSError:
+        raise
+    except Exception as error:  # a damaged pickle raises whatever its bytes happen to say
         raise ValueError(f"{path}: not a checkpoint of NVlabs/edm that can be read, or damaged: "
-                         f"{reason:.400}") from error
-    return checkpoint
+                         f"{error}") from error
+    weights.pop("net.map_augment.weight", None)  # of EDM's augmentations; samples have none
+    classes = tuple(map(str, range(network["label_dim"]))) or ("all",)
+    return dict(kind="teacher", step=None, config={}, network=network, prediction="edm",
+                schedule="lognormal", model=weights, autoencoder=None,
+                data=dict(name=None, data_dir="data", size=network["img_resolution"], flip=False,
+                          shape=shape_of(network), classes=classes))
 
 
 # ---- any checkpoint as one function -------------------------------------------------------------
@@ -442,101 +256,84 @@ class Sampler(NamedTuple):
     shape: tuple      # of noise and x0: of an image, or of its latents
     name: str         # "teacher, 18 Heun steps"
     evaluations: int  # of the network per image
-    data: dict        # name, size, shape, classes; and data_dir and flip, which ONNX files lack
+    data: dict        # name, data_dir, size, shape, classes
     device: torch.device
     denoiser: nn.Module | None = None  # what x0 calls; none of an ONNX file
 
-    def images(self, noises, label):
-        return self.decode(self.x0(noises, label))
-
 
 def open_checkpoint(path, data=None, data_dir=None):
-    """load() or, of a .pkl, load_edm(): a checkpoint, with `data` as the images it was trained on.
+    """load() or, of a .pkl, load_edm(), with `data`, if given, as the images it was trained on.
 
     Raises ValueError if either does, if it holds an autoencoder, or `data` can't be these.
     """
     checkpoint = load_edm(path) if Path(path).suffix == ".pkl" else load(path)
     if checkpoint["kind"] == "autoencoder":
-        raise ValueError(f"{path}: holds an autoencoder; a teacher of its latents is trained by "
-                         f"python teacher.py --latent {path}, and it is measured by python "
-                         f"sample.py {path} --evaluate")
-    facts = checkpoint["data"]
-    if data is None or data == facts["name"]:
-        return checkpoint
-    if facts["name"] is not None:
-        at_new_place(facts, data, path)
-    where = str(Path(data_dir or DATA_DIR).resolve())
-    found = load_data(data, "train", where, facts["size"])
-    classes = checkpoint["network"]["label_dim"]
-    if facts["name"] is not None:
-        check_same(dict(facts, name=data), found)
-    if found.shape != facts["shape"] or classes not in (0, len(found.classes)):
-        raise ValueError(f"--data {data}: has {len(found.classes)} classes of images "
-                         f"{found.shape}; {path} has {classes} of {facts['shape']}")
-    named = found.classes if classes else ANY_CLASS
-    return dict(checkpoint, data=dict(facts, name=data, data_dir=where, classes=named))
+        raise ValueError(f"{path}: holds an autoencoder; train a teacher of its latents by python "
+                         f"teacher.py --latent {path}, or measure it by --evaluate")
+    facts = at_place(checkpoint["data"], data, data_dir)
+    if checkpoint["data"]["name"] is None and data:  # EDM's do not tell the names of their classes
+        found = load_data(data, "train", facts["data_dir"], facts["size"]).classes
+        if checkpoint["network"]["label_dim"] == len(found):
+            facts["classes"] = found
+    return dict(checkpoint, data=facts)
 
 
-def at_new_place(data, name, path):
-    """A file's data, found under another name if one is given; ValueError if it can't be these."""
-    if name is None:
-        return data
-    if name != data["name"] and not may_be_moved(name, data["name"]):
-        raise ValueError(f"--data {name}: {path} was trained on {data['name']}; leave it out")
-    return dict(data, name=name)
+def at_place(facts, data, data_dir):
+    """What a checkpoint tells of its data, found at another place if one is given."""
+    return dict(facts, name=data or facts["name"], data_dir=data_dir or facts.get("data_dir", "data"))
 
 
-def load_sampler(path, device=torch.device("cpu"), cfg=None):
+def load_images(facts, split):
+    """load_data() of the images that a checkpoint tells of; ValueError if they are others now."""
+    if facts["name"] is None:
+        raise ValueError("--data is missing: an EDM checkpoint does not tell what images it was "
+                         "trained on; give it, such as --data cifar10")
+    data = load_data(facts["name"], split, facts["data_dir"], facts["size"])
+    shape, classes = tuple(facts["shape"]), tuple(facts["classes"])
+    if data.shape != shape or classes not in (data.classes, ("all",)):
+        raise ValueError(f"--data {facts['name']}: has images {data.shape} of the classes "
+                         f"{', '.join(data.classes[:10])}; the checkpoint was trained on {shape} of "
+                         f"{', '.join(classes[:10])}")
+    return data
+
+
+def load_sampler(path, device="cpu", cfg=None):
     """Make a Sampler of a file of any kind, of a teacher as cfg, a Config, says.
 
     Raises ValueError if it is of none, or cfg has options that are only for teachers.
     """
-    cfg = cfg or Config(checkpoint=path)
-    how = {name: value for name in ("sampler", "steps", "guidance", *SAMPLER_OPTIONS)
-           if (value := getattr(cfg, name)) is not None}
+    cfg, device = cfg or Config(checkpoint=path), torch.device(device)
     if Path(path).suffix == ".onnx":
         sampler = onnx_sampler(path, device)
-        sampler = sampler._replace(data=at_new_place(sampler.data, cfg.data, path))
+        sampler = sampler._replace(data=at_place(sampler.data, cfg.data, cfg.data_dir))
     else:
         checkpoint = open_checkpoint(path, cfg.data, cfg.data_dir)
         denoiser = build(checkpoint, device)
         if checkpoint["kind"] == "teacher":
-            denoiser = guided(denoiser, how.pop("guidance", 1), checkpoint, path)
-            return teacher_sampler(denoiser, checkpoint, device, **how)
+            denoiser = guided(denoiser, cfg.guidance or 1, checkpoint)
+            return teacher_sampler(denoiser, checkpoint, device, cfg.sampler, cfg.steps)
         sampler = generator_sampler(denoiser, checkpoint, device)
-    if how and not cfg.beside:  # where they are for the other, if that is a teacher
-        name, value = how.popitem()
-        raise ValueError(f"{flag(name)} {value}: is for teachers; {path} is a generator of "
-                         f"{steps_of(sampler.evaluations)}")
+    for name in ("sampler", "steps", "guidance"):
+        if getattr(cfg, name) is not None and not cfg.beside:  # where they are for the other
+            raise ValueError(f"{flag(name)} {getattr(cfg, name)}: is for teachers; {path} is a "
+                             f"generator of {sampler.evaluations} step(s)")
     return sampler
 
 
-def name_of(data, path):
-    """The name of a checkpoint's data; ValueError if it doesn't tell and --data doesn't either."""
-    if data["name"] is None:
-        raise ValueError(f"--data is missing: {path} does not tell what images it was trained on; "
-                         "give it, such as --data cifar10")
-    if data["name"] not in KNOWN_DATA and not Path(data["name"]).is_dir():
-        raise ValueError(f"{path}: was trained on {data['name']}: no such folder; --data tells "
-                         "where it is")
-    return data["name"]
-
-
-def teacher_sampler(denoiser, checkpoint, device, sampler=None, steps=None, **options):
-    """A sampler of a teacher, which may be Guided; options are those of the kind of sampler."""
-    kind = SAMPLERS[sampler or SAMPLER]
-    steps = steps or kind.steps
-    name = f"teacher, {steps} {kind.title} steps"
-    evaluations = 2 * steps - 1 if kind.function is heun else steps
-    name += "".join(f", {option} {value:g}" for option, value in options.items())
+def teacher_sampler(denoiser, checkpoint, device, sampler=None, steps=None):
+    """A sampler of a teacher, which may be Guided."""
+    function, title, default, own = SAMPLERS[sampler or "heun"]
+    steps = steps or default
+    name, evaluations = f"teacher, {steps} {title} steps", 2 * steps - 1 if function is heun else steps
     if isinstance(denoiser, Guided):
         name, evaluations = f"{name}, guidance {denoiser.guidance:g}", 2 * evaluations
-    sigmas = sampling_sigmas(steps, checkpoint["schedule"], kind.own)
+    sigmas = sampling_sigmas(steps, checkpoint["schedule"], own)
 
     def x0(noises, label):
-        x = sigmas[0] * next(noises)
-        return kind.function(denoiser, x, sigmas, label, noises, **options)
-    return sampler_of(x0, name, evaluations, denoiser, checkpoint, device)
+        return function(denoiser, sigmas[0] * next(noises), sigmas, label, noises)
+    return Sampler(x0, codec_of(checkpoint["autoencoder"], device).decode,
+                   shape_of(checkpoint["network"]), name, evaluations, checkpoint["data"], device,
+                   denoiser)
 
 
 def generator_sampler(generator, checkpoint, device):
@@ -547,109 +344,52 @@ def generator_sampler(generator, checkpoint, device):
     def x0(noises, label):
         x = sigmas[0] * next(noises)
         return few_step(generator, x, sigmas, label, itertools.islice(noises, len(sigmas) - 1))
-    steps = len(sigmas)
-    return sampler_of(x0, f"generator, {steps_of(steps)}", steps, generator, checkpoint, device)
-
-
-def sampler_of(x0, name, evaluations, denoiser, checkpoint, device):
-    """A Sampler whose x0 are what a checkpoint's are."""
-    codec = codec_of(checkpoint["autoencoder"], device)
-    return Sampler(x0, codec.decode, shape_of(checkpoint["network"]), name, evaluations,
-                   checkpoint["data"], device, denoiser)
-
-
-def steps_of(count):
-    """A number of steps in words."""
-    return "1 step" if count == 1 else f"{count} steps"
+    return Sampler(x0, codec_of(checkpoint["autoencoder"], device).decode,
+                   shape_of(checkpoint["network"]), f"generator, {len(sigmas)} step(s)",
+                   len(sigmas), checkpoint["data"], device, generator)
 
 
 def onnx_sampler(path, device):
     """The sampler of a file of export.py, run by onnxruntime."""
     session, facts = onnx_session(path, device.type)
-    steps = facts["steps"]
+    steps, shape = facts["steps"], tuple(session.get_inputs()[0].shape[-3:])
 
     def images(noises, label):
         feed = dict(noise=exported_noise(noises, steps).cpu().numpy(), label=label.cpu().numpy())
-        try:
-            image = torch.from_numpy(session.run(["image"], feed)[0])
-        except Exception as error:  # onnxruntime's exceptions have no other base in common
-            raise ValueError(f"{path}: onnxruntime can't run it: {error}") from error
-        image = to_float(image.permute(0, 3, 1, 2)) if image.dtype == torch.uint8 else image
-        if image.shape != (len(label), *facts["data"]["shape"]):
-            raise ValueError(f"{path}: gives images of another shape than it tells of")
-        return image
-    shape = tuple(session.get_inputs()[0].shape[-3:])
-    return Sampler(images, Pixels().decode, shape, f"ONNX generator, {steps_of(steps)}", steps,
+        image = torch.from_numpy(session.run(["image"], feed)[0])
+        return to_float(image.permute(0, 3, 1, 2)) if image.dtype == torch.uint8 else image
+    return Sampler(images, Pixels.decode, shape, f"ONNX generator, {steps} step(s)", steps,
                    facts["data"], device)
 
 
-def onnx_session(path, device, provider_options=None, batch=None):
-    """An onnxruntime session of a file of export.py, on "cpu" or "cuda", and its metadata's facts.
+def exported_noise(noises, steps):
+    """Noise for an exported file, of fresh_noise(): [B, *shape], for K > 1 steps [K, B, *shape]."""
+    return torch.stack(list(itertools.islice(noises, steps))) if steps > 1 else next(noises)
 
-    It has as many threads as PyTorch. batch: the only size of its batches, if it is to be prepared
-    for one.
 
-    Raises ValueError if the file is missing or foreign, or onnxruntime did not load the provider.
+def onnx_session(source, device="cpu", **provider_options):
+    """An onnxruntime session of a file of export.py (a path, or its bytes) on "cpu" or "cuda", with
+    as many threads as PyTorch, and its metadata's facts.
+
+    Raises ValueError if the file is foreign, or onnxruntime did not load the provider.
     """
-    if not Path(path).is_file():
-        raise ValueError(f"{path}: no such file; export.py writes it")
-    if device == "cuda" and hasattr(onnxruntime, "preload_dlls"):
+    import onnxruntime
+    if device == "cuda":
         onnxruntime.preload_dlls()
-    providers = dict(cpu="CPUExecutionProvider", cuda="CUDAExecutionProvider")
-    if device not in providers:
-        raise ValueError(f"--device {device}: onnxruntime runs files of export.py on cpu and cuda")
-    provider = providers[device]
+    provider = dict(cpu="CPUExecutionProvider", cuda="CUDAExecutionProvider")[device]
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # errors are raised
     options.intra_op_num_threads = torch.get_num_threads()
-    if batch:
-        options.add_free_dimension_override_by_name("batch", batch)
-    content = Path(path).read_bytes()  # and not its name, which may not be UTF-8
+    name, content = ("", source) if isinstance(source, bytes) else (source, Path(source).read_bytes())
     try:
-        if not is_straight(onnx.load_from_string(content)):
-            raise ValueError("it has loops, branches, or weights in other files")
-        session = onnxruntime.InferenceSession(content, options, [
-            (provider, provider_options or {})], enable_fallback=0)
-    except Exception as error:  # onnxruntime's exceptions have no other base in common
-        raise ValueError(f"{path}: onnxruntime can't read it: {error}") from error
-    loaded = session.get_providers()  # get_available_providers() would tell what was compiled in
-    if provider not in loaded:
-        raise ValueError(f"--device {device}: onnxruntime did not load {provider}, only {loaded}")
-    try:
+        session = onnxruntime.InferenceSession(content, options, [(provider, provider_options)],
+                                               enable_fallback=0)
         facts = json.loads(session.get_modelmeta().custom_metadata_map["dmd2"])
-        ours = fits_graph(facts, session)
-    except (LookupError, ValueError, AttributeError, TypeError, RecursionError):
-        ours = False
-    if not ours:
-        raise ValueError(f"{path}: an ONNX file, but not one of export.py")
+    except Exception as error:  # onnxruntime's exceptions have no other base in common
+        raise ValueError(f"{name}: not a file of export.py, or damaged: {error}") from error
+    if provider not in session.get_providers():  # get_available_providers() tells what was compiled
+        raise ValueError(f"--device {device}: onnxruntime did not load {provider}")
     return session, facts
-
-
-def is_straight(model):
-    """Whether an ONNX model has neither loops nor branches, nor weights in other files."""
-    attributes = [attribute for node in model.graph.node for attribute in node.attribute]
-    tensors = [*model.graph.initializer, *(attribute.t for attribute in attributes)]
-    return not (model.functions or model.graph.sparse_initializer
-                or any(part.HasField("g") or part.graphs or part.HasField("sparse_tensor")
-                       or part.tensors or part.sparse_tensors for part in attributes)
-                or any(tensor.data_location or tensor.external_data for tensor in tensors))
-
-
-def fits_graph(facts, session):
-    """Whether the metadata of an exported file say what its graph takes and gives."""
-    data, steps = facts["data"], facts["steps"]
-    (noise, label), (image,) = session.get_inputs(), session.get_outputs()
-    order = (1, 2, 3) if image.type == "tensor(float)" else (3, 1, 2)
-    return (type(steps) is int and steps == len(facts["sigmas"]) > 0 and "size" in data
-            and type(data["classes"]) is list
-            and [image.shape[i] for i in order] == data["shape"]
-            and (noise.name, noise.type) == ("noise", "tensor(float)")
-            and (label.name, label.type) == ("label", "tensor(int64)")
-            and image.name == "image" and image.type in ("tensor(float)", "tensor(uint8)")
-            and len(noise.shape) == 4 + (steps > 1) and len(label.shape) == 1
-            and all(type(size) is int for size in (*data["shape"], *noise.shape[-3:]))
-            and len(data["classes"]) > 0 and type(data["name"]) is str
-            and all(type(name) is str for name in data["classes"]))
 
 
 def generate(sampler, label, seed, batch=BATCH):
@@ -657,6 +397,7 @@ def generate(sampler, label, seed, batch=BATCH):
 
     Batches are filled up to multiples of 16: at odd sizes the last bits come out differently, for
     kernels then add in another order. Several ranks share the work, and each gets all images.
+    Raises FloatingPointError if images are not finite.
     """
     batch, count = batch + -batch % 16, len(label) + -len(label) % 16
     shape, device = sampler.shape, sampler.device
@@ -664,18 +405,13 @@ def generate(sampler, label, seed, batch=BATCH):
     for start in progress(range(rank() * batch, count, ranks() * batch), sampler.name):
         part = F.pad(label, (0, count - len(label)))[start:start + batch]
         noises = (noise.to(device) for noise in fresh_noise(len(part), shape, seed, start))
-        images[start:start + batch] = uint8_images(sampler, noises, part.to(device))
+        image = sampler.decode(sampler.x0(noises, part.to(device)))
+        if not image.isfinite().all():
+            raise FloatingPointError(f"images are not finite, of the {sampler.name}")
+        images[start:start + batch] = to_uint8(image)
     if ranks() > 1:
         dist.all_reduce(images)
     return images[:len(label)].cpu()
-
-
-def uint8_images(sampler, noises, label):
-    """A sampler's images as uint8; FloatingPointError if they are not finite."""
-    image = sampler.images(noises, label)
-    if not image.isfinite().all():
-        raise FloatingPointError(f"images are not finite, of the {sampler.name}")
-    return to_uint8(image)
 
 
 # ---- features: a small classifier, its weights part of the protocol -----------------------------
@@ -702,12 +438,17 @@ def convolution(c_in, c_out, stride):
 
 
 def train_features(data, steps=1500, batch=128, device="cpu"):
-    """Train the feature network on the training images, each batch shifted by a few pixels."""
+    """Train the feature network on the training images, each batch shifted by a few pixels.
+
+    Of one class alone nothing can be told apart but by how far images are turned, so it learns that
+    (Gidaris et al. 2018).
+    """
     rng = seeded(FEATURES)
     torch.manual_seed(0)
-    images, labels = data.images, data.labels
+    images, labels, turns = data.images, data.labels, len(data.classes) == 1
     net = FeatureNet(images.shape[1], len(data.classes)).to(device)
-    optimizer = torch.optim.AdamW(net.parameters(), weight_decay=0.05)
+    head = nn.Linear(DIMENSIONS, 4).to(device) if turns else net.head
+    optimizer = torch.optim.AdamW([*net.body.parameters(), *head.parameters()], weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, steps)
     side, reach = images.shape[-1], max(1, images.shape[-1] // 9)
     for _ in progress(range(steps), "feature network"):
@@ -715,7 +456,11 @@ def train_features(data, steps=1500, batch=128, device="cpu"):
         dy, dx = torch.randint(-reach, reach + 1, (2,), generator=rng).tolist()
         x = F.pad(to_float(images[index]), (reach,) * 4, mode="replicate")
         x = x[:, :, reach + dy:reach + dy + side, reach + dx:reach + dx + side]
-        loss = F.cross_entropy(net(x.to(device))[1], labels[index].to(device), label_smoothing=0.1)
+        target = labels[index]
+        if turns:
+            target = torch.arange(batch) % 4
+            x = torch.stack([image.rot90(k, (1, 2)) for image, k in zip(x, target.tolist())])
+        loss = F.cross_entropy(head(net.body(x.to(device))), target.to(device), label_smoothing=0.1)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -723,38 +468,25 @@ def train_features(data, steps=1500, batch=128, device="cpu"):
     return net.eval().requires_grad_(False)
 
 
-def load_features(data, name, device="cpu"):
+def load_features(data, facts, device="cpu"):
     """The feature network for a data set, and the head of its SHA-256, to tell figures apart by.
 
     digits and mnist have theirs in assets/; for other data it is trained once, which takes a
-    minute or so, and kept in ~/.cache/dmd2. Raises ValueError if the file in assets/ was changed.
+    minute or so, and kept in data_dir.
     """
-    path = ASSETS / f"features_{name}.pt"
-    if name not in SHA256:
-        content = hashlib.sha256(data.images.numpy())
-        content.update(data.labels.numpy())
-        path = Path.home() / ".cache" / "dmd2" / f"features_{content.hexdigest()[:16]}.pt"
+    path = ASSETS / f"features_{facts['name']}.pt"
+    if facts["name"] not in ("digits", "mnist"):
+        content = hashlib.sha256(repr((data.shape, len(data.labels))).encode())
+        content.update(data.images[:1000].numpy().tobytes() + data.labels.numpy().tobytes())
+        path = Path(facts["data_dir"], f"features_{content.hexdigest()[:16]}.pt")
         with rank_0_first():
             if not path.exists():
-                tell(f"training a feature network for {name}; figures compare only with others "
-                     "that tell the same hash", error=True)
-                write_features(data, path, device)
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    if digest != SHA256.get(name, digest):
-        raise ValueError(f"{path}: SHA-256 {digest[:12]} is not {SHA256[name][:12]}; restore it")
+                tell(f"training a feature network for {facts['name']}, kept in {path}; figures "
+                     "compare only with others of the same hash", sys.stderr)
+                save(train_features(data, device=device).cpu().state_dict(), path)
     net = FeatureNet(data.images.shape[1], len(data.classes))
-    try:
-        net.load_state_dict(read(path, lambda weights: not not_finite(weights)))
-    except (ValueError, RuntimeError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: damaged; delete it, and it is made anew") from error
-    return net.to(device).eval().requires_grad_(False), digest[:12]
-
-
-def write_features(data, path, device="cpu"):
-    """Train a feature network and keep it at path."""
-    net = train_features(data, device=device)
-    save(net.cpu().state_dict(), path)
-    print(f"wrote {path}, SHA-256 {hashlib.sha256(path.read_bytes()).hexdigest()}", file=sys.stderr)
+    net.load_state_dict(torch.load(path, weights_only=True))
+    return net.to(device).eval(), hashlib.sha256(path.read_bytes()).hexdigest()[:12]
 
 
 # ---- quality ------------------------------------------------------------------------------------
@@ -769,27 +501,17 @@ class Reference(NamedTuple):
     protocol: str
 
 
-def load_images(facts, split, data_dir=None, stream=None):
-    """load_data() of the images that a checkpoint tells of; ValueError if they are others now."""
-    where = data_dir or facts.get("data_dir", DATA_DIR)  # an exported file doesn't tell
-    data = load_data(facts["name"], split, where, facts["size"], stream)
-    check_same(facts, data)
-    return data
-
-
-def load_reference(facts, data_dir=None, device="cpu", stream=None):
+def load_reference(facts, device="cpu"):
     """Read a checkpoint's data and make the Reference to evaluate against, with held-out images."""
-    name = facts["name"]
-    data, held_out = (load_images(facts, split, data_dir, stream).in_memory()
-                      for split in ("train", "test"))
+    data, held_out = (load_images(facts, split) for split in ("train", "test"))
     if len(held_out.images) <= NEIGHBOURS:
-        raise ValueError(f"{name}: {len(held_out.images)} held-out images are too few to evaluate "
-                         f"against; at least {NEIGHBOURS + 1} are needed, or for dmd2.py "
+        raise ValueError(f"{facts['name']}: {len(held_out.images)} held-out images are too few to "
+                         f"evaluate against; at least {NEIGHBOURS + 1} are needed, or for dmd2.py "
                          "--evaluate-every 0")
-    net, digest = load_features(data, name, device)
+    net, digest = load_features(data, facts, device)
     order = torch.randperm(len(data.images), generator=seeded(SUBSET))  # a prefix is a fair sample
     features = torch.cat([extract(net, data.images[part])[0] for part in order.split(1000)])
-    protocol = f"reference {len(features)} training images of {name}, feature network {digest}"
+    protocol = f"reference {len(features)} training images of {facts['name']}, feature network {digest}"
     reference = Reference(net, features, data.labels[order], {}, protocol)
     floor = evaluate(held_out.images, held_out.labels, reference)
     del floor["precision"], floor["recall"]  # of so few images they compare with no others
@@ -856,51 +578,45 @@ def measure(sampler, reference, n, seed, batch=BATCH):
     return evaluate(generate(sampler, label, seed, batch), label, reference)
 
 
-def report(runs, reference, of_what):
-    """Figures of evaluate(), of several runs: mean, spread, floor, ratio and protocol, as one dict.
-
-    of_what  what was measured, in words
-    """
-    columns = {name: [run[name] for run in runs] for name in runs[0]}
-    mean = {name: statistics.mean(values) for name, values in columns.items()}
-    spread = {name: statistics.stdev(values) if len(values) > 1 else None
-              for name, values in columns.items()}
-    return dict(mean=mean, spread=spread, floor=reference.floor,
-                protocol=f"{of_what}; {reference.protocol}",
-                ratio_to_floor=(mean["frechet_distance"]
-                                / max(reference.floor["frechet_distance"], 1e-12)))
-
-
 def summary(figures):
     """Figures of evaluate() in a line."""
     return ", ".join(f"{title} {figures[name]:.3f}" for name, title in TITLES.items())
 
 
-def table(result):
-    """The text that shows a report() to a person."""
-    lines = [f"{'':20}{'samples':>9}{'spread':>9}{'floor':>9}   "
-             f"(floor: the {result['floor']['n']} held-out real images)"]
+def report(runs, reference, of_what):
+    """Print figures of evaluate(), of several runs: mean, spread and floor, then all as JSON.
+
+    of_what  what was measured, in words
+    """
+    columns = {name: [run[name] for run in runs] for name in runs[0]}
+    mean = {name: statistics.mean(values) for name, values in columns.items()}
+    spread = {name: statistics.stdev(values) if len(runs) > 1 else None
+              for name, values in columns.items()}
+    floor = reference.floor
+    lines = [f"{'':20}{'samples':>9}{'spread':>9}{'floor':>9}   (floor: the {floor['n']} held-out "
+             "real images)"]
     for name, title in TITLES.items():
-        cells = [column.get(name) for column in (result["mean"], result["spread"], result["floor"])]
+        cells = [mean[name], spread[name], floor.get(name)]
         lines.append(f"{title:20}" + "".join("        -" if cell is None else f"{cell:9.4f}"
                                              for cell in cells))
-    lines.append(f"{'ratio to the floor':20}{result['ratio_to_floor']:9.2f}")
-    if "psnr" in result:
-        lines.append(f"{'PSNR, dB':20}{result['psnr']:9.2f}")
-    return "\n".join(lines)
+    tell("\n".join(lines))
+    tell(json.dumps(dict(mean=mean, spread=spread, floor=floor,
+                         protocol=f"{of_what}; {reference.protocol}")))
 
 
-# ---- output -------------------------------------------------------------------------------------
+# ---- output and pictures ------------------------------------------------------------------------
 
 def read_labels(text, classes):
-    """Class numbers of "3,3,7", or of class names; ValueError naming the one that is neither."""
-    numbers = []
+    """Class numbers of names such as "cat,dog", or, where no name is a number, of numbers.
+
+    Raises ValueError naming the one that is neither.
+    """
+    numbered, numbers = not any(name.isdecimal() for name in classes), []
     for word in map(str.strip, text.split(",")):
-        number = classes.index(word) if word in classes else int(word) if word.isdecimal() else -1
-        if not 0 <= number < len(classes):
-            raise ValueError(f"--labels {text}: {word!r} is no class; there are 0 to "
-                             f"{len(classes) - 1}, or by name {', '.join(classes[:10])}")
-        numbers.append(number)
+        if word not in classes and not (numbered and word.isdecimal() and int(word) < len(classes)):
+            raise ValueError(f"--labels {text}: {word!r} is no class; there are "
+                             f"{', '.join(classes[:20])}")
+        numbers.append(classes.index(word) if word in classes else int(word))
     return torch.tensor(numbers)
 
 
@@ -909,63 +625,45 @@ def padded(images, count):
     return F.pad(images, (0, 0) * 3 + (0, count - len(images)), value=255)
 
 
-@on_rank_0
 def write_images(images, label, classes, out):
     """Write images uint8 [N, C, H, W] as a grid (.png), arrays (.npz), or PNG files in a folder."""
-    out = Path(out)
-    if out.suffix == ".png":
-        groups = [(classes[c], images[label == c]) for c in label.unique().tolist()]
-        width = max(len(group) for _, group in groups)
-        rows = torch.stack([padded(group, width) for _, group in groups])
-        save_grid(rows, [name for name, _ in groups], out)
-        return
     pixels = images.permute(0, 2, 3, 1).numpy()
-    if out.suffix == ".npz":
-        with replacing(out) as path:
-            np.savez_compressed(path, images=pixels, labels=label.numpy())
-        return
-    for i, (image, c) in enumerate(zip(pixels, label.tolist())):
-        with replacing(out / f"{i:05d}_{c}.png", sync=False) as path:
-            Image.fromarray(image.squeeze()).save(path)
+    if out.suffix == ".png":
+        groups = {classes[c]: images[label == c] for c in label.unique().tolist()}
+        width = max(map(len, groups.values()))
+        save_grid(torch.stack([padded(group, width) for group in groups.values()]), list(groups), out)
+    elif out.suffix == ".npz":
+        with replacing(out) as file:
+            np.savez_compressed(file, images=pixels, labels=label.numpy())
+    else:
+        out.mkdir(parents=True)
+        for i, (image, c) in enumerate(zip(pixels, label.tolist())):
+            Image.fromarray(image.squeeze()).save(out / f"{i:05d}_{c}.png")
 
 
-# ---- pictures -----------------------------------------------------------------------------------
-
-def save_beside(blocks, names, path, columns=5):
-    """Write blocks, each a title and images uint8 [rows * columns, C, H, W], side by side."""
-    grids = [images.unflatten(0, (len(names), columns)) for _, images in blocks]
-    gap = torch.full_like(grids[0][:, :1], 255)
-    rows = torch.cat([part for grid in grids for part in (grid, gap)][:-1], dim=1)
-    titles = [""] * rows.shape[1]
-    for i, (title, _) in enumerate(blocks):
-        titles[i * (columns + 1) + columns // 2] = title
-    save_grid(rows, names, path, titles)
-
-
-def compare(cfg, sampler, out):
+def compare(cfg, sampler, columns=5):
     """The picture real | second checkpoint | first checkpoint, a row per class (the first 10)."""
     other, data = load_sampler(cfg.beside, sampler.device, cfg), sampler.data
-    name_of(other.data, cfg.beside)
-    if "teacher" not in sampler.name + other.name:  # this raises if options of teachers were given
-        load_sampler(cfg.checkpoint, sampler.device, dataclasses.replace(cfg, beside=None))
     if any(tuple(other.data[key]) != tuple(data[key]) for key in ("shape", "classes")):
         raise ValueError(f"--beside {cfg.beside}: has images of other shape or classes than "
                          f"{cfg.checkpoint}; give two checkpoints of the same data")
-    name_of(data, cfg.checkpoint)
-    real = load_images(data, "train", cfg.data_dir)
-    classes, columns = real.classes[:10], 5
-    label = torch.arange(len(classes)).repeat_interleave(columns)
-    shown = [real.images[(real.labels == c).nonzero()[:columns, 0]] for c in range(len(classes))]
-    shown = torch.cat([padded(images, columns) for images in shown])
-    blocks = [(s.name, generate(s, label, cfg.seed, cfg.batch)) for s in (other, sampler)]
-    save_beside([("real", shown), *blocks], classes, out, columns)
+    real = load_images(data, "train")
+    names = real.classes[:10]
+    label = torch.arange(len(names)).repeat_interleave(columns)
+    shown = [padded(real.images[(real.labels == c).nonzero()[:columns, 0]], columns)
+             for c in range(len(names))]
+    blocks = {"real": torch.cat(shown), **{s.name: generate(s, label, cfg.seed, cfg.batch)
+                                           for s in (other, sampler)}}
+    grids = [images.unflatten(0, (len(names), columns)) for images in blocks.values()]
+    gap = torch.full_like(grids[0][:, :1], 255)
+    titles = [title if i == columns // 2 else "" for title in blocks for i in range(columns + 1)]
+    rows = torch.cat([part for grid in grids for part in (grid, gap)], dim=1)
+    save_grid(rows[:, :-1], names, cfg.out, titles[:-1])
 
 
-def save_trajectory(sampler, label, seed, out):
-    """Write what a sampler's denoiser was given and what it made of it, as columns of noise levels.
-
-    They are STRIP_COLUMNS at most, evenly spread over its calls, the first and last among them.
-    """
+def save_trajectory(sampler, label, seed, out, columns=10):
+    """Write what a sampler's denoiser was given and what it made of it, as columns of noise levels,
+    evenly spread over its calls, the first and last among them."""
     if sampler.denoiser is None:
         raise ValueError("--trajectory: an ONNX file tells its images only; give the generator.pt")
     calls = []
@@ -974,8 +672,7 @@ def save_trajectory(sampler, label, seed, out):
     noises = (noise.to(sampler.device) for noise in fresh_noise(len(label), sampler.shape, seed))
     sampler.x0(noises, label.to(sampler.device))
     hook.remove()
-    columns = min(len(calls), STRIP_COLUMNS)
-    shown = [calls[round(i)] for i in np.linspace(0, len(calls) - 1, columns)]
+    shown = [calls[round(i)] for i in np.linspace(0, len(calls) - 1, min(len(calls), columns))]
     rows = [[sampler.decode((x / (1 + sigma.view(-1, 1, 1, 1))).float()),
              sampler.decode(x0_hat.float())] for x, sigma, x0_hat in shown]
     images = torch.stack([torch.stack(pair) for pair in rows]).permute(2, 1, 0, 3, 4, 5)
@@ -984,101 +681,82 @@ def save_trajectory(sampler, label, seed, out):
     save_grid(to_uint8(images.flatten(0, 1)), names, out, titles)
 
 
-def slerp(a, b, t):
-    """Noise between noises a and b [*shape], on the arc between them (White 2016), t in [0, 1].
+def save_map(cfg, sampler):
+    """Write real and generated images as dots in a plane of their features, a colour per class.
 
-    On the straight line it would have less variance than noise has.
+    The plane is that of UMAP (McInnes et al. 2018) where umap-learn is installed, or else of PCA.
     """
-    angle = torch.acos(F.cosine_similarity(a.flatten(), b.flatten(), 0).clamp(-1, 1))
-    return (torch.sin((1 - t) * angle) * a + torch.sin(t * angle) * b) / torch.sin(angle)
-
-
-def save_interpolation(sampler, label, seed, out):
-    """Write a row per label: images of the noises between two, in STRIP_COLUMNS steps."""
-    steps, rows = torch.linspace(0, 1, STRIP_COLUMNS).tolist(), []
-    for i, c in enumerate(label.tolist()):
-        ends = zip(fresh_noise(1, sampler.shape, seed, i),
-                   fresh_noise(1, sampler.shape, seed, len(label) + i))
-        noises = (torch.cat([slerp(a, b, t) for t in steps]).to(sampler.device) for a, b in ends)
-        rows.append(uint8_images(sampler, noises, torch.full((len(steps),), c).to(sampler.device)))
-    names = [sampler.data["classes"][c] for c in label.tolist()]
-    save_grid(torch.stack(rows), names, out)
-
-
-def save_map(cfg, sampler, out):
-    """Write real and generated images as dots in a plane of their features, a colour per class."""
-    name_of(sampler.data, cfg.checkpoint)
-    reference = load_reference(sampler.data, cfg.data_dir, sampler.device)
+    import matplotlib
+    from matplotlib.figure import Figure
+    reference, classes = load_reference(sampler.data, sampler.device), sampler.data["classes"]
     n = min(cfg.n or MAP_N, len(reference.labels))
-    if n < (cfg.n or 0):
-        tell(f"--n {cfg.n}: shows {n}, for there are no more real images", error=True)
-    label = reference.labels[:n].clamp(max=len(sampler.data["classes"]) - 1)  # 0 if unconditional
+    label = reference.labels[:n].clamp(max=len(classes) - 1)  # 0 if unconditional
     features, _ = extract(reference.net, generate(sampler, label, cfg.seed, cfg.batch))
-    save_plane({"real": (reference.features[:n], label), sampler.name: (features, label)},
-               sampler.data["classes"], out, umap=True)
+    features = torch.cat([reference.features[:n], features]).double()
+    try:
+        from umap import UMAP
+        kind, points = "UMAP", UMAP(random_state=0, n_jobs=1).fit_transform(features.numpy())
+    except ModuleNotFoundError:
+        u, s, _ = torch.linalg.svd(features - features.mean(0), full_matrices=False)
+        kind, points = "PCA", (u * s)[:, :2].numpy()
+    figure = Figure(figsize=(9.4, 4.4), layout="constrained")
+    colours = matplotlib.colormaps["tab10" if len(classes) <= 10 else "turbo"].resampled(len(classes))
+    panels = figure.subplots(1, 2, sharex=True, sharey=True)
+    for panel, name, part in zip(panels, ("real", sampler.name), (points[:n], points[n:])):
+        for c in label.unique().tolist():
+            x, y = part[(label == c).numpy()].T
+            panel.scatter(x, y, 3, [colours(c)], label=classes[c].replace("$", r"\$"))
+        panel.set(title=f"{name} ({kind})", xticks=[], yticks=[])
+    if len(classes) <= 10:
+        panels[1].legend(loc="center left", bbox_to_anchor=(1, 0.5), markerscale=3)
+    figure.savefig(cfg.out, dpi=90)
 
 
 # ---- main ---------------------------------------------------------------------------------------
 
-def measured(cfg, device):
-    """The report() of --evaluate: of samples at several seeds or, of an autoencoder, of what it
-    makes of the held-out images, with their PSNR."""
-    path = cfg.checkpoint
-    other = Path(path).suffix in (".onnx", ".pkl")
-    if not other and (checkpoint := load(path))["kind"] == "autoencoder":
-        for name in ("n", "guidance", "sampler", "steps", *SAMPLER_OPTIONS):
-            if getattr(cfg, name) is not None:
-                raise ValueError(f"{flag(name)} {getattr(cfg, name)}: {path} holds an autoencoder, "
-                                 "of which all held-out images are evaluated; leave it out")
-        facts = at_new_place(checkpoint["data"], cfg.data, path)
-        name_of(facts, path)
-        reference = load_reference(facts, cfg.data_dir, device)
-        held_out = load_images(facts, "test", cfg.data_dir).in_memory()
-        codec = build(checkpoint, device)
-        decoded = to_uint8(torch.cat([codec.reconstruct(to_float(part.to(device))).cpu()
-                                      for part in held_out.images.split(cfg.batch)]))
-        figures = evaluate(decoded, held_out.labels, reference)
-        result = report([figures], reference, f"{len(decoded)} reconstructions of held-out images")
-        return dict(result, psnr=psnr(to_float(decoded), to_float(held_out.images)))
-    sampler = load_sampler(path, device, cfg)
-    name_of(sampler.data, path)
-    reference = load_reference(sampler.data, cfg.data_dir, device)
-    n, seeds = cfg.n or EVALUATE_N, range(cfg.seed, cfg.seed + cfg.seeds)
-    runs = [measure(sampler, reference, n, seed, cfg.batch) for seed in seeds]
-    return report(runs, reference, f"{n} samples, {sampler.name}, EMA weights, "
-                  f"{sampler.evaluations} function evaluation(s), seeds "
-                  f"{', '.join(map(str, seeds))}")
+def report_autoencoder(checkpoint, cfg, device):
+    """report() what an autoencoder makes of the held-out images."""
+    facts, codec = at_place(checkpoint["data"], cfg.data, cfg.data_dir), build(checkpoint, device)
+    reference, held_out = load_reference(facts, device), load_images(facts, "test")
+    images = to_uint8(torch.cat([codec.reconstruct(to_float(part.to(device))).cpu()
+                                 for part in held_out.images.split(cfg.batch)]))
+    report([evaluate(images, held_out.labels, reference)], reference,
+           f"{len(images)} reconstructions of held-out images, PSNR "
+           f"{psnr(to_float(images), to_float(held_out.images)):.2f} dB")
 
 
 def main(argv=None):
-    cfg = parse(Config, argv, __doc__)
-    if cfg.train_features:
-        path = Path(cfg.out or ASSETS / f"features_{cfg.train_features}.pt")
-        write_features(load_data(cfg.train_features, "train", cfg.data_dir or DATA_DIR), path)
-        return
-    on_cpu = cfg.device == "auto" and Path(cfg.checkpoint).suffix == ".onnx"
-    device = pick_device("cpu" if on_cpu else cfg.device)
-    if cfg.evaluate:
-        result = measured(cfg, device)
-        tell(f"{table(result)}\n{json.dumps(result)}")
-        return
-    sampler, out = load_sampler(cfg.checkpoint, device, cfg), cfg.out or "samples.png"
+    cfg = parse(Config, argv, __doc__.split("\n\nA checkpoint")[0])
+    onnx, device = Path(cfg.checkpoint).suffix == ".onnx", cfg.device
+    device = pick_device("cpu" if onnx and device == "auto" else device)
+    if cfg.evaluate and Path(cfg.checkpoint).suffix == ".pt":
+        checkpoint = load(cfg.checkpoint)
+        if checkpoint["kind"] == "autoencoder":
+            return report_autoencoder(checkpoint, cfg, device)
+    sampler, out = load_sampler(cfg.checkpoint, device, cfg), Path(cfg.out)
     classes = tuple(sampler.data["classes"])
+    if cfg.evaluate:
+        reference = load_reference(sampler.data, device)
+        n, seeds = cfg.n or EVALUATE_N, range(cfg.seed, cfg.seed + cfg.seeds)
+        runs = [measure(sampler, reference, n, seed, cfg.batch) for seed in seeds]
+        return report(runs, reference, f"{n} samples, {sampler.name}, EMA weights, "
+                      f"{sampler.evaluations} function evaluation(s), seeds {[*seeds]}")
+    if out.suffix not in (".png", ".npz", "") or out.is_dir():
+        raise ValueError(f"--out {out}: must end in .png or .npz, or be a folder that is not there "
+                         "yet, so that it holds these images only")
     asked = read_labels(cfg.labels, classes) if cfg.labels else torch.arange(len(classes))
-    rows = (STRIP_ROWS if cfg.trajectory else min(10, len(classes)) if cfg.interpolate else
-            10 * len(classes))
-    n = cfg.n or (len(asked) if cfg.labels else rows)
+    n = cfg.n or (len(asked) if cfg.labels else 4 if cfg.trajectory else 10 * len(classes))
     label = asked[torch.arange(n) % len(asked)]
     if cfg.beside:
-        compare(cfg, sampler, out)
+        compare(cfg, sampler)
     elif cfg.trajectory:
         save_trajectory(sampler, label, cfg.seed, out)
-    elif cfg.interpolate:
-        save_interpolation(sampler, label, cfg.seed, out)
     elif cfg.map:
-        save_map(cfg, sampler, out)
+        save_map(cfg, sampler)
     else:
-        write_images(generate(sampler, label, cfg.seed, cfg.batch), label, classes, out)
+        images = generate(sampler, label, cfg.seed, cfg.batch)
+        if rank() == 0:
+            write_images(images, label, classes, out)
     tell(f"wrote {out}")
 
 
