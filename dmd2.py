@@ -12,26 +12,26 @@ generators of several steps. In reading order: options, the distribution-matchin
 the generator's steps, DMD's regression loss, pictures, the best generator, training.
 """
 
+import copy
 import dataclasses
 import functools
 import hashlib
 import itertools
 import re
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sample import (BATCH, TITLES, few_step, generator_sampler, guided, load_images, load_reference,
-                    measure, open_checkpoint, summary, teacher_sampler)
+from sample import (BATCH, TITLES, few_step, guided, load_images, load_reference, make_sampler,
+                    measure, open_checkpoint, summary)
 from teacher import (GENERATOR, PREDICTIONS, SIGMA_MAX, SIGMA_MIN, TRAINED_STEP, Descent, Draw, Run,
-                     TrainingOptions, __version__, arg, batch_at, build, codec_of, due, encoded, flag, frozen,
-                     group_norm, load, lowest_quantile, parse, parts_of, pick_device, prepare,
-                     progress, quantile_of, rank, rank_0_first, rate_at, run_script, save, save_grid,
-                     seeded, shape_of, sigma_at, tell, to_uint8, training_batches, unit_error,
-                     unit_noise, update_ema)
+                     TrainingOptions, __version__, arg, batch_at, build, codec_of, due, encoded,
+                     flag, group_norm, load, lowest_quantile, parse, parts_of, pick_device, prepare,
+                     progress, quantile_of, rank, rank_0_first, rate_at, run_script, save,
+                     save_grid, seeded, shape_of, sigma_at, tell, to_uint8, training_batches,
+                     unit_error, unit_noise, update_ema)
 
 # What of dmd2.py depends on the data: it fills the options that were not given.
 RECIPES = {
@@ -63,47 +63,38 @@ INHERITED = ("network", "prediction", "schedule", "autoencoder", "data")  # from
 class Config(TrainingOptions):
     """Options of dmd2.py; recipe() gives those that are left at None."""
 
-    teacher: str = arg(None, "checkpoint to distil, of teacher.py or of NVlabs/edm (.pkl)",
-                       free=True)
-    data: str = arg(None, "what images an EDM checkpoint was trained on, such as cifar10, or where "
-                          "a folder is now", free=True)
+    teacher: str = arg(None, "checkpoint to distil, of teacher.py or NVlabs/edm (.pkl)", free=True)
+    data: str = arg(None, "what an EDM checkpoint was trained on, such as cifar10, or where a folder "
+                          "is now", free=True)
     out: str = arg("runs/dmd2", "folder of the run")
     fake_steps: int = arg(None, "updates of the fake score per update of the generator: the two "
                                 "time-scale rule (default: by data)", low=1)
     lr: float = arg(None, "learning rate of the generator (default: by data)", low=0, high=1)
-    fake_lr: float = arg(None, "learning rate of the fake score (default: by data)", low=0,
-                         high=1)
-    conditioning_sigma: float = arg(None, "noise level at which the generator begins (default: "
-                                          "by the teacher's prediction)",
-                                    low=SIGMA_MIN, high=SIGMA_MAX)
+    fake_lr: float = arg(None, "learning rate of the fake score (default: by data)", low=0, high=1)
+    conditioning_sigma: float = arg(None, "noise level at which the generator begins (default: by "
+                                          "prediction)", low=SIGMA_MIN, high=SIGMA_MAX)
     student_steps: int = arg(1, "steps in which the generator makes an image", (1, 2, 4))
     backward_simulation: bool = arg(True, "with several steps: train each on what the steps before "
                                           "it make of noise, not on real images with noise")
-    dm_weight: float = arg(1.0, "weight of the distribution-matching loss; 0 for the GAN only",
-                           low=0)
-    dm_range: str = arg(None, "noise levels of the distribution-matching loss, as quantiles of the "
-                              "karras schedule (default: by data and the teacher's prediction)")
-    fake_weight: float = arg(1.0, "weight of the fake score's loss", low=0)
-    fake_range: str = arg("0,1", "noise levels of the fake score's loss, likewise")
+    dm_weight: float = arg(1.0, "of the distribution-matching loss; 0 for the GAN only", low=0)
+    dm_range: str = arg(None, "its noise levels, as quantiles of the karras schedule (default: by "
+                              "data and prediction)")
+    fake_weight: float = arg(1.0, "of the fake score's loss", low=0)
+    fake_range: str = arg("0,1", "its noise levels, likewise")
     guidance: float = arg(1.0, "classifier-free guidance of the teacher; 1 is none", low=0)
-    gan_weight: float = arg(0.001, "weight of the generator's GAN loss; 0 turns the GAN off",
-                            low=0)
+    gan_weight: float = arg(0.001, "of the generator's GAN loss; 0 turns the GAN off", low=0)
     gan_features: str = arg("fake", "whose encoder the discriminator sees by: the fake score's, "
                                     "which it then trains too, or the frozen teacher's",
                             ("fake", "teacher"))
     gan_noise: bool = arg(True, "show the discriminator images with noise (diffusion GAN)")
     gan_range: str = arg("0,1", "noise levels of the discriminator's images, likewise")
-    discriminator_weight: float = arg(0.01, "weight of the discriminator's loss beside the fake "
-                                            "score's, with which it shares an encoder",
-                                      low=0)
-    regression_weight: float = arg(0.0, "weight of DMD's regression loss, on pairs of noise and "
-                                        "the teacher's image (of one step only); 0 turns it off",
-                                   low=0)
-    regression_distance: str = arg("mse", "distance of the regression loss; lpips needs its "
-                                          "package, which downloads VGG's weights",
-                                   ("mse", "lpips"))
-    pairs: int = arg(10000, "pairs for the regression loss, made before training and kept in the "
-                            "run's folder", low=1)
+    discriminator_weight: float = arg(0.01, "of the discriminator's loss beside the fake score's, "
+                                            "with which it shares an encoder", low=0)
+    regression_weight: float = arg(0.0, "of DMD's regression loss, on pairs of noise and the "
+                                        "teacher's image (of one step only); 0 turns it off", low=0)
+    regression_distance: str = arg("mse", "its distance; lpips needs its package, which downloads "
+                                          "VGG's weights", ("mse", "lpips"))
+    pairs: int = arg(10000, "its pairs, made before training and kept in the run's folder", low=1)
     init_from: str = arg(None, "generator.pt whose generator and fake score to start from, in "
                                "place of the teacher: a second stage")
     evaluate_every: int = arg(None, "steps between evaluations, the best of which is kept; 0 for "
@@ -116,20 +107,17 @@ class Config(TrainingOptions):
             raise ValueError("--dm-weight 0: nothing is left to train the generator by; give a "
                              "--gan-weight or a --regression-weight")
         if self.regression_weight and (self.student_steps > 1 or self.pairs < self.batch):
-            raise ValueError(f"--regression-weight: is for --student-steps 1, and --pairs of at "
-                             f"least a batch, {self.batch}")
-        for name in ("dm_range", "fake_range", "gan_range"):
-            text = getattr(self, name)
-            if not re.fullmatch(r"(0|1|0?\.\d+),(0|1|0?\.\d+)", text) or [*interval(text)] != \
-                    sorted(interval(text)):
-                raise ValueError(f"{flag(name)} {text}: needs two numbers from 0 to 1, the smaller "
-                                 "one first, such as 0.02,0.98")
+            raise ValueError("--regression-weight: is for --student-steps 1, and --pairs of at least "
+                             f"a batch, {self.batch}")
 
 
-def interval(text):
-    """The two numbers of an option such as 0.02,0.98."""
-    low, high = map(float, text.split(","))
-    return low, high
+def interval(cfg, name):
+    """The two numbers of an option such as --dm-range 0.02,0.98; ValueError if they are none."""
+    found = re.fullmatch(r"([\d.]+),([\d.]+)", getattr(cfg, name))
+    if not found or not 0 <= float(found[1]) <= float(found[2]) <= 1:
+        raise ValueError(f"{flag(name)} {getattr(cfg, name)}: needs two numbers from 0 to 1, the "
+                         "smaller one first, such as 0.02,0.98")
+    return float(found[1]), float(found[2])
 
 
 # ---- distribution matching ----------------------------------------------------------------------
@@ -255,36 +243,24 @@ def step_input(generator, sigmas, k, label, draw, real=None):
 
 # ---- regression: DMD's loss, on pairs of noise and the teacher's image of it --------------------
 
-class Pairs(NamedTuple):
-    """Noise, and the images (or latents) that a teacher's deterministic sampler makes of it."""
-
-    noise: torch.Tensor   # [N, C, H, W] standard normal
-    label: torch.Tensor   # [N] int64
-    images: torch.Tensor  # [N, C, H, W] float32
-
-    def batch(self, update, size, seed, part=slice(None)):
-        """Noise, labels and images of an update: `part` of a batch of `size`."""
-        index = batch_at(update, len(self.label), size, seed, self.label.device)[part]
-        return tuple(tensor[index] for tensor in self)
-
-
 def load_pairs(sampler, digest, count, path):
-    """The pairs of a teacher's sampler: from the file at path if they are its, else made and kept.
+    """Noise [N, C, H, W], labels [N], and the images (or latents) that a teacher's deterministic
+    sampler makes of them: from the file at path if they are its, else made and kept.
 
     digest  of the teacher's file
     """
-    origin = dict(teacher=digest, sampler=sampler.name, count=count)
+    origin, device = dict(teacher=digest, sampler=sampler.name, count=count), sampler.device
     noise = unit_noise(count, sampler.shape, PAIRS_SEED)
     label = torch.arange(count) % len(sampler.data["classes"])
     with rank_0_first():
         stored = torch.load(path, weights_only=True) if path.exists() else {}
         if stored.get("origin") != origin:
             parts = list(zip(noise.split(BATCH), label.split(BATCH)))
-            images = [sampler.x0(iter([z.to(sampler.device)]), c.to(sampler.device)).cpu()
+            images = [sampler.x0(iter([z.to(device)]), c.to(device)).cpu()
                       for z, c in progress(parts, "pairs")]
             stored = dict(origin=origin, images=torch.cat(images))
             save(stored, path)
-    return Pairs(*(part.to(sampler.device) for part in (noise, label, stored["images"])))
+    return [part.to(device) for part in (noise, label, stored["images"])]
 
 
 def regression_loss(generator, sigma, noise, label, images, distance=F.mse_loss):
@@ -295,54 +271,35 @@ def regression_loss(generator, sigma, noise, label, images, distance=F.mse_loss)
     return distance(few_step(generator, sigma * noise, [sigma], label), images)
 
 
-def distance_function(name, device):
-    """mse or lpips of two batches of x0 [B, C, H, W].
-
-    LPIPS (Zhang et al. 2018) is of images in [-1, 1], by VGG, at 224 x 224, as DMD has it.
-    """
-    if name == "mse":
-        return F.mse_loss
+def lpips_distance(device):
+    """LPIPS (Zhang et al. 2018) of images in [-1, 1], by VGG, at 224 x 224, as DMD has it."""
     import lpips
     net = lpips.LPIPS(net="vgg", verbose=False).to(device).requires_grad_(False)
-
-    def distance(a, b):
-        a, b = (F.interpolate(x.expand(-1, 3, -1, -1), size=(224, 224), mode="bilinear")
-                for x in (a, b))
-        return net(a, b).mean()
-    return distance
+    return lambda a, b: net(*(F.interpolate(x.expand(-1, 3, -1, -1), (224, 224), mode="bilinear")
+                              for x in (a, b))).mean()
 
 
 # ---- pictures -----------------------------------------------------------------------------------
 
 @torch.no_grad()
-def save_estimates(teacher, fake_score, sampler, sigmas, path, pairs=None, columns=10):
-    """The generator's images, the same with noise, and what teacher and fake score make of that.
-
-    With pairs also the generator's images of their noise, and the teacher's. Latents are decoded.
-    """
-    generator, device = sampler.denoiser, sampler.device
-    columns = min(columns, len(pairs.label)) if pairs else columns
+def save_estimates(teacher, fake_score, sampler, sigmas, path, columns=10):
+    """The generator's images, the same with noise, and what teacher and fake score make of that."""
+    device = sampler.device
     *noise, last = unit_noise(columns, (len(sigmas) + 1, *sampler.shape), 0).to(device).unbind(1)
     label = torch.arange(columns, device=device) % len(sampler.data["classes"])
     sigma = sigma_at(torch.linspace(0.15, 0.75, columns, device=device), "karras")
-    x0 = few_step(generator, sigmas[0] * noise[0], sigmas, label, noise[1:])
+    x0 = few_step(sampler.denoiser, sigmas[0] * noise[0], sigmas, label, noise[1:])
     x = x0 + sigma.view(-1, 1, 1, 1) * last
     rows = {"generated x0": x0, "x0 + sigma noise = x": x, "teacher(x)": teacher(x, sigma, label),
             "fake score(x)": fake_score(x, sigma, label)}
-    if pairs:
-        ref, label, y_ref = (part[:columns] for part in pairs)
-        rows["G(z_ref)"] = few_step(generator, sigmas[0] * ref, sigmas, label)
-        rows["y_ref, teacher's"] = y_ref
-    titles = [f"{s:.2g}" for s in sigma.tolist()]
     images = torch.stack([sampler.decode(row) for row in rows.values()])
-    save_grid(to_uint8(images), list(rows), path, titles)
+    save_grid(to_uint8(images), list(rows), path, [f"{s:.2g}" for s in sigma.tolist()])
 
 
 # ---- the best generator of a run ----------------------------------------------------------------
 
 class Best:
-    """Measures generators as the teacher was measured, and keeps the best in generator.pt; without
-    evaluations it keeps the one that it is given.
+    """Measures generators as the teacher was measured, and keeps the best in generator.pt.
 
     facts  what a generator's checkpoint tells besides its step, weights and figures
     """
@@ -368,7 +325,8 @@ class Best:
         return recall, -figures["frechet_distance"]
 
     def consider(self, step, run, fake_score):
-        """Keep the generator after a step, with the fake score for a second stage, if it is best."""
+        """Keep the generator after a step, and the fake score for a second stage, if it is best; if
+        nothing is measured, it is."""
         figures = None
         if self.reference:
             figures = dict(run.measure(step, lambda: self.figures(self.sampler)), step=step + 1)
@@ -389,8 +347,7 @@ def recipe(given):
                          "runs/teacher/teacher.pt")
     parent = open_checkpoint(given["teacher"], given.get("data"))
     if parent["kind"] != "teacher":
-        raise ValueError(f"--teacher {given['teacher']}: holds a {parent['kind']}; give a checkpoint "
-                         "of teacher.py")
+        raise ValueError(f"--teacher {given['teacher']}: holds a {parent['kind']}; give a teacher")
     kind = "latents" if parent["autoencoder"] else parent["data"]["name"]
     base = dict(save_every=200, sample_every=500, evaluate_every=200,
                 data_dir=parent["data"]["data_dir"])
@@ -412,21 +369,15 @@ def initial(cfg, parent, sigmas, device):
     return [build(dict(source, model=source[name]), device).requires_grad_(True) for name in names]
 
 
-def weighted(losses, weights):
-    """The sum of losses, each times the weight of its name."""
-    return sum(weights[name] * loss for name, loss in losses.items())
-
-
 def train(cfg):
     """Distil; returns the path of the generator's checkpoint."""
     device, parts = pick_device(cfg.device), parts_of(cfg)
     parent = open_checkpoint(cfg.teacher, cfg.data, cfg.data_dir)
     sigmas = generator_sigmas(cfg.student_steps, cfg.conditioning_sigma)
     num_classes, shape = len(parent["data"]["classes"]), shape_of(parent["network"])
-    distance = distance_function(cfg.regression_distance, device) if cfg.regression_weight else None
-    lowest = lowest_quantile(parent["schedule"])
-    dm_range, fake_range, gan_range = ([max(lowest, u) for u in interval(text)] for text in
-                                       (cfg.dm_range, cfg.fake_range, cfg.gan_range))
+    dm_range, fake_range, gan_range = (
+        [max(lowest_quantile(parent["schedule"]), u) for u in interval(cfg, name)]
+        for name in ("dm_range", "fake_range", "gan_range"))
     gan_range = gan_range if cfg.gan_noise else None
     # The discriminator may see the generator's images in the pass by which the fake score learns.
     shares_pass = cfg.gan_features == "fake" and gan_range == fake_range
@@ -435,7 +386,8 @@ def train(cfg):
                    regression_loss=cfg.regression_weight)
 
     teacher, (generator, fake_score) = build(parent, device), initial(cfg, parent, sigmas, device)
-    ema, guide = frozen(generator), guided(teacher, cfg.guidance, parent)
+    ema = copy.deepcopy(generator).eval().requires_grad_(False)
+    guide = guided(teacher, cfg.guidance, parent)
     torch.manual_seed(cfg.seed)
     discriminator = Discriminator(teacher if cfg.gan_features == "teacher" else fake_score)
     discriminator.to(device)
@@ -455,10 +407,11 @@ def train(cfg):
               dict(parent["data"], teacher=digest, count=real_data and len(real_data.labels)))
     facts = dict({name: parent[name] for name in INHERITED}, kind="generator", sigmas=sigmas,
                  version=__version__, config=dataclasses.asdict(cfg), teacher_figures=None)
-    teachers = teacher_sampler(guide, parent, device)
-    best = Best(cfg, facts, generator_sampler(ema, facts, device), teachers)
-    pairs = cfg.regression_weight and load_pairs(teachers, digest, cfg.pairs,
-                                                 Path(cfg.out, "pairs.pt"))
+    teachers = make_sampler(guide, parent, device)
+    best = Best(cfg, facts, make_sampler(ema, facts, device), teachers)
+    if cfg.regression_weight:
+        pairs = load_pairs(teachers, digest, cfg.pairs, Path(cfg.out, "pairs.pt"))
+        distance = F.mse_loss if cfg.regression_distance == "mse" else lpips_distance(device)
     prepare(cfg, device, teacher, generator, fake_score)  # only now: so far all was in float32
     if real_data:
         batches = training_batches(real_data, run.start, cfg, parts, device)
@@ -491,10 +444,10 @@ def train(cfg):
                     logits = discriminator(*diffused(x0, draw, gan_range), label)
                     losses["gan_loss"] = generator_loss(logits)
                 if cfg.regression_weight:
-                    pair = pairs.batch(update, cfg.batch, cfg.seed, part)
-                    losses["regression_loss"] = regression_loss(generator, sigmas[0], *pair,
-                                                                distance)
-                generator_descent.add(weighted(losses, weights))
+                    index = batch_at(update, cfg.pairs, cfg.batch, cfg.seed, device)[part]
+                    losses["regression_loss"] = regression_loss(
+                        generator, sigmas[0], *(of_all[index] for of_all in pairs), distance)
+                generator_descent.add(sum(weights[name] * loss for name, loss in losses.items()))
                 run.note(**losses)
 
             # Fake score: a teacher's loss, on the generator's samples, at every step.
@@ -508,7 +461,7 @@ def train(cfg):
                 fake_logits = (discriminator.head(features) if shares_pass else
                                discriminator(*diffused(x0, draw, gan_range), label))
                 losses["discriminator_loss"] = discriminator_loss(real_logits, fake_logits)
-            fake_descent.add(weighted(losses, weights))
+            fake_descent.add(sum(weights[name] * loss for name, loss in losses.items()))
             run.note(**losses)
 
         if update_generator:
@@ -522,7 +475,7 @@ def train(cfg):
             best.consider(step, run, fake_score)
         if due(step, cfg.sample_every, cfg.steps):
             run.draw(step, lambda path: save_estimates(teacher, fake_score, best.sampler, sigmas,
-                                                       path, pairs))
+                                                       path))
     if best.best:
         tell(f"{best.path}: the best, of step {best.best['step']}: {summary(best.best)}")
     return best.path

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils._pytree import tree_map
 
-from sample import exported_noise, few_step, onnx_session, open_checkpoint, teacher_sampler
+from sample import exported_noise, few_step, onnx_session, make_sampler, open_checkpoint
 from teacher import (Options, Pixels, __version__, arg, build, clock, codec_of, device_name,
                      fresh_noise, parse, pick_device, replacing, run_script, shape_of, to_uint8,
                      unit_noise)
@@ -204,7 +204,7 @@ def benchmark(content, exported, checkpoint, device):
     print(f"{device_name(device)}, torch {torch.__version__}; medians of calls that take turns\n"
           f"{'batch':>5}  {'':22} {'ms':>9} {'images/s':>10} {'x teacher':>10}")
     exported = exported.to(device)
-    teacher = teacher_sampler(exported.generator, checkpoint, device)
+    teacher = make_sampler(exported.generator, dict(checkpoint, kind="teacher"), device)
     for batch in BATCHES:
         inputs = (exported.example(batch, teacher.shape).to(device),
                   torch.arange(batch, device=device) % len(checkpoint["data"]["classes"]))

@@ -32,10 +32,10 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from teacher import (FEATURES, HEUN_STEPS, KNOWN_DATA, SUBSET, Options, Pixels, arg, build,
-                     codec_of, flag, fresh_noise, heun, load, load_data, parse, pick_device,
-                     progress, psnr, rank, rank_0_first, ranks, replacing, run_script,
-                     sampling_sigmas, save, save_grid, seeded, shape_of, tell, to_float, to_uint8)
+from teacher import (FEATURES, HEUN_STEPS, SUBSET, Options, Pixels, arg, build, codec_of, flag,
+                     fresh_noise, heun, load, load_data, parse, pick_device, progress, rank,
+                     rank_0_first, ranks, replacing, run_script, sampling_sigmas, save, save_grid,
+                     seeded, shape_of, tell, to_float, to_uint8)
 
 ASSETS = Path(__file__).resolve().parent / "assets"
 DIMENSIONS = 64  # of the feature space in which quality is measured
@@ -55,11 +55,8 @@ def ddim(denoiser, x, sigmas, label, noises=(), eta=0.0):
     With eta 0 this is Euler's method on EDM's equation, and on that of flow matching. With eta 1
     all the noise of a step that can be is drawn anew, as in DDPM (Ho et al. 2020, Eq. 7).
 
-    x       [B, C, H, W]  noise of level sigmas[0]
-    sigmas  falling noise levels, floats, the last of them 0
-    label   [B]           int64
-    noises  standard normal [B, C, H, W], one for each step, if eta is not 0
-    returns x0 [B, C, H, W]
+    x, sigmas, label  as of heun(), which returns the same
+    noises            standard normal [B, C, H, W], one for each step, if eta is not 0
     """
     noises = iter(noises)
     for sigma, sigma_next in itertools.pairwise(sigmas):
@@ -71,7 +68,7 @@ def ddim(denoiser, x, sigmas, label, noises=(), eta=0.0):
     return x
 
 
-# By name: function, title, steps by default, whether its levels are those of the teacher's schedule.
+# Function, title, steps by default, whether its noise levels are those of the teacher's schedule.
 SAMPLERS = {
     "heun": (heun, "Heun", HEUN_STEPS, False),
     "euler": (ddim, "Euler", 2 * HEUN_STEPS - 1, False),
@@ -114,12 +111,10 @@ class Guided(nn.Module):
 
 def guided(denoiser, guidance, checkpoint):
     """The denoiser with guidance, or itself for 1; ValueError if it can't do without labels."""
-    if guidance == 1:
-        return denoiser
-    if not checkpoint["config"].get("label_dropout"):
-        raise ValueError(f"--guidance {guidance:g}: the teacher was trained without --label-dropout "
-                         "and knows no images without label; leave it out")
-    return Guided(denoiser, guidance, checkpoint["network"]["label_dim"])
+    if guidance != 1 and not checkpoint["config"].get("label_dropout"):
+        raise ValueError(f"--guidance {guidance:g}: the teacher had no --label-dropout")
+    no_label = checkpoint["network"]["label_dim"]
+    return Guided(denoiser, guidance, no_label) if guidance != 1 else denoiser
 
 
 # ---- options ------------------------------------------------------------------------------------
@@ -128,26 +123,22 @@ def guided(denoiser, guidance, checkpoint):
 class Config(Options):
     """Options of sample.py."""
 
-    checkpoint: str = arg(None, "teacher.pt, generator.pt, generator.onnx, an EDM .pkl or, to "
-                                "--evaluate, autoencoder.pt", positional=True)
+    checkpoint: str = arg(None, "teacher.pt, generator.pt, generator.onnx or an EDM .pkl",
+                          positional=True)
     n: int = arg(None, "number of images, or rows of --trajectory (default: 10 per class; 4 rows; "
                        f"with --evaluate {EVALUATE_N})", low=1)
-    labels: str = arg(None, "the classes to sample, by name or number, such as 3,3,7 (default: all, "
-                            "evenly)")
-    sampler: str = arg(None, "of a teacher: Heun's or Euler's method at EDM's noise levels, or DDIM "
-                             "or DDPM at those of the teacher's schedule (default: heun)",
-                       tuple(SAMPLERS))
+    labels: str = arg(None, "classes by name or number, such as 3,3,7 (default: all, evenly)")
+    sampler: str = arg(None, "of a teacher: Heun's or Euler's method at EDM's noise levels, DDIM or "
+                             "DDPM at those of its schedule (default: heun)", tuple(SAMPLERS))
     steps: int = arg(None, "steps of a teacher's sampler (default: "
                            f"{', '.join(f'{k} {v[2]}' for k, v in SAMPLERS.items())})", low=1)
     guidance: float = arg(None, "classifier-free guidance of a teacher (default: 1, none)", low=0)
-    data: str = arg(None, "what images an EDM checkpoint was trained on, such as cifar10, or where "
-                          "a folder is now")
+    data: str = arg(None, "what an EDM checkpoint was trained on, or where a folder is now")
     data_dir: str = arg(None, "where the real images are (default: where training found them)")
     seed: int = arg(0, "seed of the noise", low=0)
     out: str = arg("samples.png", "a .png (a grid), a .npz (images uint8 [N, H, W, C] and labels), "
                                   "or a new folder for a PNG file each")
-    evaluate: bool = arg(False, "print Fréchet distance, precision and recall (also of an "
-                                "autoencoder's reconstructions); writes no images")
+    evaluate: bool = arg(False, "print Fréchet distance, precision and recall")
     seeds: int = arg(3, "with --evaluate: the number of seeds, from --seed on", low=1)
     beside: str = arg(None, "a second checkpoint: the picture shows real images, its images, and "
                             "those of the first for the same noise")
@@ -163,8 +154,7 @@ class Config(Options):
 class EDMUnpickler(pickle.Unpickler):
     """Knows the fourteen names in EDM's files, each as a harmless stand-in, and refuses all others.
 
-    The objects of EDM's own classes, which carry their program text, come as dictionaries of
-    class_name and state.
+    Objects of EDM's own classes, which carry program text, come as their dictionaries.
     """
 
     NAMES = {
@@ -223,8 +213,8 @@ def load_edm(path):
         net = precond["state"]["_modules"]["model"]
         kind, given = net["class_name"], net["state"]["_init_kwargs"]
         if precond["class_name"] != "EDMPrecond" or kind not in EDM_DEFAULTS:
-            raise ValueError(f"holds {precond['class_name']} of {kind}; only EDMPrecond of SongUNet "
-                             "or DhariwalUNet is read")
+            raise ValueError(f"holds {precond['class_name']} of {kind}; only EDMPrecond of "
+                             f"{' or '.join(EDM_DEFAULTS)} is read")
         for name, fixed in EDM_FIXED.items():
             if given.get(name, fixed) != fixed:
                 raise ValueError(f"its {name} is {given[name]}; only {fixed} is read")
@@ -235,8 +225,7 @@ def load_edm(path):
     except OSError:
         raise
     except Exception as error:  # a damaged pickle raises whatever its bytes happen to say
-        raise ValueError(f"{path}: not a checkpoint of NVlabs/edm that can be read, or damaged: "
-                         f"{error}") from error
+        raise ValueError(f"{path}: no checkpoint of NVlabs/edm, or damaged: {error}") from error
     weights.pop("net.map_augment.weight", None)  # of EDM's augmentations; samples have none
     classes = tuple(map(str, range(network["label_dim"]))) or ("all",)
     return dict(kind="teacher", step=None, config={}, network=network, prediction="edm",
@@ -264,36 +253,35 @@ class Sampler(NamedTuple):
 def open_checkpoint(path, data=None, data_dir=None):
     """load() or, of a .pkl, load_edm(), with `data`, if given, as the images it was trained on.
 
-    Raises ValueError if either does, if it holds an autoencoder, or `data` can't be these.
+    Raises ValueError if either does, or if it holds an autoencoder.
     """
     checkpoint = load_edm(path) if Path(path).suffix == ".pkl" else load(path)
     if checkpoint["kind"] == "autoencoder":
         raise ValueError(f"{path}: holds an autoencoder; train a teacher of its latents by python "
-                         f"teacher.py --latent {path}, or measure it by --evaluate")
+                         f"teacher.py --latent {path}")
     facts = at_place(checkpoint["data"], data, data_dir)
     if checkpoint["data"]["name"] is None and data:  # EDM's do not tell the names of their classes
         found = load_data(data, "train", facts["data_dir"], facts["size"]).classes
-        if checkpoint["network"]["label_dim"] == len(found):
-            facts["classes"] = found
+        facts["classes"] = found if len(found) == len(facts["classes"]) else facts["classes"]
     return dict(checkpoint, data=facts)
 
 
 def at_place(facts, data, data_dir):
-    """What a checkpoint tells of its data, found at another place if one is given."""
-    return dict(facts, name=data or facts["name"], data_dir=data_dir or facts.get("data_dir", "data"))
+    """What a checkpoint tells of its data, at another place if one is given."""
+    data_dir = data_dir or facts.get("data_dir", "data")  # an exported file does not tell
+    return dict(facts, name=data or facts["name"], data_dir=data_dir)
 
 
 def load_images(facts, split):
     """load_data() of the images that a checkpoint tells of; ValueError if they are others now."""
     if facts["name"] is None:
         raise ValueError("--data is missing: an EDM checkpoint does not tell what images it was "
-                         "trained on; give it, such as --data cifar10")
+                         "trained on, such as cifar10")
     data = load_data(facts["name"], split, facts["data_dir"], facts["size"])
-    shape, classes = tuple(facts["shape"]), tuple(facts["classes"])
-    if data.shape != shape or classes not in (data.classes, ("all",)):
-        raise ValueError(f"--data {facts['name']}: has images {data.shape} of the classes "
-                         f"{', '.join(data.classes[:10])}; the checkpoint was trained on {shape} of "
-                         f"{', '.join(classes[:10])}")
+    for now, before in ((data.shape, facts["shape"]), (data.classes, facts["classes"])):
+        if now != tuple(before) != ("all",):
+            raise ValueError(f"--data {facts['name']}: has {now}; the checkpoint was trained on "
+                             f"{tuple(before)}")
     return data
 
 
@@ -311,8 +299,8 @@ def load_sampler(path, device="cpu", cfg=None):
         denoiser = build(checkpoint, device)
         if checkpoint["kind"] == "teacher":
             denoiser = guided(denoiser, cfg.guidance or 1, checkpoint)
-            return teacher_sampler(denoiser, checkpoint, device, cfg.sampler, cfg.steps)
-        sampler = generator_sampler(denoiser, checkpoint, device)
+            return make_sampler(denoiser, checkpoint, device, cfg.sampler, cfg.steps)
+        sampler = make_sampler(denoiser, checkpoint, device)
     for name in ("sampler", "steps", "guidance"):
         if getattr(cfg, name) is not None and not cfg.beside:  # where they are for the other
             raise ValueError(f"{flag(name)} {getattr(cfg, name)}: is for teachers; {path} is a "
@@ -320,33 +308,29 @@ def load_sampler(path, device="cpu", cfg=None):
     return sampler
 
 
-def teacher_sampler(denoiser, checkpoint, device, sampler=None, steps=None):
-    """A sampler of a teacher, which may be Guided."""
-    function, title, default, own = SAMPLERS[sampler or "heun"]
-    steps = steps or default
-    name, evaluations = f"teacher, {steps} {title} steps", 2 * steps - 1 if function is heun else steps
+def make_sampler(denoiser, checkpoint, device, sampler=None, steps=None):
+    """The Sampler of a generator, or of a teacher, which may be Guided, by one of SAMPLERS."""
+    if checkpoint["kind"] == "generator":
+        sigmas = checkpoint["sigmas"]
+        name, evaluations = f"generator, {len(sigmas)} step(s)", len(sigmas)
+    else:
+        function, title, default, own = SAMPLERS[sampler or "heun"]
+        steps = steps or default
+        sigmas = sampling_sigmas(steps, checkpoint["schedule"], own)
+        name = f"teacher, {steps} {title} steps"
+        evaluations = 2 * steps - 1 if function is heun else steps
     if isinstance(denoiser, Guided):
         name, evaluations = f"{name}, guidance {denoiser.guidance:g}", 2 * evaluations
-    sigmas = sampling_sigmas(steps, checkpoint["schedule"], own)
-
-    def x0(noises, label):
-        return function(denoiser, sigmas[0] * next(noises), sigmas, label, noises)
-    return Sampler(x0, codec_of(checkpoint["autoencoder"], device).decode,
-                   shape_of(checkpoint["network"]), name, evaluations, checkpoint["data"], device,
-                   denoiser)
-
-
-def generator_sampler(generator, checkpoint, device):
-    """The few-step sampler of a generator."""
-    sigmas = checkpoint["sigmas"]
 
     @torch.no_grad()
     def x0(noises, label):
         x = sigmas[0] * next(noises)
-        return few_step(generator, x, sigmas, label, itertools.islice(noises, len(sigmas) - 1))
+        if checkpoint["kind"] == "generator":
+            return few_step(denoiser, x, sigmas, label, itertools.islice(noises, len(sigmas) - 1))
+        return function(denoiser, x, sigmas, label, noises)
     return Sampler(x0, codec_of(checkpoint["autoencoder"], device).decode,
-                   shape_of(checkpoint["network"]), f"generator, {len(sigmas)} step(s)",
-                   len(sigmas), checkpoint["data"], device, generator)
+                   shape_of(checkpoint["network"]), name, evaluations, checkpoint["data"], device,
+                   denoiser)
 
 
 def onnx_sampler(path, device):
@@ -380,13 +364,13 @@ def onnx_session(source, device="cpu", **provider_options):
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # errors are raised
     options.intra_op_num_threads = torch.get_num_threads()
-    name, content = ("", source) if isinstance(source, bytes) else (source, Path(source).read_bytes())
+    content = source if isinstance(source, bytes) else Path(source).read_bytes()
     try:
         session = onnxruntime.InferenceSession(content, options, [(provider, provider_options)],
                                                enable_fallback=0)
         facts = json.loads(session.get_modelmeta().custom_metadata_map["dmd2"])
     except Exception as error:  # onnxruntime's exceptions have no other base in common
-        raise ValueError(f"{name}: not a file of export.py, or damaged: {error}") from error
+        raise ValueError(f"{str(source)[:99]}: no file of export.py, or damaged: {error}") from error
     if provider not in session.get_providers():  # get_available_providers() tells what was compiled
         raise ValueError(f"--device {device}: onnxruntime did not load {provider}")
     return session, facts
@@ -440,8 +424,7 @@ def convolution(c_in, c_out, stride):
 def train_features(data, steps=1500, batch=128, device="cpu"):
     """Train the feature network on the training images, each batch shifted by a few pixels.
 
-    Of one class alone nothing can be told apart but by how far images are turned, so it learns that
-    (Gidaris et al. 2018).
+    Of a single class it learns how far images are turned (Gidaris et al. 2018).
     """
     rng = seeded(FEATURES)
     torch.manual_seed(0)
@@ -505,13 +488,13 @@ def load_reference(facts, device="cpu"):
     """Read a checkpoint's data and make the Reference to evaluate against, with held-out images."""
     data, held_out = (load_images(facts, split) for split in ("train", "test"))
     if len(held_out.images) <= NEIGHBOURS:
-        raise ValueError(f"{facts['name']}: {len(held_out.images)} held-out images are too few to "
-                         f"evaluate against; at least {NEIGHBOURS + 1} are needed, or for dmd2.py "
-                         "--evaluate-every 0")
+        raise ValueError(f"{facts['name']}: has too few held-out images to evaluate by, "
+                         f"{len(held_out.images)}; for dmd2.py give --evaluate-every 0")
     net, digest = load_features(data, facts, device)
     order = torch.randperm(len(data.images), generator=seeded(SUBSET))  # a prefix is a fair sample
     features = torch.cat([extract(net, data.images[part])[0] for part in order.split(1000)])
-    protocol = f"reference {len(features)} training images of {facts['name']}, feature network {digest}"
+    protocol = (f"reference {len(features)} training images of {facts['name']}, feature network "
+                f"{digest}")
     reference = Reference(net, features, data.labels[order], {}, protocol)
     floor = evaluate(held_out.images, held_out.labels, reference)
     del floor["precision"], floor["recall"]  # of so few images they compare with no others
@@ -584,7 +567,7 @@ def summary(figures):
 
 
 def report(runs, reference, of_what):
-    """Print figures of evaluate(), of several runs: mean, spread and floor, then all as JSON.
+    """Print mean and spread of figures of evaluate() beside the floor, then all as JSON.
 
     of_what  what was measured, in words
     """
@@ -592,15 +575,13 @@ def report(runs, reference, of_what):
     mean = {name: statistics.mean(values) for name, values in columns.items()}
     spread = {name: statistics.stdev(values) if len(runs) > 1 else None
               for name, values in columns.items()}
-    floor = reference.floor
-    lines = [f"{'':20}{'samples':>9}{'spread':>9}{'floor':>9}   (floor: the {floor['n']} held-out "
-             "real images)"]
+    tell(f"{'':20}{'samples':>9}{'spread':>9}{'floor':>9}   (floor: the {reference.floor['n']} "
+         "held-out real images)")
     for name, title in TITLES.items():
-        cells = [mean[name], spread[name], floor.get(name)]
-        lines.append(f"{title:20}" + "".join("        -" if cell is None else f"{cell:9.4f}"
-                                             for cell in cells))
-    tell("\n".join(lines))
-    tell(json.dumps(dict(mean=mean, spread=spread, floor=floor,
+        cells = [mean[name], spread[name], reference.floor.get(name)]
+        tell(f"{title:20}" + "".join("        -" if cell is None else f"{cell:9.4f}"
+                                     for cell in cells))
+    tell(json.dumps(dict(mean=mean, spread=spread, floor=reference.floor,
                          protocol=f"{of_what}; {reference.protocol}")))
 
 
@@ -611,13 +592,13 @@ def read_labels(text, classes):
 
     Raises ValueError naming the one that is neither.
     """
-    numbered, numbers = not any(name.isdecimal() for name in classes), []
-    for word in map(str.strip, text.split(",")):
-        if word not in classes and not (numbered and word.isdecimal() and int(word) < len(classes)):
-            raise ValueError(f"--labels {text}: {word!r} is no class; there are "
-                             f"{', '.join(classes[:20])}")
-        numbers.append(classes.index(word) if word in classes else int(word))
-    return torch.tensor(numbers)
+    numbers = {} if any(name.isdecimal() for name in classes) else \
+        {str(i): i for i in range(len(classes))}
+    numbers.update({name: i for i, name in enumerate(classes)})
+    for word in text.split(","):
+        if word not in numbers:
+            raise ValueError(f"--labels {text}: {word!r} is no class of {', '.join(classes[:20])}")
+    return torch.tensor([numbers[word] for word in text.split(",")])
 
 
 def padded(images, count):
@@ -631,7 +612,8 @@ def write_images(images, label, classes, out):
     if out.suffix == ".png":
         groups = {classes[c]: images[label == c] for c in label.unique().tolist()}
         width = max(map(len, groups.values()))
-        save_grid(torch.stack([padded(group, width) for group in groups.values()]), list(groups), out)
+        rows = torch.stack([padded(group, width) for group in groups.values()])
+        save_grid(rows, list(groups), out)
     elif out.suffix == ".npz":
         with replacing(out) as file:
             np.savez_compressed(file, images=pixels, labels=label.numpy())
@@ -700,40 +682,26 @@ def save_map(cfg, sampler):
         u, s, _ = torch.linalg.svd(features - features.mean(0), full_matrices=False)
         kind, points = "PCA", (u * s)[:, :2].numpy()
     figure = Figure(figsize=(9.4, 4.4), layout="constrained")
-    colours = matplotlib.colormaps["tab10" if len(classes) <= 10 else "turbo"].resampled(len(classes))
+    few = len(classes) <= 10
+    colours = matplotlib.colormaps["tab10" if few else "turbo"].resampled(len(classes))
     panels = figure.subplots(1, 2, sharex=True, sharey=True)
     for panel, name, part in zip(panels, ("real", sampler.name), (points[:n], points[n:])):
         for c in label.unique().tolist():
             x, y = part[(label == c).numpy()].T
             panel.scatter(x, y, 3, [colours(c)], label=classes[c].replace("$", r"\$"))
         panel.set(title=f"{name} ({kind})", xticks=[], yticks=[])
-    if len(classes) <= 10:
+    if few:
         panels[1].legend(loc="center left", bbox_to_anchor=(1, 0.5), markerscale=3)
     figure.savefig(cfg.out, dpi=90)
 
 
 # ---- main ---------------------------------------------------------------------------------------
 
-def report_autoencoder(checkpoint, cfg, device):
-    """report() what an autoencoder makes of the held-out images."""
-    facts, codec = at_place(checkpoint["data"], cfg.data, cfg.data_dir), build(checkpoint, device)
-    reference, held_out = load_reference(facts, device), load_images(facts, "test")
-    images = to_uint8(torch.cat([codec.reconstruct(to_float(part.to(device))).cpu()
-                                 for part in held_out.images.split(cfg.batch)]))
-    report([evaluate(images, held_out.labels, reference)], reference,
-           f"{len(images)} reconstructions of held-out images, PSNR "
-           f"{psnr(to_float(images), to_float(held_out.images)):.2f} dB")
-
-
 def main(argv=None):
     cfg = parse(Config, argv, __doc__.split("\n\nA checkpoint")[0])
-    onnx, device = Path(cfg.checkpoint).suffix == ".onnx", cfg.device
-    device = pick_device("cpu" if onnx and device == "auto" else device)
-    if cfg.evaluate and Path(cfg.checkpoint).suffix == ".pt":
-        checkpoint = load(cfg.checkpoint)
-        if checkpoint["kind"] == "autoencoder":
-            return report_autoencoder(checkpoint, cfg, device)
-    sampler, out = load_sampler(cfg.checkpoint, device, cfg), Path(cfg.out)
+    onnx = Path(cfg.checkpoint).suffix == ".onnx" and cfg.device == "auto"
+    device, out = pick_device("cpu" if onnx else cfg.device), Path(cfg.out)
+    sampler = load_sampler(cfg.checkpoint, device, cfg)
     classes = tuple(sampler.data["classes"])
     if cfg.evaluate:
         reference = load_reference(sampler.data, device)

@@ -10,9 +10,8 @@ After this file a diffusion model, of whatever dialect, is a function and no mor
     x = x0 + sigma * noise                  x0 in [-1, 1], noise standard normal
     denoiser(x, sigma, label) -> x0_hat     the mean of all the x0 that x may have come from
 
-First comes diffusion in the terms of EDM (Karras et al. 2022, "Elucidating the Design Space of
-Diffusion-Based Generative Models"): noise levels, denoiser and loss, sampling, the training loop,
-networks, an autoencoder; then what any training script needs, from options to pictures.
+In reading order: noise levels, denoiser and loss, sampling, training (EDM, Karras et al. 2022),
+networks, an autoencoder; then what any script here needs, from options to pictures.
 """
 
 import argparse
@@ -42,7 +41,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import nn
-from torch.profiler import record_function
 from torch.utils.checkpoint import checkpoint as recompute
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
@@ -99,11 +97,9 @@ PREDICTIONS = {
 
 
 def sigma_at(u, schedule):
-    """Noise level at quantile u of a schedule.
+    """Noise level at quantile u in [0, 1], of any shape, of a schedule; it rises with u.
 
-    u  any shape, in [0, 1]
-    returns sigma of that shape, rising with u, in the schedule's range: of lognormal and karras
-    [SIGMA_MIN, SIGMA_MAX]
+    Those of lognormal and karras are in [SIGMA_MIN, SIGMA_MAX], the others in their own range.
     """
     sigma = SCHEDULES[schedule](u)
     return sigma.clamp(SIGMA_MIN, SIGMA_MAX) if schedule in ("lognormal", "karras") else sigma
@@ -197,11 +193,8 @@ def unit_error(prediction, x0_hat, x0, sigma, min_snr_gamma=None):
 # ---- sampling, as far as training needs it; the rest is in sample.py ----------------------------
 
 def sampling_sigmas(steps, schedule, own=False):
-    """Levels for a sampler, falling, and then 0: of the schedule's range, SIGMA_MAX at most.
-
-    They are karras's, which are good for any denoiser, or the schedule's own, all of its range;
-    lognormal, which is not meant for this, has karras's for its own.
-    """
+    """Levels for a sampler, falling, and then 0: karras's, which are good for any denoiser, within
+    the schedule's range, or the schedule's own, all of its range (lognormal has karras's)."""
     if own and schedule != "lognormal":
         sigmas = sigma_at(torch.linspace(1, 0, steps, dtype=torch.float64), schedule)
     else:
@@ -234,23 +227,17 @@ def heun(denoiser, x, sigmas, label, noises=()):
 class DiffusionTask:
     """Training a denoiser of images or, by a codec, of their latents: what train() needs of it."""
 
-    kind = "teacher"
-
     def __init__(self, cfg, data, codec):
         self.cfg, self.codec, self.classes, self.shape = cfg, codec, data.classes, data.shape
-        self.stream, mults, side = TEACHER, mults_of(cfg), data.shape[-1]
-        self.network = dict(img_resolution=side, img_channels=data.shape[0],
-                            label_dim=len(data.classes), model_channels=cfg.width,
-                            channel_mult=mults, num_blocks=cfg.blocks,
-                            attn_resolutions=(side >> len(mults) - 1,))
-        self.facts = dict(prediction=cfg.prediction, schedule=cfg.schedule,
-                          autoencoder=codec.checkpoint())
+        self.stream, mults, side = TEACHER, tuple(map(int, cfg.mults.split(","))), data.shape[-1]
+        network = dict(img_resolution=side, img_channels=data.shape[0], label_dim=len(data.classes),
+                       model_channels=cfg.width, channel_mult=mults, num_blocks=cfg.blocks,
+                       attn_resolutions=(side >> len(mults) - 1,))
+        self.facts = dict(kind="teacher", network=network, prediction=cfg.prediction,
+                          schedule=cfg.schedule, autoencoder=codec.checkpoint())
 
     def losses(self, denoiser, x0, label, draw):
-        """Losses by name, all to be logged, `loss` to be descended: scalars.
-
-        x0 [B, C, H, W], label [B] int64
-        """
+        """Losses, scalars, of which `loss` is descended; x0 [B, C, H, W], label [B] int64"""
         label = torch.where(draw.uniform() < self.cfg.label_dropout, len(self.classes), label)
         sigma = sigma_at(draw.uniform(), self.cfg.schedule)
         return dict(loss=denoising_loss(denoiser, x0, sigma, label, draw.normal(),
@@ -275,23 +262,22 @@ class DiffusionTask:
 def train(cfg):
     """Train a teacher, or by AutoencoderTask an autoencoder; returns its checkpoint's path."""
     device, parts = pick_device(cfg.device), parts_of(cfg)
-    codec = codec_of(load(cfg.resume)["autoencoder"] if cfg.latent and cfg.resume else
-                     load(cfg.latent, "autoencoder") if cfg.latent else None, device)
+    codec = codec_of(load(cfg.resume).get("autoencoder") if cfg.resume else
+                     cfg.latent and load(cfg.latent, "autoencoder"), device)
     data, held_out, facts = load_to_train(cfg, codec, device)
     task = (AutoencoderTask if cfg.autoencoder else DiffusionTask)(cfg, data, codec)
     torch.manual_seed(cfg.seed)
-    model = network_of(dict(kind=task.kind, network=task.network, **task.facts)).to(device)
-    ema = frozen(model)
+    model = network_of(task.facts).to(device)
+    ema = copy.deepcopy(model).eval().requires_grad_(False)
     descent = Descent(torch.optim.Adam(model.parameters(), fused=device.type != "mps"), cfg, device)
-    run = Run(cfg, f"{task.kind}.pt", dict(model=model, ema=ema, descent=descent), facts)
+    run = Run(cfg, f"{task.facts['kind']}.pt", dict(model=model, ema=ema, descent=descent), facts)
     prepare(cfg, device, model)  # not ema: samples and validation are always float32
     run.say(f"{cfg.data}: {facts['count']} training images of {len(facts['classes'])} classes, "
             f"{', '.join(facts['classes'][:10])}; {sum(p.numel() for p in model.parameters()):,} "
             f"parameters; on {device}; {cfg.steps} steps")
     batches = training_batches(data, run.start, cfg, parts, device)
 
-    for step in run.steps(lambda: dict(task.facts, kind=task.kind, network=task.network,
-                                       model=ema.state_dict())):
+    for step in run.steps(lambda: dict(task.facts, model=ema.state_dict())):
         for part in parts:
             x0, label = next(batches)
             draw = Draw(task.stream, cfg.seed, step, cfg.batch, task.shape, device, part)
@@ -319,8 +305,8 @@ class Architecture(NamedTuple):
     adm: bool           # the embedding scales channels, too, and what else is otherwise in ADM
 
 
-ARCHITECTURES = {"SongUNet": Architecture(0.5**0.5, 1e-6, 0, adm=False),  # DDPM++, Song et al. 2021
-                 "DhariwalUNet": Architecture(1, 1e-5, 64, adm=True)}  # Dhariwal and Nichol 2021
+ARCHITECTURES = {"SongUNet": Architecture(0.5**0.5, 1e-6, 0, False),  # DDPM++, Song et al. 2021
+                 "DhariwalUNet": Architecture(1, 1e-5, 64, True)}     # Dhariwal and Nichol 2021
 
 
 class Block(nn.Module):
@@ -476,10 +462,8 @@ def halved(side, channel_mult):
     """The side of a network's last level, each half the one before; ValueError if it can't be."""
     factor = 2 ** (len(channel_mult) - 1)
     if side % factor:
-        near = max(side - side % factor, factor)
-        raise ValueError(f"images of side {side}: the network's {len(channel_mult)} levels need a "
-                         f"multiple of {factor}, such as {near} or {near + factor}; or give fewer "
-                         "levels, such as --mults 1,2")
+        raise ValueError(f"images of side {side}: {len(channel_mult)} levels need a multiple of "
+                         f"{factor}, such as --size {side + -side % factor}, or fewer --mults")
     return side // factor
 
 
@@ -602,45 +586,33 @@ def latent_shape(network):
 class AutoencoderTask:
     """Training an autoencoder, likewise (see DiffusionTask)."""
 
-    kind, facts = "autoencoder", {}
-
     def __init__(self, cfg, data, codec):
-        self.cfg, self.stream = cfg, AUTOENCODER
-        self.network = dict(img_resolution=data.shape[-1], img_channels=data.shape[0],
-                            latent_channels=cfg.latent_channels, model_channels=cfg.width,
-                            channel_mult=mults_of(cfg), num_blocks=cfg.blocks)
-        self.shape = latent_shape(self.network)
+        network = dict(img_resolution=data.shape[-1], img_channels=data.shape[0],
+                       latent_channels=cfg.latent_channels, model_channels=cfg.width,
+                       channel_mult=tuple(map(int, cfg.mults.split(","))), num_blocks=cfg.blocks)
+        self.cfg, self.stream, self.shape = cfg, AUTOENCODER, latent_shape(network)
+        self.facts = dict(kind="autoencoder", network=network)
 
     def losses(self, autoencoder, x0, label, draw):
-        return self.terms(autoencoder, x0, draw.normal())
-
-    def terms(self, autoencoder, x0, noise):
         """The loss and its two terms: squared error per pixel, divergence per latent value."""
-        decoded, kl = autoencoder(x0, noise)
+        decoded, kl = autoencoder(x0, draw.normal())
         error = (decoded - x0).square().mean()
         return dict(loss=error + self.cfg.kl_weight * kl, reconstruction_loss=error, kl=kl)
 
     def validate(self, autoencoder, x0, label):
-        """Figures: the loss, with fixed noise, and how near reconstructions without noise come."""
-        noise = unit_noise(len(x0), self.shape, 0).to(x0.device)
-        return dict(validation_loss=self.terms(autoencoder, x0, noise)["loss"],
-                    psnr=psnr(autoencoder.reconstruct(x0), x0))
+        """Figures: the peak signal-to-noise ratio of reconstructions, in dB."""
+        error = (autoencoder.reconstruct(x0) - x0).square().mean()
+        return dict(psnr=-10 * torch.log10(error.clamp(min=1e-10) / 4))
 
     def picture(self, autoencoder, x0, label, path):
         """Images above their reconstructions."""
-        x0 = x0[:10]
-        pair = torch.stack([x0, autoencoder.reconstruct(x0)])
+        pair = torch.stack([x0[:10], autoencoder.reconstruct(x0[:10])])
         save_grid(to_uint8(pair), ("real", "decoded"), path)
 
 
 def codec_of(autoencoder, device="cpu"):
     """What turns images into x0 and back: a checkpoint's autoencoder or, for None, Pixels."""
     return Pixels() if autoencoder is None else build(autoencoder, device)
-
-
-def psnr(images, originals):
-    """Peak signal-to-noise ratio of images in [-1, 1], in dB: a scalar."""
-    return -10 * torch.log10((images - originals).square().mean().clamp(min=1e-10) / 4)
 
 
 # =================================================================================================
@@ -686,15 +658,13 @@ class TrainingOptions(Options):
     steps: int = arg(None, "training steps (default: by data)", low=1, free=True)
     batch: int = arg(None, "images per step, of all GPUs together (default: by data)", low=1)
     accumulate: int = arg(1, "parts to compute a batch in, for less memory", low=1, free=True)
-    checkpointing: bool = arg(False, "compute activations anew in backward passes, for less memory",
-                              free=True)
+    checkpointing: bool = arg(False, "recompute activations, for less memory", free=True)
     warmup: int = arg(100, "updates over which a learning rate rises to its value", low=0)
     clip: float = arg(10.0, "gradients longer than this are scaled down to it", low=1e-9)
-    decay_after: float = arg(None, "updates after which the learning rate (of dmd2.py's generator) "
-                                   "halves in every fifth of as many (default: by data, or never)",
-                             low=1, free=True)
-    ema: float = arg(None, "decay per update of the averaged weights, which are what is kept "
-                           "(default: by data)", low=0, high=1)
+    decay_after: float = arg(None, "updates after which the (generator's) learning rate halves in "
+                                   "every fifth of as many (default: by data)", low=1, free=True)
+    ema: float = arg(None, "decay per update of the averaged weights (default: by data)", low=0,
+                     high=1)
     dtype: str = arg("auto", "of the networks' arithmetic; auto is float32 (TF32 on a GPU), or "
                              "bfloat16 with --compile on cuda",
                      ("auto", "float32", "bfloat16", "float16"))
@@ -702,7 +672,7 @@ class TrainingOptions(Options):
     profile: bool = arg(False, "time some steps, tell where they go, and stop", free=True)
     log_every: int = arg(50, "steps between lines of log.jsonl", low=1, free=True)
     save_every: int = arg(None, "steps between checkpoints (default: by data)", low=1, free=True)
-    sample_every: int = arg(None, "steps between pictures and validation; 0 for none (default: by "
+    sample_every: int = arg(None, "steps between pictures and validation, 0 for none (default: by "
                                   "data)", low=0, free=True)
     wandb: bool = arg(False, "log to Weights & Biases, too", free=True)
     resume: str = arg(None, "a run's checkpoint to go on from, with its options", free=True)
@@ -713,8 +683,8 @@ class Config(TrainingOptions):
     """Options of teacher.py."""
 
     out: str = arg(None, "folder of the run (default: runs/teacher, or runs/autoencoder)")
-    data: str = arg(None, f"{', '.join(KNOWN_DATA)}, or a folder that holds a folder of images for "
-                          "each class (default: digits, or what --latent was trained on)", free=True)
+    data: str = arg(None, f"{', '.join(KNOWN_DATA)} or a folder of a folder of images per class "
+                          "(default: digits, or what --latent was trained on)", free=True)
     size: int = arg(None, "side of a folder's images, scaled and cropped (default: 32)", low=4)
     flip: bool = arg(None, "show images mirrored, half of the time (default: only for cifar10)")
     autoencoder: bool = arg(False, "train no teacher but an autoencoder, for --latent")
@@ -728,24 +698,14 @@ class Config(TrainingOptions):
     schedule: str = arg("lognormal", "which noise levels it is trained on", tuple(SCHEDULES))
     lr: float = arg(None, "learning rate (default: by data)", low=0, high=1)
     min_snr_gamma: float = arg(None, "weigh squared errors of x0 by min(SNR, gamma), such as 5 "
-                                     "(default: by the prediction's own weight)", low=1e-9)
+                                     "(default: the prediction's own weight)", low=1e-9)
     label_dropout: float = arg(0.1, "share of images without label, for guidance", low=0, high=1)
 
     def __post_init__(self):
         super().__post_init__()
-        if not all(mult.isdecimal() and int(mult) for mult in self.mults.split(",")):
-            raise ValueError(f"--mults {self.mults}: needs positive integers, such as 1,2,2")
-        if self.width % 4:
-            raise ValueError(f"--width {self.width}: must be a multiple of 4")
-        if self.size and self.data in KNOWN_DATA:
-            raise ValueError(f"--size {self.size}: is for folders of images, not for {self.data}")
-        if self.size and not self.latent:  # told before any image is read
-            halved(self.size, mults_of(self))
-
-
-def mults_of(cfg):
-    """The numbers of --mults."""
-    return tuple(map(int, cfg.mults.split(",")))
+        if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", self.mults) or self.width % 4:
+            raise ValueError(f"--width {self.width} --mults {self.mults}: needs a multiple of 4, "
+                             "and positive integers, such as 1,2,2")
 
 
 def recipe(given):
@@ -755,8 +715,8 @@ def recipe(given):
         source = load(given["latent"], "autoencoder")
         side, facts = latent_shape(source["network"])[-1], source["data"]
         levels = next(n for n in itertools.count(1) if side % 2**n or side >> n < 4)
-        found = dict(RECIPES["latents"], mults="1" + ",2" * (levels - 1),  # while 4 or more are left
-                     data=facts["name"], size=facts["size"], data_dir=facts["data_dir"])
+        found = dict(RECIPES["latents"], mults="1" + ",2" * (levels - 1), data=facts["name"],
+                     size=facts["size"], data_dir=facts["data_dir"])
     data = given.get("data", found.get("data", "digits"))
     base = dict(out="runs/teacher", data_dir="data", flip=False, save_every=200, sample_every=500)
     return {**base, **RECIPES[data if data in KNOWN_DATA else "folder"], **found, "data": data}
@@ -776,13 +736,14 @@ def parse(config_class, argv=None, doc="", recipe=lambda given: {}):
                                      argument_default=argparse.SUPPRESS)
     fields = {f.name: f for f in dataclasses.fields(config_class)}
     for f in sorted(fields.values(), key=lambda f: f.name not in config_class.__annotations__):
-        kind = {} if f.metadata["positional"] else \
-            dict(action=argparse.BooleanOptionalAction) if f.type is bool else \
-            dict(type=f.type, choices=f.metadata["choices"],
-                 metavar=None if f.metadata["choices"] else "X")
         told = "" if f.default is None or f.type is bool else f" (default: {f.default})"
-        parser.add_argument(f.name if f.metadata["positional"] else flag(f.name),
-                            help=f.metadata["help"] + told, **kind)
+        kind = dict(help=f.metadata["help"] + told)
+        if f.type is bool:
+            kind["action"] = argparse.BooleanOptionalAction
+        elif not f.metadata["positional"]:
+            choices = f.metadata["choices"]
+            kind.update(type=f.type, choices=choices, metavar=None if choices else "X")
+        parser.add_argument(f.name if f.metadata["positional"] else flag(f.name), **kind)
     trains = issubclass(config_class, TrainingOptions)
     if trains:
         parser.add_argument("--config", metavar="X", help="config.json of a run, for its options")
@@ -791,16 +752,14 @@ def parse(config_class, argv=None, doc="", recipe=lambda given: {}):
         raise ValueError(f"{message} (--help lists the options)")
     parser.error = error
     given, saved = vars(parser.parse_args(argv)), {}
-    for name in PATHS & given.keys():
-        if given[name] not in KNOWN_DATA:
-            given[name] = str(Path(given[name]).resolve())
+    for name in PATHS & given.keys() - {name for name in given if given[name] in KNOWN_DATA}:
+        given[name] = str(Path(given[name]).resolve())
     source = given.get("resume") or given.pop("config", None)
     if "resume" in given:
         saved = dict(load(source)["config"], out=str(Path(source).parent))
         for name in given.keys() & saved.keys():
             if not fields[name].metadata["free"] and given[name] != saved[name]:
-                raise ValueError(f"{flag(name)} {given[name]}: the run to resume has {saved[name]}; "
-                                 "leave the flag out, or start a new run")
+                raise ValueError(f"{flag(name)} {given[name]}: the run to resume has {saved[name]}")
     elif source:
         saved = json.loads(Path(source).read_text())
         saved = {name: value for name, value in saved.items() if name not in ("out", "resume")}
@@ -818,37 +777,36 @@ def parse(config_class, argv=None, doc="", recipe=lambda given: {}):
 
 
 def run_script(main):
-    """Call main; what the user can mend (ValueError, OSError) is one line and exit status 2.
+    """Call main; what the user can mend is one line and exit status 2.
 
     The status of a run that diverges is 1, of one that was interrupted 130.
     """
     if dist.is_torchelastic_launched():
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
                                 timeout=datetime.timedelta(hours=3))  # rank 0 may have to download
+    status, words = 2, None
     try:
         main()
-        if dist.is_initialized():
-            dist.destroy_process_group()
-        return
     except ModuleNotFoundError as error:
-        status, words = 2, f"the package {error.name} is not installed; pip install {error.name}"
+        words = f"the package {error.name} is not installed; pip install {error.name}"
     except (ValueError, OSError) as error:
-        status, words = 2, str(error)
+        words = str(error)
     except FloatingPointError as error:
         status, words = 1, f"diverged: {error}"
     except KeyboardInterrupt:
         status, words = 130, "interrupted; --resume goes on from the last checkpoint"
     except RuntimeError as error:
         if re.search("out of memory|can't allocate", str(error)):
-            status, words = 2, ("out of memory; try a smaller --batch, --width or --n, or to train "
-                                "--accumulate 4 or --checkpointing")
+            words = "out of memory; a smaller --batch, --width or --n takes less, or --accumulate 4"
         elif re.search(r"C(\+\+)? compiler", str(error)):
-            status, words = 2, ("--compile: PyTorch finds no C compiler; install one, such as gcc, or "
-                                "leave it out")
+            words = "--compile: PyTorch finds no C compiler; install one, such as gcc"
         else:
             raise
-    print(f"{Path(sys.argv[0]).name}: {' '.join(words.split())}", file=sys.stderr)
-    sys.exit(status)
+    if words:
+        print(f"{Path(sys.argv[0]).name}: {' '.join(words.split())}", file=sys.stderr)
+        sys.exit(status)
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 # ---- several GPUs: torchrun starts a process for each, a rank, and one alone is rank 0 of 1 -----
@@ -895,15 +853,12 @@ def average(tensors):
 
 
 def parts_of(cfg):
-    """Slices of a step's batch: what this rank computes, in --accumulate parts one by one.
-
-    So a run is the same one on any number of GPUs, but for the order in which sums are taken.
-    Raises ValueError if the batch can't be split evenly.
-    """
+    """Slices of a step's batch: what this rank computes, in --accumulate parts one by one, so that
+    a run is the same on any number of GPUs. Raises ValueError if it can't be split evenly."""
     count = ranks() * cfg.accumulate
     if cfg.batch % count:
-        raise ValueError(f"--batch {cfg.batch}: can't be split evenly into --accumulate "
-                         f"{cfg.accumulate} x {ranks()} processes; give a multiple of {count}")
+        raise ValueError(f"--batch {cfg.batch}: must be a multiple of {count}, --accumulate times "
+                         "the number of processes")
     size, first = cfg.batch // count, rank() * cfg.accumulate
     return [slice(i * size, (i + 1) * size) for i in range(first, first + cfg.accumulate)]
 
@@ -926,13 +881,10 @@ class Data(NamedTuple):
 def load_data(name, split, data_dir="data", size=32):
     """The training images ("train") of a data set as Data, or those held out ("test").
 
-    name  one of KNOWN_DATA, or a folder with a folder of images for each class, or with two of such
-          folders, train, and test or val
-    size  side of a folder's images
+    name  one of KNOWN_DATA, or a folder of images (see folder_files), then of side `size`
 
-    Held out are the official test set, the folder's own, or else every sixth image in a fixed order.
-    Raises ValueError for an unknown name or an unfit folder, OSError where files are missing and
-    can't be downloaded to data_dir.
+    Held out are the official test set, the folder's own, or every sixth image in a fixed order.
+    Raises ValueError for an unknown name or an unfit folder, OSError where files can't be had.
     """
     if name == "digits":
         from sklearn.datasets import load_digits
@@ -946,9 +898,9 @@ def load_data(name, split, data_dir="data", size=32):
         import torchvision
         source = dict(mnist="MNIST", fashion="FashionMNIST", cifar10="CIFAR10")[name]
         with rank_0_first():
-            try:
+            try:  # which downloads what is not there
                 found = getattr(torchvision.datasets, source)(data_dir, split == "train",
-                                                              download=True)  # if it is not there
+                                                              download=True)
             except (RuntimeError, OSError) as error:
                 raise OSError(f"--data {name}: is not in {data_dir}, or damaged, and can't be "
                               f"downloaded ({error}); --data-dir tells where it is") from error
@@ -981,14 +933,14 @@ def load_folder(folder, size, data_dir):
             with ThreadPoolExecutor() as pool, replacing(pixels) as file:
                 for start in progress(range(0, len(files), 256), "images"):
                     part = files[start:start + 256]
-                    images = pool.map(lambda entry: decoded(entry[0], size), part)
-                    for (path, *rest), image in zip(part, images):
+                    for (path, *rest), image in zip(part, pool.map(
+                            lambda entry: decoded(entry[0], size), part)):
                         if isinstance(image, Exception):
                             damaged.append(f"{path} ({image})")
-                            continue
-                        file.write(image.tobytes())
-                        found.append(rest)
-                        colour = colour or bool((image != image[:1]).any())
+                        else:
+                            file.write(image.tobytes())
+                            found.append(rest)
+                            colour = colour or bool((image != image[:1]).any())
             with replacing(index) as file:
                 file.write(json.dumps([found, damaged, colour]).encode())
             tell(f"{folder}: {len(found)} images, kept decoded in {pixels} "
@@ -999,18 +951,20 @@ def load_folder(folder, size, data_dir):
              f"{'; '.join(damaged[:3])}", sys.stderr)
     trained = [label for label, held_out in found if not held_out]
     if len({*trained}) < len(classes) or len(trained) == len(found):
-        raise ValueError(f"--data {folder}: needs a folder for each class, such as cats/1.jpg, with "
-                         f"a readable image to train on, and others to hold out; of the classes "
-                         f"{', '.join(classes[:10])} it has {[*map(trained.count, range(len(classes)))][:10]} "
-                         f"and {len(found) - len(trained)}")
+        raise ValueError(f"--data {folder}: has images to train on of {len({*trained})} of its "
+                         f"{len(classes)} classes, and {len(found) - len(trained)} to hold out; "
+                         "each class needs a folder of them, such as cats/1.jpg")
     images = torch.from_file(str(pixels), size=len(found) * 3 * size**2, dtype=torch.uint8)
     images = images.view(-1, 3, size, size)[:, :3 if colour else 1]
     return images, torch.tensor([label for label, _ in found]), classes, len(trained)
 
 
 def folder_files(folder):
-    """What is in a folder of images: path, class and whether it is held out of each, in a fixed
-    random order, those to train on first; and the classes' names."""
+    """The images in a folder of a folder for each class, or in two of such folders, train and test.
+
+    returns path, class number and whether it is held out of each, in a fixed random order, those to
+    train on first; and the classes' names
+    """
     inner = {path.name.lower(): path for path in sorted(folder.iterdir()) if path.is_dir()}
     train = next((inner[name] for name in ("train", "training") if name in inner), folder)
     tests = [inner[name] for name in ("test", "testing", "val", "valid", "validation")
@@ -1021,12 +975,11 @@ def folder_files(folder):
              for path in sorted(Path(part, name).rglob("*")) if path.suffix.lower() in ENDINGS
              and not any(name[0] == "." for name in path.relative_to(folder).parts)]
     files = [files[i] for i in np.random.RandomState(0).permutation(len(files))]
-    if not tests:  # every sixth is held out, unless it is the last one of its class
-        left = collections.Counter(label for _, label, _ in files)
-        for i, (path, label, _) in enumerate(files):
-            held_out = i % 6 == 0 and left[label] > 1
-            left[label] -= held_out
-            files[i] = path, label, held_out
+    left = collections.Counter(label for _, label, _ in files)
+    for i, (path, label, _) in enumerate(files if not tests else ()):
+        held_out = i % 6 == 0 and left[label] > 1  # every sixth, but not the last one of its class
+        left[label] -= held_out
+        files[i] = path, label, held_out
     return sorted(files, key=lambda entry: entry[2]), tuple(classes) or ("all",)
 
 
@@ -1036,8 +989,6 @@ def decoded(path, size):
     try:
         with Image.open(path, formats=FORMATS) as image:
             image = ImageOps.exif_transpose(image)
-            if image.mode == "F":
-                raise ValueError("its pixels are floating-point numbers, of no known range")
             if image.mode.startswith("I"):  # 16 bits, which convert() would clip to the lower 8
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             if image.has_transparency_data:
@@ -1049,8 +1000,7 @@ def decoded(path, size):
 
 
 def load_to_train(cfg, codec, device):
-    """The training data, as x0; x0 and labels of some held-out images; what checkpoints tell of it.
-    """
+    """Training data, as x0; x0 and labels of some held-out images; what checkpoints tell of it."""
     data, held_out = (load_data(cfg.data, split, cfg.data_dir, cfg.size)
                       for split in ("train", "test"))
     facts = dict(name=cfg.data, data_dir=cfg.data_dir, size=cfg.size, shape=data.shape,
@@ -1066,16 +1016,16 @@ def load_to_train(cfg, codec, device):
 
 @torch.no_grad()
 def encoded(data, codec, device):
-    """Data of a codec's x0: images (more than 4 GB stay mapped), or latents on a device, with
+    """Data of a codec's x0: images (from 4 GB on they stay mapped), or latents on a device, with
     --flip those of the mirror images too."""
+    labels = data.labels.to(device)
     if isinstance(codec, Pixels):
-        fits = data.images.nbytes < 2**32
-        return data._replace(images=data.images.to(device) if fits else data.images,
-                             labels=data.labels.to(device))
-    parts = [to_float(part.to(device)) for part in data.images.chunk(len(data.labels) // 256 + 1)]
+        return data._replace(labels=labels, images=data.images.to(device) if
+                             data.images.nbytes < 2**32 else data.images)
+    parts = [to_float(part.to(device)) for part in data.images.chunk(len(labels) // 256 + 1)]
     views = [codec.encode(x.flip(-1) if flip else x) for flip in (False, True)[:1 + data.flip]
              for x in progress(parts, "latents")]
-    return Data(torch.cat(views), data.labels.repeat(1 + data.flip).to(device), data.classes)
+    return Data(torch.cat(views), labels.repeat(1 + data.flip), data.classes)
 
 
 def batch_at(step, count, batch, seed, device="cpu"):
@@ -1093,11 +1043,10 @@ def permutation(count, seed, epoch, device):
 def training_batches(data, start, cfg, parts, device):
     """Yield x0 [B, C, H, W] in [-1, 1] and labels [B] for each part of each step from `start` on.
 
-    Raises ValueError if a batch is more than there are.
+    Raises ValueError if there are fewer than a batch.
     """
     if cfg.batch > len(data.labels):
-        raise ValueError(f"--batch {cfg.batch}: there are only {len(data.labels)} images to train "
-                         "on; give that many or fewer")
+        raise ValueError(f"--batch {cfg.batch}: there are only {len(data.labels)} training images")
     for step in itertools.count(start):
         index = batch_at(step, len(data.labels), cfg.batch, cfg.seed, data.images.device)
         for part in parts:
@@ -1131,10 +1080,8 @@ def seeded(stream, *key, device="cpu"):
 
 
 class Draw:
-    """The random numbers of one training step, in the order they are asked for.
-
-    They are drawn for the whole batch, of which every answer gives the `part`: B of them.
-    """
+    """The random numbers of one training step, in the order they are asked for, drawn for the whole
+    batch; every answer gives the `part`: B of them."""
 
     def __init__(self, stream, seed, step, batch, shape, device, part=slice(None)):
         self.options = dict(generator=seeded(stream, seed, step, device=device), device=device)
@@ -1154,10 +1101,8 @@ class Draw:
 
 
 def fresh_noise(count, shape, seed, start=0):
-    """Yield standard normal noise [count, *shape] without end, one for each step of a sampler.
-
-    Image i is made of seed and start + i only, so it does not depend on the batch size.
-    """
+    """Yield standard normal noise [count, *shape] without end, one for each step of a sampler; that
+    of image i is made of seed and start + i only."""
     rngs = [seeded(NOISE, seed, i) for i in range(start, start + count)]
     while True:
         yield torch.stack([torch.randn(shape, generator=rng) for rng in rngs])
@@ -1174,30 +1119,26 @@ class Descent:
     """Steps of an optimizer, each down the mean of the losses whose gradients were added before.
 
     Gradients reach the optimizer's own parameters only: networks that a loss goes through on its
-    way there (a fake score that judges the generator) stay as they are and accumulate nothing. On
-    several GPUs they are averaged in one message after the last part of the batch, which is shorter
-    than DistributedDataParallel and the same for networks that a step passes through twice.
+    way there (a fake score that judges the generator) stay as they are and accumulate nothing.
+    Several processes average theirs in one message after the last part of the batch;
+    DistributedDataParallel would do, too, and is longer.
     """
 
     def __init__(self, optimizer, cfg, device, prefix=""):
         self.optimizer, self.clip, self.parts = optimizer, cfg.clip, cfg.accumulate
         self.prefix = prefix  # of the names of what is logged
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        # Does nothing but in float16, whose small gradients would vanish.
-        enabled = dtype_of(cfg, device) == torch.float16
-        self.scaler = torch.amp.GradScaler(device.type, enabled=enabled)
+        self.scaler = torch.amp.GradScaler(  # of small gradients, which would vanish in float16
+            device.type, enabled=dtype_of(cfg, device) == torch.float16)
 
-    @record_function("backward")
     def add(self, loss):
         """Add the gradient of the loss of a part of the batch, of --accumulate such parts."""
         self.scaler.scale(loss / self.parts).backward(inputs=self.parameters)
 
-    @record_function("optimizer")
     def step(self, lr):
         """Step at learning rate `lr` with a gradient of norm at most --clip.
 
-        returns what to log: gradient_norm, that of before; 0 where in float16 the scale was too
-        large and the step is left out
+        returns gradient_norm, of before, to be logged; 0 where a float16 step is left out
         """
         average([p.grad for p in self.parameters if p.grad is not None])
         self.scaler.unscale_(self.optimizer)
@@ -1220,11 +1161,8 @@ class Descent:
 
 
 def rate_at(update, lr, warmup, decay_after=None):
-    """Learning rate of an update, counted from 0: it rises linearly, stays, and falls at the end.
-
-    warmup       updates until it is lr
-    decay_after  updates until it falls: then it halves in every fifth of as many; None: never
-    """
+    """Learning rate of an update, counted from 0: it rises to lr for `warmup` updates, and from
+    decay_after on (None: never) halves in every fifth of as many."""
     rise = (update + 1) / max(warmup, 1)
     fall = 5 * (1 - update / decay_after) if decay_after else 0
     return lr * min(1, rise, 2.0**fall)
@@ -1232,17 +1170,10 @@ def rate_at(update, lr, warmup, decay_after=None):
 
 @torch.no_grad()
 def update_ema(ema, model, decay, update):
-    """ema <- decay ema + (1 - decay) model, for all parameters.
-
-    At first the memory is shorter: in update k, from 0, it fades by at least 9 / (k + 10).
-    """
+    """ema <- decay ema + (1 - decay) model, for all parameters; in update k, from 0, the memory is
+    shorter: it fades by at least 9 / (k + 10)."""
     decay = min(decay, (update + 1) / (update + 10))
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
-
-
-def frozen(model):
-    """A copy in eval mode whose parameters get no gradient: the start of an EMA."""
-    return copy.deepcopy(model).eval().requires_grad_(False)
 
 
 def pick_device(name):
@@ -1258,11 +1189,8 @@ def pick_device(name):
 
 
 def dtype_of(cfg, device):
-    """The torch.dtype of the networks' arithmetic.
-
-    bfloat16 pays where it is compiled: in eager mode autocast keeps group norm and SiLU in float32,
-    and its conversions cost what it saves.
-    """
+    """The torch.dtype of the networks' arithmetic; in eager mode bfloat16 would not pay, for
+    autocast's conversions around group norms cost what it saves."""
     if cfg.dtype != "auto":
         return getattr(torch, cfg.dtype)
     compiled = cfg.compile and device.type == "cuda"
@@ -1288,9 +1216,8 @@ def prepare(cfg, device, *denoisers):
             if isinstance(layer, (Block, Residual)) and cfg.checkpointing:
                 layer.forward = functools.partial(recompute, layer.forward, use_reentrant=False,
                                                   preserve_rng_state=False)
-        if cfg.compile:
-            for part in denoiser.children():  # the network, or an autoencoder's two
-                part.compile(dynamic=False)
+        for part in denoiser.children() if cfg.compile else ():  # an autoencoder has two
+            part.compile(dynamic=False)
 
 
 # ---- checkpoints --------------------------------------------------------------------------------
@@ -1299,8 +1226,8 @@ def prepare(cfg, device, *denoisers):
 def replacing(path, keep=False):
     """A file to write to, which takes the name `path` when it is whole and on the disk.
 
-    With keep, what was there becomes older(path). Raises OSError naming path if it can't be
-    written; what was there then stays.
+    keep  whether what was there takes the name last.1.pt, or the like
+    Raises OSError naming path if it can't be written; what was there then stays.
     """
     path, temporary = Path(path), Path(f"{path}.{os.getpid()}.tmp")
     try:
@@ -1310,7 +1237,7 @@ def replacing(path, keep=False):
             file.flush()
             os.fsync(file.fileno())
         if keep and path.exists():
-            os.replace(path, older(path))
+            os.replace(path, path.with_suffix(f".1{path.suffix}"))
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
         reason = error if isinstance(error, OSError) else error.__context__  # so torch.save has it
@@ -1321,13 +1248,8 @@ def replacing(path, keep=False):
         temporary.unlink(missing_ok=True)
 
 
-def older(path):
-    """The name of the checkpoint before the one at path: last.1.pt."""
-    return Path(path).with_suffix(".1.pt")
-
-
 def save(state, path, keep=False):
-    """Write a checkpoint, features or pairs by replacing()."""
+    """torch.save() by replacing()."""
     with replacing(path, keep) as file:
         torch.save(state, file)
 
@@ -1336,26 +1258,27 @@ def load(path, kind=None):
     """Read a checkpoint of this project, executing nothing from it.
 
     returns its dictionary: kind ("teacher", "generator", "autoencoder"), version, config, step,
-    data (its name, data_dir, size, shape, classes, flip and the count of training images), network
-    (arguments of UNet or Autoencoder), model (the EMA weights); of a teacher or generator
-    prediction, schedule, autoencoder (None, or a dictionary of kind, network and model); of a
-    generator sigmas, figures, teacher_figures and, in generator.pt, fake_score; training (weights
-    and optimizers) where --resume can go on from it
+    data (name, data_dir, size, shape, classes, flip, count), network (arguments of UNet or
+    Autoencoder), model (the EMA weights); of a teacher or generator prediction, schedule and
+    autoencoder (None, or a dictionary of kind, network, model); of a generator sigmas, figures,
+    teacher_figures and, in generator.pt, fake_score; training (what --resume restores) but in
+    generator.pt
     Raises ValueError if the file is missing, foreign, damaged or of another kind.
     """
-    instead = f"; the one before it is {older(path)}" if older(path).is_file() else ""
+    before = Path(path).with_suffix(".1.pt")
+    instead = f"; the one before it is {before}" if before.is_file() else ""
     if not Path(path).is_file():
-        raise ValueError(f"{path}: no such checkpoint file{instead}; teacher.py and dmd2.py write "
-                         "them")
+        raise ValueError(f"{path}: no such checkpoint file{instead}")
     try:
         damaged = zipfile.ZipFile(path).testzip()  # PyTorch looks at no checksum
         checkpoint = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
         found = checkpoint["kind"] if checkpoint["version"] == __version__ else None
     except Exception as error:  # zipfile and torch.load raise a dozen kinds
-        raise ValueError(f"{path}: not a checkpoint of this project and version, or damaged"
-                         f"{instead}") from error
-    if kind not in (None, found):
-        raise ValueError(f"{path}: holds a checkpoint of kind {found}; needed is one of kind {kind}")
+        raise ValueError(f"{path}: no checkpoint of this project, or a damaged one{instead}"
+                         ) from error
+    if found is None or kind not in (None, found):
+        raise ValueError(f"{path}: holds a {found} of version {checkpoint['version']}; needed is "
+                         f"{kind or 'a checkpoint'} of version {__version__}")
     return checkpoint
 
 
@@ -1390,20 +1313,18 @@ class Run:
     name   of the checkpoint, such as last.pt
     parts  networks and optimizers by name: what the checkpoint keeps, and --resume restores
     facts  what the checkpoint tells of the data; must be the same when the run is resumed
-
-    Values that are logged stay on their device until a line is due, so that the loop never waits
-    for them.
     """
 
     def __init__(self, cfg, name, parts, facts):
         self.cfg, self.parts, self.facts, self.start = cfg, parts, facts, 0
         self.path = Path(cfg.out, "profile" * cfg.profile, name)
-        self.log, self.pending, self.signal, self.wandb = self.path.with_name("log.jsonl"), [], 0, None
+        self.log, self.wandb = self.path.with_name("log.jsonl"), None
+        self.pending, self.signal = [], 0
+        self.began = self.said = time.perf_counter()
         if cfg.resume:
             self.restore(load(cfg.resume))
         self.bar = tqdm(total=cfg.steps, initial=self.start, dynamic_ncols=True,
                         disable=True if rank() else None)
-        self.said = time.perf_counter()
         if rank() == 0:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             options = dataclasses.asdict(cfg)
@@ -1412,26 +1333,23 @@ class Run:
             self.log.write_text("".join(json.dumps(line) + "\n" for line in lines if cfg.resume))
             if cfg.wandb:
                 import wandb
-                ids = [path.name.split("-")[-1] for path in Path(cfg.out, "wandb").glob("*run-*-*")]
+                ids = [path.name.split("-")[-1] for path in Path(cfg.out).glob("wandb/*run-*-*")]
                 self.wandb = wandb.init(  # offline where nobody is logged in: it must not ask
                     project="dmd2", dir=cfg.out, config=options, id=ids[0] if cfg.resume and ids
                     else None, resume="allow", mode=None if wandb.api.api_key else "offline")
 
     def restore(self, checkpoint):
         """Begin where a checkpoint ends; ValueError if it is not of this run, or can't be."""
-        path = self.cfg.resume
+        path, self.start = self.cfg.resume, checkpoint["step"]
         if "training" not in checkpoint:
-            raise ValueError(f"--resume {path}: holds no optimizers; teacher.pt, autoencoder.pt and "
-                             "last.pt do")
+            raise ValueError(f"--resume {path}: holds no optimizers; last.pt does")
+        if self.start >= self.cfg.steps and not self.cfg.profile:
+            raise ValueError(f"--steps {self.cfg.steps}: {path} has done {self.start} already")
         for name in self.facts.keys() - {"name", "data_dir"}:  # which may have moved
             before, now = checkpoint["data"][name], self.facts[name]
             if before != now:
                 raise ValueError(f"--resume {path}: the {name} of its data was {before}, and is "
                                  f"{now} now; restore them, or start a new run")
-        self.start = checkpoint["step"]
-        if self.start >= self.cfg.steps and not self.cfg.profile:
-            raise ValueError(f"--steps {self.cfg.steps}: {path} has done {self.start} already; give "
-                             "more")
         for name, part in self.parts.items():
             part.load_state_dict(checkpoint["training"][name])
 
@@ -1447,10 +1365,8 @@ class Run:
         handlers = {number: signal.signal(number, self.stop)
                     for number in (signal.SIGINT, signal.SIGTERM)}
         try:
-            for self.step in steps:
-                step = self.step
-                if not self.pending:
-                    self.began = time.perf_counter()
+            for step in steps:
+                self.step, self.began = step, self.began if self.pending else time.perf_counter()
                 yield step
                 self.bar.update()
                 number = torch.tensor(self.signal)
@@ -1480,7 +1396,8 @@ class Run:
         self.signal = number
 
     def note(self, **values):
-        """Take in scalars, tensors, of the step under way."""
+        """Take in scalars of the step under way: tensors, which stay on their device, for the loop
+        must not wait for them."""
         self.pending += [(self.step + 1, name, value.detach()) for name, value in values.items()]
 
     def write(self, step, **figures):
@@ -1508,16 +1425,14 @@ class Run:
             file.write(json.dumps(dict(step=step + 1, **line)) + "\n")
         if self.wandb:
             self.wandb.log(line, step=step + 1)
-        shown = {name: f"{value:.3g}" for name, value in line.items()
-                 if "loss" in name or "per_second" in name}
+        shown = {name: f"{line[name]:.3g}" for name in line if "loss" in name or "per_" in name}
         self.bar.set_postfix(shown)
         if self.bar.disable and time.perf_counter() > self.said + 60:  # no bar: a line a minute
             self.said = time.perf_counter()
-            self.say(f"step {step + 1} of {self.cfg.steps}: "
-                     + ", ".join(" ".join(item) for item in shown.items()))
+            self.say(f"step {step + 1} of {self.cfg.steps}: {shown}")
 
     def measure(self, step, figures):
-        """Log the figures by name that figures() returns, which are measured now, and print them."""
+        """Measure by figures() -> a dictionary of scalars, log and print them, and return them."""
         self.write(step)  # before that takes long; it raises if the run diverged
         values = figures()
         self.write(step, **values)
@@ -1539,14 +1454,12 @@ class Run:
 
 
 def due(step, every, steps):
-    """Whether what is done every so many steps (0: never), and at the last, is due after `step`,
-    counted from 0."""
+    """Whether what is done every so many steps (0: never) and at the last is due after a step."""
     return every > 0 and ((step + 1) % every == 0 or step + 1 == steps)
 
 
 def profiled(run):
-    """Yield some steps of a run, meanwhile time them, count operations and trace one; then report.
-    """
+    """Yield some steps of a run, meanwhile time them, count operations and trace some; report."""
     cfg, device = run.cfg, next(run.parts["ema"].parameters()).device
     cycle = getattr(cfg, "fake_steps", 1)  # the steps in which each kind of update happens
     steps, seconds = itertools.count(run.start), []
@@ -1559,19 +1472,18 @@ def profiled(run):
         yield from itertools.islice(steps, cycle)
     with torch.profiler.profile() as profiler:
         yield from itertools.islice(steps, cycle)
-    if rank() == 0:
-        trace, seconds = run.path.with_name("trace.json"), sorted(seconds)[10]
-        profiler.export_chrome_trace(str(trace))
-        by = "cpu_time_total" if device.type == "cpu" else "device_time_total"
-        print(profiler.key_averages().table(by, row_limit=25, max_name_column_width=40))
-        print(f"{device_name(device)}, torch {torch.__version__}, {dtype_of(cfg, device)}"
-              f"{', compiled' * cfg.compile}, batch {cfg.batch}: a step takes {1000 * seconds:.2f} "
-              f"ms (median of 20), {cfg.batch / seconds:.0f} images/s, "
-              f"{counter.get_total_flops() / cycle / 1e9:.2f} GFLOP; trace: {trace}")
+    trace, seconds = run.path.with_name("trace.json"), sorted(seconds)[10]
+    profiler.export_chrome_trace(str(trace))
+    by = "cpu_time_total" if device.type == "cpu" else "device_time_total"
+    tell(profiler.key_averages().table(by, row_limit=25, max_name_column_width=40))
+    tell(f"{device_name(device)}, torch {torch.__version__}, {dtype_of(cfg, device)}"
+         f"{', compiled' * cfg.compile}, batch {cfg.batch}: a step takes {1000 * seconds:.2f} ms "
+         f"(median of 20), {cfg.batch / seconds:.0f} images/s, "
+         f"{counter.get_total_flops() / cycle / 1e9:.2f} GFLOP; trace: {trace}")
 
 
 def clock(device):
-    """Seconds, read when all that the device was asked for is done."""
+    """Seconds, when all is done that the device was asked for."""
     if device.type != "cpu":
         torch.accelerator.synchronize()
     return time.perf_counter()
@@ -1594,24 +1506,24 @@ def read_log(path):
 # ---- pictures -----------------------------------------------------------------------------------
 
 def plot_log(path):
-    """Draw a log.jsonl as loss.png beside it: a panel per quantity, the teacher's as dashed lines."""
+    """Draw a log.jsonl as loss.png beside it: a panel per quantity, the teacher's dashed."""
     from matplotlib.figure import Figure
-    curves = collections.defaultdict(list)
+    curves = {}
     for line in read_log(path):
-        for name in line.keys() - {"step"}:
-            curves[name].append((line["step"], line[name]))
+        for name, value in line.items():
+            curves.setdefault(name, []).append((line["step"], value))
+    del curves["step"]
     names = sorted(name for name in curves if not name.startswith(("teacher_", "validation_")))
     columns, rows = min(len(names), 3), -(-len(names) // 3)
     figure = Figure(figsize=(4 * columns, 2.6 * rows), layout="constrained")
     for i, name in enumerate(names):
         panel = figure.add_subplot(rows, columns, i + 1, title=name, xlabel="step")
-        panel.plot(*zip(*curves[name]), linewidth=1)
-        if name == "loss" and "validation_loss" in curves:
-            panel.plot(*zip(*curves["validation_loss"]), marker=".", linewidth=1)
-            panel.legend(["training", "validation"])
-        for _, value in curves.get(f"teacher_{name}", []):
-            panel.axhline(value, ls="--", color="gray", label="teacher")
+        panel.plot(*zip(*curves[name]), label="training")
+        if f"validation_{name}" in curves:
+            panel.plot(*zip(*curves[f"validation_{name}"]), label="validation")
             panel.legend()
+        for _, value in curves.get(f"teacher_{name}", []):
+            panel.axhline(value, ls="--", color="gray")
         values = [value for _, value in curves[name]]
         if min(values) > 0 and max(values) > 3 * min(values):
             panel.set_yscale("log")
