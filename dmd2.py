@@ -64,51 +64,41 @@ class Config(TrainingOptions):
     """Options of dmd2.py; recipe() gives those that are left at None."""
 
     teacher: str = arg(None, "checkpoint to distil, of teacher.py or NVlabs/edm (.pkl)", free=True)
-    data: str = arg(None, "what an EDM checkpoint was trained on, such as cifar10, or where a folder "
-                          "is now", free=True)
+    data: str = arg(None, "what an EDM .pkl was trained on, or where a folder is now", free=True)
     out: str = arg("runs/dmd2", "folder of the run")
-    fake_steps: int = arg(None, "updates of the fake score per update of the generator: the two "
-                                "time-scale rule (default: by data)", low=1)
+    fake_steps: int = arg(None, "updates of the fake score per update of the generator", low=1)
     lr: float = arg(None, "learning rate of the generator (default: by data)", low=0, high=1)
     fake_lr: float = arg(None, "learning rate of the fake score (default: by data)", low=0, high=1)
-    conditioning_sigma: float = arg(None, "noise level at which the generator begins (default: by "
-                                          "prediction)", low=SIGMA_MIN, high=SIGMA_MAX)
+    conditioning_sigma: float = arg(None, "noise level at which the generator begins",
+                                    low=SIGMA_MIN, high=SIGMA_MAX)
     student_steps: int = arg(1, "steps in which the generator makes an image", (1, 2, 4))
-    backward_simulation: bool = arg(True, "with several steps: train each on what the steps before "
-                                          "it make of noise, not on real images with noise")
+    backward_simulation: bool = arg(True, "train later steps on what those before make of noise, "
+                                          "not on real images with noise")
     dm_weight: float = arg(1.0, "of the distribution-matching loss; 0 for the GAN only", low=0)
-    dm_range: str = arg(None, "its noise levels, as quantiles of the karras schedule (default: by "
-                              "data and prediction)")
+    dm_range: str = arg(None, "its noise levels, as quantiles of karras (default: by data)")
     fake_weight: float = arg(1.0, "of the fake score's loss", low=0)
     fake_range: str = arg("0,1", "its noise levels, likewise")
     guidance: float = arg(1.0, "classifier-free guidance of the teacher; 1 is none", low=0)
     gan_weight: float = arg(0.001, "of the generator's GAN loss; 0 turns the GAN off", low=0)
     gan_features: str = arg("fake", "whose encoder the discriminator sees by: the fake score's, "
-                                    "which it then trains too, or the frozen teacher's",
-                            ("fake", "teacher"))
+                                    "which it trains, or the teacher's", ("fake", "teacher"))
     gan_noise: bool = arg(True, "show the discriminator images with noise (diffusion GAN)")
     gan_range: str = arg("0,1", "noise levels of the discriminator's images, likewise")
-    discriminator_weight: float = arg(0.01, "of the discriminator's loss beside the fake score's, "
-                                            "with which it shares an encoder", low=0)
+    discriminator_weight: float = arg(0.01, "of its loss beside the fake score's", low=0)
     regression_weight: float = arg(0.0, "of DMD's regression loss, on pairs of noise and the "
-                                        "teacher's image (of one step only); 0 turns it off", low=0)
-    regression_distance: str = arg("mse", "its distance; lpips needs its package, which downloads "
-                                          "VGG's weights", ("mse", "lpips"))
+                                        "teacher's image; 0 turns it off", low=0)
+    regression_distance: str = arg("mse", "its distance; lpips needs its package", ("mse", "lpips"))
     pairs: int = arg(10000, "its pairs, made before training and kept in the run's folder", low=1)
-    init_from: str = arg(None, "generator.pt whose generator and fake score to start from, in "
-                               "place of the teacher: a second stage")
-    evaluate_every: int = arg(None, "steps between evaluations, the best of which is kept; 0 for "
-                                    "none (default: by data)", low=0)
+    init_from: str = arg(None, "generator.pt to start from, with its fake score: a second stage")
+    evaluate_every: int = arg(None, "steps between evaluations, 0: none (default: by data)", low=0)
     evaluate_n: int = arg(2000, "images per evaluation", low=100)
 
     def __post_init__(self):
         super().__post_init__()
         if not (self.dm_weight or self.gan_weight or self.regression_weight):
-            raise ValueError("--dm-weight 0: nothing is left to train the generator by; give a "
-                             "--gan-weight or a --regression-weight")
+            raise ValueError("--dm-weight 0: nothing is left to train the generator by")
         if self.regression_weight and (self.student_steps > 1 or self.pairs < self.batch):
-            raise ValueError("--regression-weight: is for --student-steps 1, and --pairs of at least "
-                             f"a batch, {self.batch}")
+            raise ValueError("--regression-weight: is for one step, and --pairs of a batch or more")
 
 
 def interval(cfg, name):
@@ -343,8 +333,7 @@ class Best:
 def recipe(given):
     """Options that were not given: by the teacher's data and prediction."""
     if "teacher" not in given:
-        raise ValueError("--teacher is missing: give a checkpoint of teacher.py, such as "
-                         "runs/teacher/teacher.pt")
+        raise ValueError("--teacher is missing: give one, such as runs/teacher/teacher.pt")
     parent = open_checkpoint(given["teacher"], given.get("data"))
     if parent["kind"] != "teacher":
         raise ValueError(f"--teacher {given['teacher']}: holds a {parent['kind']}; give a teacher")

@@ -489,14 +489,11 @@ class Autoencoder(nn.Module):
 
     Rombach et al.'s of 2022 with its KL term, without its perceptual and adversarial losses. An
     image [C, H, W] becomes latent_channels values at each place of the last level, [c, h, w].
-
-    Raises ValueError if a level's resolution can't be halved.
     """
 
     def __init__(self, img_resolution, img_channels, latent_channels, model_channels, channel_mult,
                  num_blocks):
         super().__init__()
-        halved(img_resolution, channel_mult)
         self.network = dict(img_resolution=img_resolution, img_channels=img_channels,
                             latent_channels=latent_channels, model_channels=model_channels,
                             channel_mult=channel_mult, num_blocks=num_blocks)
@@ -525,10 +522,7 @@ class Autoencoder(nn.Module):
         return mean, log_variance.clamp(-20, 10)
 
     def forward(self, images, noise):
-        """images [B, C, H, W], noise [B, c, h, w] -> decoded images; KL per latent value, a scalar
-
-        The divergence is KL(N(mean, variance) || N(0, 1)), averaged over all values, in nats.
-        """
+        """images, noise [B, c, h, w] -> decoded images; KL of N(mean, variance), N(0, 1) per value"""
         mean, log_variance = self.posterior(images)
         kl = (mean.square() + log_variance.exp() - 1 - log_variance).mean() / 2
         return self.decoded(mean + (log_variance / 2).exp() * noise), kl
@@ -556,7 +550,7 @@ class Autoencoder(nn.Module):
         return self.decode(self.encode(images))
 
     def checkpoint(self):
-        """What codec_of() makes it of, for the checkpoints of its teachers and generators."""
+        """What codec_of() makes it of."""
         return dict(kind="autoencoder", network=self.network, model=self.state_dict())
 
 
@@ -652,8 +646,7 @@ class Options:
 class TrainingOptions(Options):
     """What both training scripts have; recipe() gives those that are left at None."""
 
-    data_dir: str = arg(None, "where data are, or are downloaded to, and folders are kept decoded "
-                              "(default: data, or where the teacher found them)", free=True)
+    data_dir: str = arg(None, "for data sets and decoded folders (default: data)", free=True)
     seed: int = arg(0, "of every random draw", low=0)
     steps: int = arg(None, "training steps (default: by data)", low=1, free=True)
     batch: int = arg(None, "images per step, of all GPUs together (default: by data)", low=1)
@@ -663,17 +656,15 @@ class TrainingOptions(Options):
     clip: float = arg(10.0, "gradients longer than this are scaled down to it", low=1e-9)
     decay_after: float = arg(None, "updates after which the (generator's) learning rate halves in "
                                    "every fifth of as many (default: by data)", low=1, free=True)
-    ema: float = arg(None, "decay per update of the averaged weights (default: by data)", low=0,
-                     high=1)
-    dtype: str = arg("auto", "of the networks' arithmetic; auto is float32 (TF32 on a GPU), or "
-                             "bfloat16 with --compile on cuda",
+    ema: float = arg(None, "decay of the averaged weights (default: by data)", low=0, high=1)
+    dtype: str = arg("auto", "of arithmetic; auto is float32, or on cuda with --compile bfloat16",
                      ("auto", "float32", "bfloat16", "float16"))
     compile: bool = arg(False, "torch.compile the networks, which takes minutes: for long runs")
     profile: bool = arg(False, "time some steps, tell where they go, and stop", free=True)
     log_every: int = arg(50, "steps between lines of log.jsonl", low=1, free=True)
     save_every: int = arg(None, "steps between checkpoints (default: by data)", low=1, free=True)
-    sample_every: int = arg(None, "steps between pictures and validation, 0 for none (default: by "
-                                  "data)", low=0, free=True)
+    sample_every: int = arg(None, "steps between pictures, 0: none (default: by data)", low=0,
+                            free=True)
     wandb: bool = arg(False, "log to Weights & Biases, too", free=True)
     resume: str = arg(None, "a run's checkpoint to go on from, with its options", free=True)
 
@@ -683,8 +674,8 @@ class Config(TrainingOptions):
     """Options of teacher.py."""
 
     out: str = arg(None, "folder of the run (default: runs/teacher, or runs/autoencoder)")
-    data: str = arg(None, f"{', '.join(KNOWN_DATA)} or a folder of a folder of images per class "
-                          "(default: digits, or what --latent was trained on)", free=True)
+    data: str = arg(None, f"{', '.join(KNOWN_DATA)} (default: digits) or a folder that holds a "
+                          "folder of images for each class", free=True)
     size: int = arg(None, "side of a folder's images, scaled and cropped (default: 32)", low=4)
     flip: bool = arg(None, "show images mirrored, half of the time (default: only for cifar10)")
     autoencoder: bool = arg(False, "train no teacher but an autoencoder, for --latent")
@@ -697,15 +688,14 @@ class Config(TrainingOptions):
     prediction: str = arg("edm", "what the network learns", tuple(PREDICTIONS))
     schedule: str = arg("lognormal", "which noise levels it is trained on", tuple(SCHEDULES))
     lr: float = arg(None, "learning rate (default: by data)", low=0, high=1)
-    min_snr_gamma: float = arg(None, "weigh squared errors of x0 by min(SNR, gamma), such as 5 "
-                                     "(default: the prediction's own weight)", low=1e-9)
+    min_snr_gamma: float = arg(None, "weigh errors of x0 by min(SNR, this), such as 5", low=1e-9)
     label_dropout: float = arg(0.1, "share of images without label, for guidance", low=0, high=1)
 
     def __post_init__(self):
         super().__post_init__()
         if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", self.mults) or self.width % 4:
             raise ValueError(f"--width {self.width} --mults {self.mults}: needs a multiple of 4, "
-                             "and positive integers, such as 1,2,2")
+                             "and positive integers")
 
 
 def recipe(given):
@@ -729,7 +719,7 @@ def parse(config_class, argv=None, doc="", recipe=lambda given: {}):
     """A config of the command line; every field is a flag, and of training runs --config.
 
     What is given goes before what --resume or --config has, that before recipe(), and that before
-    the fields' defaults. Raises ValueError if what is given would make a resumed run another one.
+    the fields' defaults. Raises ValueError if a given option does not fit.
     """
     parser = argparse.ArgumentParser(description=doc, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -744,8 +734,7 @@ def parse(config_class, argv=None, doc="", recipe=lambda given: {}):
             choices = f.metadata["choices"]
             kind.update(type=f.type, choices=choices, metavar=None if choices else "X")
         parser.add_argument(f.name if f.metadata["positional"] else flag(f.name), **kind)
-    trains = issubclass(config_class, TrainingOptions)
-    if trains:
+    if trains := issubclass(config_class, TrainingOptions):
         parser.add_argument("--config", metavar="X", help="config.json of a run, for its options")
 
     def error(message):
@@ -781,9 +770,9 @@ def run_script(main):
 
     The status of a run that diverges is 1, of one that was interrupted 130.
     """
-    if dist.is_torchelastic_launched():
+    if dist.is_torchelastic_launched():  # rank 0 may have to download for long
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
-                                timeout=datetime.timedelta(hours=3))  # rank 0 may have to download
+                                timeout=datetime.timedelta(hours=3))
     status, words = 2, None
     try:
         main()
@@ -812,12 +801,10 @@ def run_script(main):
 # ---- several GPUs: torchrun starts a process for each, a rank, and one alone is rank 0 of 1 -----
 
 def rank():
-    """This process's number among those of torchrun, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def ranks():
-    """How many processes torchrun started; 1 without it."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
@@ -844,7 +831,7 @@ def rank_0_first():
 
 
 def average(tensors):
-    """Replace tensors of one dtype by their means over the ranks, in place and in one message."""
+    """Replace tensors of one dtype by their means over the ranks, in one message."""
     if ranks() > 1:
         flat = torch.cat([tensor.flatten() for tensor in tensors]) / ranks()
         dist.all_reduce(flat)
@@ -857,8 +844,7 @@ def parts_of(cfg):
     a run is the same on any number of GPUs. Raises ValueError if it can't be split evenly."""
     count = ranks() * cfg.accumulate
     if cfg.batch % count:
-        raise ValueError(f"--batch {cfg.batch}: must be a multiple of {count}, --accumulate times "
-                         "the number of processes")
+        raise ValueError(f"--batch {cfg.batch}: must be a multiple of {count}, parts x processes")
     size, first = cfg.batch // count, rank() * cfg.accumulate
     return [slice(i * size, (i + 1) * size) for i in range(first, first + cfg.accumulate)]
 
@@ -933,8 +919,8 @@ def load_folder(folder, size, data_dir):
             with ThreadPoolExecutor() as pool, replacing(pixels) as file:
                 for start in progress(range(0, len(files), 256), "images"):
                     part = files[start:start + 256]
-                    for (path, *rest), image in zip(part, pool.map(
-                            lambda entry: decoded(entry[0], size), part)):
+                    images = pool.map(decoded, [path for path, *_ in part], itertools.repeat(size))
+                    for (path, *rest), image in zip(part, images):
                         if isinstance(image, Exception):
                             damaged.append(f"{path} ({image})")
                         else:
@@ -943,8 +929,8 @@ def load_folder(folder, size, data_dir):
                             colour = colour or bool((image != image[:1]).any())
             with replacing(index) as file:
                 file.write(json.dumps([found, damaged, colour]).encode())
-            tell(f"{folder}: {len(found)} images, kept decoded in {pixels} "
-                 f"({pixels.stat().st_size / 1e6:.1f} MB)", sys.stderr)
+            megabytes = pixels.stat().st_size / 1e6
+            tell(f"{folder}: decoded, and kept as {pixels} ({megabytes:.1f} MB)", sys.stderr)
     found, damaged, colour = json.loads(index.read_text())
     if damaged:
         tell(f"{folder}: {len(damaged)} files left out that can't be read as images: "
@@ -952,8 +938,7 @@ def load_folder(folder, size, data_dir):
     trained = [label for label, held_out in found if not held_out]
     if len({*trained}) < len(classes) or len(trained) == len(found):
         raise ValueError(f"--data {folder}: has images to train on of {len({*trained})} of its "
-                         f"{len(classes)} classes, and {len(found) - len(trained)} to hold out; "
-                         "each class needs a folder of them, such as cats/1.jpg")
+                         f"{len(classes)} classes, and {len(found) - len(trained)} to hold out")
     images = torch.from_file(str(pixels), size=len(found) * 3 * size**2, dtype=torch.uint8)
     images = images.view(-1, 3, size, size)[:, :3 if colour else 1]
     return images, torch.tensor([label for label, _ in found]), classes, len(trained)
@@ -1181,16 +1166,14 @@ def pick_device(name):
     here = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
     name = next(n for n in here if here[n]) if name == "auto" else name
     if not here[name]:
-        raise ValueError(f"--device {name}: PyTorch finds none here, only "
-                         f"{', '.join(n for n in here if here[n])}")
+        raise ValueError(f"--device {name}: PyTorch finds only {[n for n in here if here[n]]}")
     if name == "cuda" and ranks() > 1:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     return torch.device(name)
 
 
 def dtype_of(cfg, device):
-    """The torch.dtype of the networks' arithmetic; in eager mode bfloat16 would not pay, for
-    autocast's conversions around group norms cost what it saves."""
+    """The torch.dtype of arithmetic; not compiled, autocast costs what bfloat16 saves."""
     if cfg.dtype != "auto":
         return getattr(torch, cfg.dtype)
     compiled = cfg.compile and device.type == "cuda"
@@ -1224,10 +1207,8 @@ def prepare(cfg, device, *denoisers):
 
 @contextlib.contextmanager
 def replacing(path, keep=False):
-    """A file to write to, which takes the name `path` when it is whole and on the disk.
-
-    keep  whether what was there takes the name last.1.pt, or the like
-    Raises OSError naming path if it can't be written; what was there then stays.
+    """A file to write to, which takes the name `path` when it is whole and on the disk, and with
+    `keep` gives the name last.1.pt, or the like, to what was there; OSError if it can't be written.
     """
     path, temporary = Path(path), Path(f"{path}.{os.getpid()}.tmp")
     try:
@@ -1257,12 +1238,10 @@ def save(state, path, keep=False):
 def load(path, kind=None):
     """Read a checkpoint of this project, executing nothing from it.
 
-    returns its dictionary: kind ("teacher", "generator", "autoencoder"), version, config, step,
-    data (name, data_dir, size, shape, classes, flip, count), network (arguments of UNet or
-    Autoencoder), model (the EMA weights); of a teacher or generator prediction, schedule and
-    autoencoder (None, or a dictionary of kind, network, model); of a generator sigmas, figures,
-    teacher_figures and, in generator.pt, fake_score; training (what --resume restores) but in
-    generator.pt
+    returns a dictionary: kind, version, config, step; data (name, data_dir, size, shape, classes,
+    flip, count); network (arguments of UNet or Autoencoder), model (the EMA weights); unless of an
+    autoencoder prediction, schedule, autoencoder; of a generator sigmas, figures, teacher_figures,
+    in generator.pt fake_score; in the others training (what --resume restores)
     Raises ValueError if the file is missing, foreign, damaged or of another kind.
     """
     before = Path(path).with_suffix(".1.pt")
@@ -1274,11 +1253,10 @@ def load(path, kind=None):
         checkpoint = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
         found = checkpoint["kind"] if checkpoint["version"] == __version__ else None
     except Exception as error:  # zipfile and torch.load raise a dozen kinds
-        raise ValueError(f"{path}: no checkpoint of this project, or a damaged one{instead}"
-                         ) from error
+        raise ValueError(f"{path}: no checkpoint of this project, or damaged{instead}") from error
     if found is None or kind not in (None, found):
-        raise ValueError(f"{path}: holds a {found} of version {checkpoint['version']}; needed is "
-                         f"{kind or 'a checkpoint'} of version {__version__}")
+        raise ValueError(f"{path}: holds a {found} of version {checkpoint['version']}, needed is "
+                         f"{kind or 'one'} of {__version__}")
     return checkpoint
 
 
@@ -1295,8 +1273,7 @@ def build(checkpoint, device="cpu"):
     try:
         model.load_state_dict(checkpoint["model"])
     except RuntimeError as error:
-        raise ValueError(f"the weights of the {checkpoint['kind']} don't fit its network: {error}"
-                         ) from error
+        raise ValueError(f"the {checkpoint['kind']}'s weights don't fit: {error}") from error
     return model.to(device).eval().requires_grad_(False)
 
 
@@ -1310,9 +1287,8 @@ def shape_of(network):
 class Run:
     """What goes on around the steps of training, in the folder --out.
 
-    name   of the checkpoint, such as last.pt
-    parts  networks and optimizers by name: what the checkpoint keeps, and --resume restores
-    facts  what the checkpoint tells of the data; must be the same when the run is resumed
+    parts  networks and optimizers by name: what the checkpoint `name` keeps, and --resume restores
+    facts  what it tells of the data; must be the same when the run is resumed
     """
 
     def __init__(self, cfg, name, parts, facts):
@@ -1348,8 +1324,7 @@ class Run:
         for name in self.facts.keys() - {"name", "data_dir"}:  # which may have moved
             before, now = checkpoint["data"][name], self.facts[name]
             if before != now:
-                raise ValueError(f"--resume {path}: the {name} of its data was {before}, and is "
-                                 f"{now} now; restore them, or start a new run")
+                raise ValueError(f"--resume {path}: the data's {name} was {before}, and is {now}")
         for name, part in self.parts.items():
             part.load_state_dict(checkpoint["training"][name])
 
@@ -1380,8 +1355,7 @@ class Run:
                     save(dict(checkpoint(), version=__version__, config=dataclasses.asdict(cfg),
                               step=step + 1, data=self.facts, training=training), self.path, True)
                 if number and step + 1 < cfg.steps:
-                    self.say(f"stopped after step {step + 1}, which is saved; go on with --resume "
-                             f"{self.path}")
+                    self.say(f"step {step + 1} is saved; go on with --resume {self.path}")
                     sys.exit(128 + number.item())
         finally:
             for number, handler in handlers.items():
@@ -1396,15 +1370,12 @@ class Run:
         self.signal = number
 
     def note(self, **values):
-        """Take in scalars of the step under way: tensors, which stay on their device, for the loop
-        must not wait for them."""
+        """Take in scalars of the step under way: tensors, which the loop must not wait for."""
         self.pending += [(self.step + 1, name, value.detach()) for name, value in values.items()]
 
     def write(self, step, **figures):
-        """Write a line of the log: the means of what was noted since the last one, and figures.
-
-        Raises FloatingPointError naming step and quantity if a value is not finite.
-        """
+        """Write a line of the log: the means of what was noted since the last one, and figures;
+        FloatingPointError naming step and quantity if a value is not finite."""
         values = [(step + 1, name, float(value)) for name, value in figures.items()]
         if self.pending:
             steps, names, noted = zip(*self.pending)
@@ -1510,32 +1481,25 @@ def plot_log(path):
     from matplotlib.figure import Figure
     curves = {}
     for line in read_log(path):
-        for name, value in line.items():
-            curves.setdefault(name, []).append((line["step"], value))
-    del curves["step"]
+        for name in line.keys() - {"step"}:
+            curves.setdefault(name, []).append((line["step"], line[name]))
     names = sorted(name for name in curves if not name.startswith(("teacher_", "validation_")))
-    columns, rows = min(len(names), 3), -(-len(names) // 3)
-    figure = Figure(figsize=(4 * columns, 2.6 * rows), layout="constrained")
+    rows = -(-len(names) // 3)
+    figure = Figure(figsize=(12, 2.6 * rows), layout="constrained")
     for i, name in enumerate(names):
-        panel = figure.add_subplot(rows, columns, i + 1, title=name, xlabel="step")
-        panel.plot(*zip(*curves[name]), label="training")
+        panel = figure.add_subplot(rows, 3, i + 1, title=name, xlabel="step")
+        panel.plot(*zip(*curves[name]))
         if f"validation_{name}" in curves:
-            panel.plot(*zip(*curves[f"validation_{name}"]), label="validation")
-            panel.legend()
+            panel.plot(*zip(*curves[f"validation_{name}"]))
+            panel.legend(["training", "validation"])
         for _, value in curves.get(f"teacher_{name}", []):
             panel.axhline(value, ls="--", color="gray")
-        values = [value for _, value in curves[name]]
-        if min(values) > 0 and max(values) > 3 * min(values):
-            panel.set_yscale("log")
     figure.savefig(path.with_name("loss.png"), dpi=90)
 
 
 def save_grid(rows, names, path, titles=()):
-    """Write rows of images as one PNG, the name of each row at its left, small images enlarged.
-
-    rows    [R, K, C, H, W]  uint8, C 1 or 3
-    names   R strings; titles, above the columns, if there are some
-    """
+    """Write rows of images, uint8 [R, K, C, H, W], as one picture, small ones enlarged, with names
+    at the left and titles above."""
     zoom = max(1, round(56 / rows.shape[-1]))
     side, font = rows.shape[-1] * zoom, ImageFont.load_default(14)
     step, top = side + 4, 22 if titles else 4
