@@ -28,10 +28,10 @@ from sample import (BATCH, TITLES, few_step, guided, load_images, load_reference
                     measure, open_checkpoint, summary)
 from teacher import (GENERATOR, PREDICTIONS, SIGMA_MAX, SIGMA_MIN, TRAINED_STEP, Descent, Draw, Run,
                      TrainingOptions, __version__, arg, batch_at, build, codec_of, due, encoded,
-                     flag, group_norm, load, lowest_quantile, parse, parts_of, pick_device, prepare,
-                     progress, quantile_of, rank, rank_0_first, rate_at, run_script, save,
-                     save_grid, seeded, shape_of, sigma_at, tell, to_uint8, training_batches,
-                     unit_error, unit_noise, update_ema)
+                     flag, fresh_noise, group_norm, load, lowest_quantile, parse, parts_of,
+                     pick_device, prepare, progress, quantile_of, rank, rank_0_first, rate_at,
+                     run_script, save, save_grid, seeded, shape_of, sigma_at, tell, to_uint8,
+                     training_batches, unit_error, unit_noise, update_ema)
 
 # What of dmd2.py depends on the data: it fills the options that were not given.
 RECIPES = {
@@ -234,10 +234,9 @@ def step_input(generator, sigmas, k, label, draw, real=None):
 # ---- regression: DMD's loss, on pairs of noise and the teacher's image of it --------------------
 
 def load_pairs(sampler, digest, count, path):
-    """Noise [N, C, H, W], labels [N], and the images (or latents) that a teacher's deterministic
-    sampler makes of them: from the file at path if they are its, else made and kept.
+    """Noise and what a teacher's sampler makes of it: from the file at path, or made and kept.
 
-    digest  of the teacher's file
+    returns index [B] -> noise [B, C, H, W], label [B], images (or latents) [B, C, H, W]
     """
     origin, device = dict(teacher=digest, sampler=sampler.name, count=count), sampler.device
     noise = unit_noise(count, sampler.shape, PAIRS_SEED)
@@ -250,7 +249,8 @@ def load_pairs(sampler, digest, count, path):
                       for z, c in progress(parts, "pairs")]
             stored = dict(origin=origin, images=torch.cat(images))
             save(stored, path)
-    return [part.to(device) for part in (noise, label, stored["images"])]
+    pairs = [part.to(device) for part in (noise, label, stored["images"])]
+    return lambda index: [part[index] for part in pairs]
 
 
 def regression_loss(generator, sigma, noise, label, images, distance=F.mse_loss):
@@ -272,14 +272,14 @@ def lpips_distance(device):
 # ---- pictures -----------------------------------------------------------------------------------
 
 @torch.no_grad()
-def save_estimates(teacher, fake_score, sampler, sigmas, path, columns=10):
+def save_estimates(teacher, fake_score, sampler, path, columns=10):
     """The generator's images, the same with noise, and what teacher and fake score make of that."""
     device = sampler.device
-    *noise, last = unit_noise(columns, (len(sigmas) + 1, *sampler.shape), 0).to(device).unbind(1)
+    noises = (noise.to(device) for noise in fresh_noise(columns, sampler.shape, seed=0))
     label = torch.arange(columns, device=device) % len(sampler.data["classes"])
     sigma = sigma_at(torch.linspace(0.15, 0.75, columns, device=device), "karras")
-    x0 = few_step(sampler.denoiser, sigmas[0] * noise[0], sigmas, label, noise[1:])
-    x = x0 + sigma.view(-1, 1, 1, 1) * last
+    x0 = sampler.x0(noises, label)
+    x = x0 + sigma.view(-1, 1, 1, 1) * next(noises)
     rows = {"generated x0": x0, "x0 + sigma noise = x": x, "teacher(x)": teacher(x, sigma, label),
             "fake score(x)": fake_score(x, sigma, label)}
     images = torch.stack([sampler.decode(row) for row in rows.values()])
@@ -381,7 +381,7 @@ def train(cfg):
     discriminator = Discriminator(teacher if cfg.gan_features == "teacher" else fake_score)
     discriminator.to(device)
     adamw = functools.partial(torch.optim.AdamW, weight_decay=0.01, fused=device.type != "mps")
-    generator_descent = Descent(adamw(generator.parameters()), cfg, device, "generator_")
+    descent = Descent(adamw(generator.parameters()), cfg, device, "generator_")
     fake_descent = Descent(adamw([*fake_score.parameters(), *discriminator.head.parameters()]), cfg,
                            device, "fake_")
 
@@ -391,7 +391,7 @@ def train(cfg):
         real_data = encoded(real_data, codec_of(parent["autoencoder"], device), device)
     digest = hashlib.sha256(Path(cfg.teacher).read_bytes()).hexdigest()
     run = Run(cfg, "last.pt", dict(generator=generator, fake_score=fake_score, ema=ema,
-                                   head=discriminator.head, generator_descent=generator_descent,
+                                   head=discriminator.head, descent=descent,
                                    fake_descent=fake_descent),
               dict(parent["data"], teacher=digest, count=real_data and len(real_data.labels)))
     facts = dict({name: parent[name] for name in INHERITED}, kind="generator", sigmas=sigmas,
@@ -399,7 +399,7 @@ def train(cfg):
     teachers = make_sampler(guide, parent, device)
     best = Best(cfg, facts, make_sampler(ema, facts, device), teachers)
     if cfg.regression_weight:
-        pairs = load_pairs(teachers, digest, cfg.pairs, Path(cfg.out, "pairs.pt"))
+        pairs_at = load_pairs(teachers, digest, cfg.pairs, Path(cfg.out, "pairs.pt"))
         distance = F.mse_loss if cfg.regression_distance == "mse" else lpips_distance(device)
     prepare(cfg, device, teacher, generator, fake_score)  # only now: so far all was in float32
     if real_data:
@@ -433,10 +433,10 @@ def train(cfg):
                     logits = discriminator(*diffused(x0, draw, gan_range), label)
                     losses["gan_loss"] = generator_loss(logits)
                 if cfg.regression_weight:
-                    index = batch_at(update, cfg.pairs, cfg.batch, cfg.seed, device)[part]
-                    losses["regression_loss"] = regression_loss(
-                        generator, sigmas[0], *(of_all[index] for of_all in pairs), distance)
-                generator_descent.add(sum(weights[name] * loss for name, loss in losses.items()))
+                    pair = pairs_at(batch_at(update, cfg.pairs, cfg.batch, cfg.seed, device)[part])
+                    losses["regression_loss"] = regression_loss(generator, sigmas[0], *pair,
+                                                                distance)
+                descent.add(sum(weights[name] * loss for name, loss in losses.items()))
                 run.note(**losses)
 
             # Fake score: a teacher's loss, on the generator's samples, at every step.
@@ -454,17 +454,14 @@ def train(cfg):
             run.note(**losses)
 
         if update_generator:
-            rate = rate_at(update, cfg.lr, cfg.warmup, cfg.decay_after)
-            run.note(**generator_descent.step(rate))
+            run.note(**descent.step(rate_at(update, cfg.lr, cfg.warmup, cfg.decay_after)))
             update_ema(ema, generator, cfg.ema, update)
-        rate = rate_at(step, cfg.fake_lr, cfg.warmup)
-        run.note(**fake_descent.step(rate))
+        run.note(**fake_descent.step(rate_at(step, cfg.fake_lr, cfg.warmup)))
 
         if due(step, cfg.evaluate_every or cfg.steps, cfg.steps):
             best.consider(step, run, fake_score)
         if due(step, cfg.sample_every, cfg.steps):
-            run.draw(step, lambda path: save_estimates(teacher, fake_score, best.sampler, sigmas,
-                                                       path))
+            run.draw(step, lambda path: save_estimates(teacher, fake_score, best.sampler, path))
     if best.best:
         tell(f"{best.path}: the best, of step {best.best['step']}: {summary(best.best)}")
     return best.path

@@ -7,9 +7,9 @@
     python sample.py runs/teacher/teacher.pt --trajectory      # or --map, --beside
     python sample.py edm-cifar10-32x32-cond-vp.pkl --sampler ddim --steps 50
 
-A checkpoint of teacher.py or dmd2.py, a file of export.py, or a checkpoint of NVlabs/edm: its path
-is all that is needed. In reading order: samplers, options, EDM's checkpoints, any checkpoint as one
-function, features, quality, output and pictures.
+A checkpoint of teacher.py, dmd2.py or NVlabs/edm, or a file of export.py: its path is all it takes.
+In reading order: samplers, options, EDM's checkpoints, any checkpoint as one function, features,
+quality, output and pictures.
 """
 
 import collections
@@ -52,11 +52,11 @@ TITLES = dict(frechet_distance="Fréchet distance", accuracy="classified as aske
 def ddim(denoiser, x, sigmas, label, noises=(), eta=0.0):
     """DDIM (Song et al. 2021, Eq. 12, 16): estimate x0, go on to the next level with its noise.
 
-    With eta 0 this is Euler's method on EDM's equation, and on that of flow matching. With eta 1
-    all the noise of a step that can be is drawn anew, as in DDPM (Ho et al. 2020, Eq. 7).
+    With eta 0 this is Euler's method on EDM's equation, and on that of flow matching; with eta 1
+    all the noise of a step that can be is drawn anew: DDPM (Ho et al. 2020, Eq. 7).
 
-    x, sigmas, label  as of heun(), which returns the same
-    noises            standard normal [B, C, H, W], one for each step, if eta is not 0
+    x, sigmas, label, returned  as of heun()
+    noises                      standard normal [B, C, H, W], one for each step, if eta is not 0
     """
     noises = iter(noises)
     for sigma, sigma_next in itertools.pairwise(sigmas):
@@ -123,10 +123,8 @@ def guided(denoiser, guidance, checkpoint):
 class Config(Options):
     """Options of sample.py."""
 
-    checkpoint: str = arg(None, "teacher.pt, generator.pt, generator.onnx or an EDM .pkl",
-                          positional=True)
-    n: int = arg(None, "number of images, or rows of --trajectory (default: 10 per class; 4 rows; "
-                       f"with --evaluate {EVALUATE_N})", low=1)
+    checkpoint: str = arg(None, "of teacher.py, dmd2.py or EDM, or a .onnx file", positional=True)
+    n: int = arg(None, f"images (default: 10 per class; with --evaluate {EVALUATE_N})", low=1)
     labels: str = arg(None, "classes by name or number, such as 3,3,7 (default: all, evenly)")
     sampler: str = arg(None, "of a teacher: Heun's or Euler's method at EDM's noise levels, DDIM or "
                              "DDPM at those of its schedule (default: heun)", tuple(SAMPLERS))
@@ -140,35 +138,30 @@ class Config(Options):
                                   "or a new folder for a PNG file each")
     evaluate: bool = arg(False, "print Fréchet distance, precision and recall")
     seeds: int = arg(3, "with --evaluate: the number of seeds, from --seed on", low=1)
-    beside: str = arg(None, "a second checkpoint: the picture shows real images, its images, and "
-                            "those of the first for the same noise")
-    trajectory: bool = arg(False, "the picture shows a sample per row, step by step: the noisy "
-                                  "image, scaled by 1 / (1 + sigma), and the estimate of x0")
-    map: bool = arg(False, f"the picture shows real and generated images ({MAP_N} of each) as dots "
-                           "in a plane of their features: UMAP with umap-learn, or else PCA")
+    beside: str = arg(None, "picture: real images | this second checkpoint's | the first's")
+    trajectory: bool = arg(False, "picture: the way of --n samples through the noise levels; rows "
+                                  "are x / (1 + sigma), and the estimate of x0")
+    map: bool = arg(False, f"picture: {MAP_N} real and generated images as dots in a plane of their "
+                           "features, by UMAP with umap-learn, or else PCA")
     batch: int = arg(BATCH, "images at a time, which changes the speed only", low=1)
 
 
 # ---- EDM's published checkpoints: pickles, read without executing anything from them ------------
 
 class EDMUnpickler(pickle.Unpickler):
-    """Knows the fourteen names in EDM's files, each as a harmless stand-in, and refuses all others.
-
-    Objects of EDM's own classes, which carry program text, come as their dictionaries.
-    """
+    """Knows the fourteen names in EDM's files, as harmless stand-ins, and refuses all others; what
+    carries program text, objects of EDM's own classes, becomes a dictionary."""
 
     NAMES = {
         "torch_utils.persistence._reconstruct_persistent_obj": lambda meta: meta,
         "torch.nn.modules.container.ModuleDict": type("ModuleDict", (), {}),
-        "torch.storage._load_from_bytes": lambda content: torch.load(io.BytesIO(content),
-                                                                     weights_only=True),
+        "torch.storage._load_from_bytes": lambda data: torch.load(io.BytesIO(data), weights_only=True),
         "torch._utils._rebuild_tensor_v2": torch._utils._rebuild_tensor_v2,
         "torch._utils._rebuild_parameter": lambda data, *rest: data,
         "torch._utils._rebuild_parameter_with_state": lambda data, *rest: data,
         "numpy.core.multiarray.scalar": lambda *rest: None,
         "numpy._core.multiarray.scalar": lambda *rest: None,
-        "numpy.dtype": type("dtype", (), dict(__init__=lambda self, *rest: None,
-                                              __setstate__=lambda self, state: None)),
+        "numpy.dtype": type("dtype", (), dict.fromkeys(("__init__", "__setstate__"), lambda *_: None)),
         "collections.OrderedDict": collections.OrderedDict,
         "dnnlib.util.EasyDict": type("EasyDict", (dict,), {}),
         "builtins.set": set, "__builtin__.set": set,
@@ -177,7 +170,7 @@ class EDMUnpickler(pickle.Unpickler):
 
     def find_class(self, module, name):
         if f"{module}.{name}" not in self.NAMES:
-            raise ValueError(f"names {module}.{name}, which no EDM checkpoint does; refused")
+            raise ValueError(f"names {module}.{name}, which is refused")
         return self.NAMES[f"{module}.{name}"]
 
 
@@ -207,14 +200,14 @@ def load_edm(path):
 
     Raises ValueError if the file is of another kind or damaged, OSError if it is missing.
     """
+    content = Path(path).read_bytes()
     try:
-        with open(path, "rb") as file:
-            precond = EDMUnpickler(file).load()["ema"]
+        precond = EDMUnpickler(io.BytesIO(content)).load()["ema"]
         net = precond["state"]["_modules"]["model"]
         kind, given = net["class_name"], net["state"]["_init_kwargs"]
         if precond["class_name"] != "EDMPrecond" or kind not in EDM_DEFAULTS:
-            raise ValueError(f"holds {precond['class_name']} of {kind}; only EDMPrecond of "
-                             f"{' or '.join(EDM_DEFAULTS)} is read")
+            raise ValueError(f"holds {precond['class_name']} of {kind}, not EDMPrecond of "
+                             f"{' or '.join(EDM_DEFAULTS)}")
         for name, fixed in EDM_FIXED.items():
             if given.get(name, fixed) != fixed:
                 raise ValueError(f"its {name} is {given[name]}; only {fixed} is read")
@@ -222,8 +215,6 @@ def load_edm(path):
         network.update(model_type=kind, img_resolution=given["img_resolution"],
                        img_channels=given["in_channels"])
         weights = dict(edm_weights(net))
-    except OSError:
-        raise
     except Exception as error:  # a damaged pickle raises whatever its bytes happen to say
         raise ValueError(f"{path}: no checkpoint of NVlabs/edm, or damaged: {error}") from error
     weights.pop("net.map_augment.weight", None)  # of EDM's augmentations; samples have none
@@ -251,14 +242,13 @@ class Sampler(NamedTuple):
 
 
 def open_checkpoint(path, data=None, data_dir=None):
-    """load() or, of a .pkl, load_edm(), with `data`, if given, as the images it was trained on.
+    """load() or, of a .pkl, load_edm(), of data at another place if one is given.
 
     Raises ValueError if either does, or if it holds an autoencoder.
     """
     checkpoint = load_edm(path) if Path(path).suffix == ".pkl" else load(path)
     if checkpoint["kind"] == "autoencoder":
-        raise ValueError(f"{path}: holds an autoencoder; train a teacher of its latents by python "
-                         f"teacher.py --latent {path}")
+        raise ValueError(f"{path}: holds an autoencoder; next: python teacher.py --latent {path}")
     facts = at_place(checkpoint["data"], data, data_dir)
     if checkpoint["data"]["name"] is None and data:  # EDM's do not tell the names of their classes
         found = load_data(data, "train", facts["data_dir"], facts["size"]).classes
@@ -268,20 +258,17 @@ def open_checkpoint(path, data=None, data_dir=None):
 
 def at_place(facts, data, data_dir):
     """What a checkpoint tells of its data, at another place if one is given."""
-    data_dir = data_dir or facts.get("data_dir", "data")  # an exported file does not tell
-    return dict(facts, name=data or facts["name"], data_dir=data_dir)
+    return dict(facts, name=data or facts["name"], data_dir=data_dir or facts["data_dir"])
 
 
 def load_images(facts, split):
     """load_data() of the images that a checkpoint tells of; ValueError if they are others now."""
     if facts["name"] is None:
-        raise ValueError("--data is missing: an EDM checkpoint does not tell what images it was "
-                         "trained on, such as cifar10")
+        raise ValueError("--data is missing: an EDM checkpoint does not tell its own, such as cifar10")
     data = load_data(facts["name"], split, facts["data_dir"], facts["size"])
     for now, before in ((data.shape, facts["shape"]), (data.classes, facts["classes"])):
         if now != tuple(before) != ("all",):
-            raise ValueError(f"--data {facts['name']}: has {now}; the checkpoint was trained on "
-                             f"{tuple(before)}")
+            raise ValueError(f"--data {facts['name']}: has {now}, the checkpoint {tuple(before)}")
     return data
 
 
@@ -292,8 +279,7 @@ def load_sampler(path, device="cpu", cfg=None):
     """
     cfg, device = cfg or Config(checkpoint=path), torch.device(device)
     if Path(path).suffix == ".onnx":
-        sampler = onnx_sampler(path, device)
-        sampler = sampler._replace(data=at_place(sampler.data, cfg.data, cfg.data_dir))
+        sampler = onnx_sampler(path, device, cfg.data, cfg.data_dir)
     else:
         checkpoint = open_checkpoint(path, cfg.data, cfg.data_dir)
         denoiser = build(checkpoint, device)
@@ -303,8 +289,7 @@ def load_sampler(path, device="cpu", cfg=None):
         sampler = make_sampler(denoiser, checkpoint, device)
     for name in ("sampler", "steps", "guidance"):
         if getattr(cfg, name) is not None and not cfg.beside:  # where they are for the other
-            raise ValueError(f"{flag(name)} {getattr(cfg, name)}: is for teachers; {path} is a "
-                             f"generator of {sampler.evaluations} step(s)")
+            raise ValueError(f"{flag(name)} {getattr(cfg, name)}: is for teachers, not {path}")
     return sampler
 
 
@@ -333,8 +318,8 @@ def make_sampler(denoiser, checkpoint, device, sampler=None, steps=None):
                    denoiser)
 
 
-def onnx_sampler(path, device):
-    """The sampler of a file of export.py, run by onnxruntime."""
+def onnx_sampler(path, device, data=None, data_dir=None):
+    """The Sampler of a file of export.py, run by onnxruntime."""
     session, facts = onnx_session(path, device.type)
     steps, shape = facts["steps"], tuple(session.get_inputs()[0].shape[-3:])
 
@@ -342,8 +327,9 @@ def onnx_sampler(path, device):
         feed = dict(noise=exported_noise(noises, steps).cpu().numpy(), label=label.cpu().numpy())
         image = torch.from_numpy(session.run(["image"], feed)[0])
         return to_float(image.permute(0, 3, 1, 2)) if image.dtype == torch.uint8 else image
-    return Sampler(images, Pixels.decode, shape, f"ONNX generator, {steps} step(s)", steps,
-                   facts["data"], device)
+    facts = at_place(facts["data"], data, data_dir or "data")  # a file does not tell where it was
+    return Sampler(images, Pixels.decode, shape, f"ONNX generator, {steps} step(s)", steps, facts,
+                   device)
 
 
 def exported_noise(noises, steps):
@@ -352,11 +338,8 @@ def exported_noise(noises, steps):
 
 
 def onnx_session(source, device="cpu", **provider_options):
-    """An onnxruntime session of a file of export.py (a path, or its bytes) on "cpu" or "cuda", with
-    as many threads as PyTorch, and its metadata's facts.
-
-    Raises ValueError if the file is foreign, or onnxruntime did not load the provider.
-    """
+    """An onnxruntime session of a file of export.py (a path, or its bytes) on "cpu" or "cuda", and
+    its metadata's facts; ValueError if it is foreign, or the provider did not load."""
     import onnxruntime
     if device == "cuda":
         onnxruntime.preload_dlls()
@@ -379,9 +362,8 @@ def onnx_session(source, device="cpu", **provider_options):
 def generate(sampler, label, seed, batch=BATCH):
     """Images uint8 [N, C, H, W] of label [N]; image i is made of seed, i and label[i] only.
 
-    Batches are filled up to multiples of 16: at odd sizes the last bits come out differently, for
-    kernels then add in another order. Several ranks share the work, and each gets all images.
-    Raises FloatingPointError if images are not finite.
+    Batches are filled up to multiples of 16, for at odd sizes kernels add in another order. Several
+    ranks share the work, and each gets all images. FloatingPointError if they are not finite.
     """
     batch, count = batch + -batch % 16, len(label) + -len(label) % 16
     shape, device = sampler.shape, sampler.device
@@ -405,20 +387,16 @@ class FeatureNet(nn.Module):
 
     def __init__(self, channels, num_classes):
         super().__init__()
-        self.body = nn.Sequential(
-            convolution(channels, 32, stride=1), convolution(32, 64, 2), convolution(64, 64, 2),
-            nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4 * 64, DIMENSIONS), nn.ReLU())
+        layers = [nn.Sequential(nn.Conv2d(c_in, c_out, 3, stride, 1), nn.BatchNorm2d(c_out), nn.ReLU())
+                  for c_in, c_out, stride in ((channels, 32, 1), (32, 64, 2), (64, 64, 2))]
+        self.body = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(),
+                                  nn.Linear(4 * 64, DIMENSIONS), nn.ReLU())
         self.head = nn.Linear(DIMENSIONS, num_classes)
 
     def forward(self, x):
         """x [B, C, H, W] in [-1, 1] -> features [B, DIMENSIONS], logits [B, num_classes]"""
         features = self.body(x)
         return features, self.head(features)
-
-
-def convolution(c_in, c_out, stride):
-    return nn.Sequential(nn.Conv2d(c_in, c_out, 3, stride, padding=1), nn.BatchNorm2d(c_out),
-                         nn.ReLU())
 
 
 def train_features(data, steps=1500, batch=128, device="cpu"):
@@ -452,11 +430,8 @@ def train_features(data, steps=1500, batch=128, device="cpu"):
 
 
 def load_features(data, facts, device="cpu"):
-    """The feature network for a data set, and the head of its SHA-256, to tell figures apart by.
-
-    digits and mnist have theirs in assets/; for other data it is trained once, which takes a
-    minute or so, and kept in data_dir.
-    """
+    """The feature network for a data set, and the head of its SHA-256, to tell figures apart by:
+    from assets/, or trained once, which takes a minute or so, and kept in data_dir."""
     path = ASSETS / f"features_{facts['name']}.pt"
     if facts["name"] not in ("digits", "mnist"):
         content = hashlib.sha256(repr((data.shape, len(data.labels))).encode())
@@ -464,8 +439,7 @@ def load_features(data, facts, device="cpu"):
         path = Path(facts["data_dir"], f"features_{content.hexdigest()[:16]}.pt")
         with rank_0_first():
             if not path.exists():
-                tell(f"training a feature network for {facts['name']}, kept in {path}; figures "
-                     "compare only with others of the same hash", sys.stderr)
+                tell(f"training a feature network for {facts['name']}, kept in {path}", sys.stderr)
                 save(train_features(data, device=device).cpu().state_dict(), path)
     net = FeatureNet(data.images.shape[1], len(data.classes))
     net.load_state_dict(torch.load(path, weights_only=True))
@@ -485,16 +459,15 @@ class Reference(NamedTuple):
 
 
 def load_reference(facts, device="cpu"):
-    """Read a checkpoint's data and make the Reference to evaluate against, with held-out images."""
+    """The Reference to evaluate against, of the data a checkpoint tells of."""
     data, held_out = (load_images(facts, split) for split in ("train", "test"))
     if len(held_out.images) <= NEIGHBOURS:
-        raise ValueError(f"{facts['name']}: has too few held-out images to evaluate by, "
-                         f"{len(held_out.images)}; for dmd2.py give --evaluate-every 0")
+        raise ValueError(f"{facts['name']}: has {len(held_out.images)} held-out images, too few to "
+                         "evaluate by; dmd2.py can do without: --evaluate-every 0")
     net, digest = load_features(data, facts, device)
     order = torch.randperm(len(data.images), generator=seeded(SUBSET))  # a prefix is a fair sample
     features = torch.cat([extract(net, data.images[part])[0] for part in order.split(1000)])
-    protocol = (f"reference {len(features)} training images of {facts['name']}, feature network "
-                f"{digest}")
+    protocol = f"reference {len(order)} training images of {facts['name']}, feature network {digest}"
     reference = Reference(net, features, data.labels[order], {}, protocol)
     floor = evaluate(held_out.images, held_out.labels, reference)
     del floor["precision"], floor["recall"]  # of so few images they compare with no others
@@ -511,11 +484,9 @@ def extract(net, images, batch=1000):
 
 
 def evaluate(images, label, reference):
-    """Quality of images uint8 [N, C, H, W] that were asked to be of the classes label [N].
-
-    returns frechet_distance to the training images, accuracy (share classified as label), precision
-    and recall (of equally many real and given images, at most 10000)
-    """
+    """Quality of images uint8 [N, C, H, W] that were asked to be of the classes label [N]: Fréchet
+    distance to the training images, accuracy (share classified as label), precision and recall (of
+    equally many real and given images, at most 10000)."""
     features, predicted = extract(reference.net, images)
     count = min(len(features), len(reference.features), 10000)
     precision, recall = precision_recall(reference.features[:count], features[:count])
@@ -529,8 +500,8 @@ def frechet_distance(a, b):
 
         |mu_a - mu_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2))
 
-    in float64; the trace of the root is that of the symmetric C_a^(1/2) C_b C_a^(1/2). Not an FID,
-    for the features are not Inception's.
+    in float64, that root's trace by the symmetric C_a^(1/2) C_b C_a^(1/2). Not an FID: the features
+    are not Inception's.
     """
     a, b = a.double(), b.double()
     cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)
@@ -567,34 +538,28 @@ def summary(figures):
 
 
 def report(runs, reference, of_what):
-    """Print mean and spread of figures of evaluate() beside the floor, then all as JSON.
-
-    of_what  what was measured, in words
-    """
-    columns = {name: [run[name] for run in runs] for name in runs[0]}
-    mean = {name: statistics.mean(values) for name, values in columns.items()}
-    spread = {name: statistics.stdev(values) if len(runs) > 1 else None
-              for name, values in columns.items()}
-    tell(f"{'':20}{'samples':>9}{'spread':>9}{'floor':>9}   (floor: the {reference.floor['n']} "
-         "held-out real images)")
+    """Print mean and spread of the figures of evaluate() beside the floor, then all as JSON; of_what
+    tells what was measured."""
+    mean, spread, floor = {}, {}, reference.floor
+    tell(f"{'':20}{'samples':>9}{'spread':>9}{'floor':>9}   ({floor['n']} held-out real images)")
     for name, title in TITLES.items():
-        cells = [mean[name], spread[name], reference.floor.get(name)]
-        tell(f"{title:20}" + "".join("        -" if cell is None else f"{cell:9.4f}"
-                                     for cell in cells))
-    tell(json.dumps(dict(mean=mean, spread=spread, floor=reference.floor,
-                         protocol=f"{of_what}; {reference.protocol}")))
+        values = [run[name] for run in runs]
+        mean[name] = statistics.mean(values)
+        spread[name] = statistics.stdev(values) if len(runs) > 1 else None
+        cells = (mean[name], spread[name], floor.get(name))
+        tell(f"{title:20}" + "".join(f"{'-':>9}" if x is None else f"{x:9.4f}" for x in cells))
+    protocol = f"{of_what}; {reference.protocol}"
+    tell(json.dumps(dict(mean=mean, spread=spread, floor=floor, protocol=protocol)))
 
 
 # ---- output and pictures ------------------------------------------------------------------------
 
 def read_labels(text, classes):
-    """Class numbers of names such as "cat,dog", or, where no name is a number, of numbers.
-
-    Raises ValueError naming the one that is neither.
-    """
-    numbers = {} if any(name.isdecimal() for name in classes) else \
-        {str(i): i for i in range(len(classes))}
-    numbers.update({name: i for i, name in enumerate(classes)})
+    """Class numbers of names such as "cat,dog" or, where no name is a number, of numbers; ValueError
+    naming the one that is neither."""
+    numbers = {name: i for i, name in enumerate(classes)}
+    if not any(name.isdecimal() for name in classes):
+        numbers.update({str(i): i for i in range(len(classes))})
     for word in text.split(","):
         if word not in numbers:
             raise ValueError(f"--labels {text}: {word!r} is no class of {', '.join(classes[:20])}")
@@ -627,18 +592,17 @@ def compare(cfg, sampler, columns=5):
     """The picture real | second checkpoint | first checkpoint, a row per class (the first 10)."""
     other, data = load_sampler(cfg.beside, sampler.device, cfg), sampler.data
     if any(tuple(other.data[key]) != tuple(data[key]) for key in ("shape", "classes")):
-        raise ValueError(f"--beside {cfg.beside}: has images of other shape or classes than "
-                         f"{cfg.checkpoint}; give two checkpoints of the same data")
+        raise ValueError(f"--beside {cfg.beside}: has images of other shape or classes")
     real = load_images(data, "train")
     names = real.classes[:10]
     label = torch.arange(len(names)).repeat_interleave(columns)
     shown = [padded(real.images[(real.labels == c).nonzero()[:columns, 0]], columns)
              for c in range(len(names))]
-    blocks = {"real": torch.cat(shown), **{s.name: generate(s, label, cfg.seed, cfg.batch)
-                                           for s in (other, sampler)}}
-    grids = [images.unflatten(0, (len(names), columns)) for images in blocks.values()]
+    blocks = [torch.cat(shown), *(generate(s, label, cfg.seed, cfg.batch) for s in (other, sampler))]
+    grids = [images.unflatten(0, (-1, columns)) for images in blocks]
     gap = torch.full_like(grids[0][:, :1], 255)
-    titles = [title if i == columns // 2 else "" for title in blocks for i in range(columns + 1)]
+    titles = [title if i == columns // 2 else "" for title in ("real", other.name, sampler.name)
+              for i in range(columns + 1)]
     rows = torch.cat([part for grid in grids for part in (grid, gap)], dim=1)
     save_grid(rows[:, :-1], names, cfg.out, titles[:-1])
 
@@ -655,12 +619,11 @@ def save_trajectory(sampler, label, seed, out, columns=10):
     sampler.x0(noises, label.to(sampler.device))
     hook.remove()
     shown = [calls[round(i)] for i in np.linspace(0, len(calls) - 1, min(len(calls), columns))]
-    rows = [[sampler.decode((x / (1 + sigma.view(-1, 1, 1, 1))).float()),
-             sampler.decode(x0_hat.float())] for x, sigma, x0_hat in shown]
-    images = torch.stack([torch.stack(pair) for pair in rows]).permute(2, 1, 0, 3, 4, 5)
+    images = [torch.stack([sampler.decode(x / (1 + sigma.view(-1, 1, 1, 1))), sampler.decode(x0_hat)],
+                          dim=1).flatten(0, 1) for x, sigma, x0_hat in shown]
     names = [name for c in label.tolist() for name in (sampler.data["classes"][c], "estimate")]
     titles = [f"{sigma[0].item():.2g}" for _, sigma, _ in shown]
-    save_grid(to_uint8(images.flatten(0, 1)), names, out, titles)
+    save_grid(to_uint8(torch.stack(images, dim=1)), names, out, titles)
 
 
 def save_map(cfg, sampler):
@@ -710,8 +673,7 @@ def main(argv=None):
         return report(runs, reference, f"{n} samples, {sampler.name}, EMA weights, "
                       f"{sampler.evaluations} function evaluation(s), seeds {[*seeds]}")
     if out.suffix not in (".png", ".npz", "") or out.is_dir():
-        raise ValueError(f"--out {out}: must end in .png or .npz, or be a folder that is not there "
-                         "yet, so that it holds these images only")
+        raise ValueError(f"--out {out}: must end in .png or .npz, or be a folder that is not there yet")
     asked = read_labels(cfg.labels, classes) if cfg.labels else torch.arange(len(classes))
     n = cfg.n or (len(asked) if cfg.labels else 4 if cfg.trajectory else 10 * len(classes))
     label = asked[torch.arange(n) % len(asked)]

@@ -522,7 +522,7 @@ class Autoencoder(nn.Module):
         return mean, log_variance.clamp(-20, 10)
 
     def forward(self, images, noise):
-        """images, noise [B, c, h, w] -> decoded images; KL of N(mean, variance), N(0, 1) per value"""
+        """images, noise [B, c, h, w] -> decoded images; KL(N(mean, variance) || N(0, 1)) a value"""
         mean, log_variance = self.posterior(images)
         kl = (mean.square() + log_variance.exp() - 1 - log_variance).mean() / 2
         return self.decoded(mean + (log_variance / 2).exp() * noise), kl
@@ -708,7 +708,8 @@ def recipe(given):
         found = dict(RECIPES["latents"], mults="1" + ",2" * (levels - 1), data=facts["name"],
                      size=facts["size"], data_dir=facts["data_dir"])
     data = given.get("data", found.get("data", "digits"))
-    base = dict(out="runs/teacher", data_dir="data", flip=False, save_every=200, sample_every=500)
+    base = dict(out="runs/teacher", flip=False, save_every=200, sample_every=500,
+                data_dir=str(Path("data").resolve()))
     return {**base, **RECIPES[data if data in KNOWN_DATA else "folder"], **found, "data": data}
 
 
@@ -750,7 +751,10 @@ def parse(config_class, argv=None, doc="", recipe=lambda given: {}):
             if not fields[name].metadata["free"] and given[name] != saved[name]:
                 raise ValueError(f"{flag(name)} {given[name]}: the run to resume has {saved[name]}")
     elif source:
-        saved = json.loads(Path(source).read_text())
+        try:
+            saved = json.loads(Path(source).read_text())
+        except ValueError as error:
+            raise ValueError(f"--config {source}: is no run's config.json: {error}") from error
         saved = {name: value for name, value in saved.items() if name not in ("out", "resume")}
     if other := saved.keys() - fields.keys():
         raise ValueError(f"{source}: is of another script or version, with {min(other)}")
@@ -928,13 +932,11 @@ def load_folder(folder, size, data_dir):
                             found.append(rest)
                             colour = colour or bool((image != image[:1]).any())
             with replacing(index) as file:
-                file.write(json.dumps([found, damaged, colour]).encode())
-            megabytes = pixels.stat().st_size / 1e6
-            tell(f"{folder}: decoded, and kept as {pixels} ({megabytes:.1f} MB)", sys.stderr)
-    found, damaged, colour = json.loads(index.read_text())
-    if damaged:
-        tell(f"{folder}: {len(damaged)} files left out that can't be read as images: "
-             f"{'; '.join(damaged[:3])}", sys.stderr)
+                file.write(json.dumps([found, colour]).encode())
+            tell(f"{folder}: {len(found)} images, kept decoded as {pixels} "
+                 f"({pixels.stat().st_size / 1e6:.1f} MB); {len(damaged)} left out that can't be "
+                 f"read{': ' * bool(damaged)}{'; '.join(damaged[:3])}", sys.stderr)
+    found, colour = json.loads(index.read_text())
     trained = [label for label, held_out in found if not held_out]
     if len({*trained}) < len(classes) or len(trained) == len(found):
         raise ValueError(f"--data {folder}: has images to train on of {len({*trained})} of its "
@@ -1413,6 +1415,7 @@ class Run:
 
     def draw(self, step, picture):
         """Write samples_<step>.png by picture(path), and loss.png."""
+        self.write(step)
         if rank() == 0:
             with torch.compiler.set_stance("force_eager"):  # its batch is of another size
                 picture(self.path.with_name(f"samples_{step + 1:06d}.png"))
