@@ -8,8 +8,7 @@
               label  [batch]           int64, in [0, classes)
     output    image  [batch, C, H, W]  float32 in [-1, 1]; with --uint8 [batch, H, W, C] uint8
 
-The file is written only after onnx.checker passed it and onnxruntime gave PyTorch's images. In
-reading order: options, the module that is exported, export, check, benchmark.
+The file is written only after onnx.checker passed it and onnxruntime gave PyTorch's images.
 """
 
 import copy
@@ -30,8 +29,7 @@ from torch.utils._pytree import tree_map
 
 from sample import exported_noise, few_step, onnx_session, make_sampler, open_checkpoint
 from teacher import (Options, Pixels, __version__, arg, build, clock, codec_of, device_name,
-                     fresh_noise, parse, pick_device, replacing, run_script, shape_of, to_uint8,
-                     unit_noise)
+                     fresh_noise, parse, pick_device, replacing, run_script, shape_of, to_uint8)
 
 OPSET = 18  # the fewest nodes at run time, and read by every onnxruntime since 1.14
 BATCHES = (1, 16, 256)  # of the benchmark
@@ -43,8 +41,7 @@ class Config(Options):
 
     checkpoint: str = arg(None, "generator.pt of dmd2.py", positional=True)
     device: str = arg("cpu", "where the file is checked against PyTorch", ("cpu", "cuda"))
-    out: str = arg(None, "the file to write (default: beside the checkpoint, .onnx; the name tells "
-                         "--uint8 and --fp16)")
+    out: str = arg(None, "the file to write (default: beside the checkpoint, and .onnx)")
     uint8: bool = arg(False, "the image as uint8 [batch, H, W, C], not float32 [batch, C, H, W]")
     fp16: bool = arg(False, "weights and arithmetic in float16; inputs and output keep their types")
     benchmark: bool = arg(False, "then time PyTorch, torch.compile, onnxruntime and the teacher")
@@ -55,19 +52,15 @@ class Config(Options):
 class Exported(nn.Module):
     """A generator with its noise scaling, decoded, clamped and if asked converted to uint8."""
 
-    def __init__(self, generator, sigmas, num_classes, uint8=False, codec=None):
+    def __init__(self, generator, sigmas, num_classes, uint8=False, codec=Pixels):
         super().__init__()
-        self.generator, self.sigmas, self.uint8 = generator, sigmas, uint8
-        self.codec = codec or Pixels()
+        self.generator, self.sigmas, self.uint8, self.codec = generator, sigmas, uint8, codec
         self.register_buffer("labels", torch.arange(num_classes)[:, None])
 
     def forward(self, noise, label):
-        """noise as of example(), label [batch] int64 -> image, as the file says
-
-        On a CPU raises IndexError, and onnxruntime INVALID_ARGUMENT, for a label that is no class:
-        it is looked up in a table of them, where a negative one would count from the end.
-        """
-        label = torch.where(label < 0, len(self.labels), label)
+        """noise as of example(), label [batch] int64 -> image, as the file says; a label that is no
+        class is an IndexError on a CPU, and onnxruntime's INVALID_ARGUMENT"""
+        label = torch.where(label < 0, len(self.labels), label)  # -1 would be the last one
         label = F.embedding(label, self.labels)[:, 0]
         noise = noise if len(self.sigmas) > 1 else noise[None]
         x0 = few_step(self.generator, self.sigmas[0] * noise[0], self.sigmas, label, noise[1:])
@@ -95,71 +88,50 @@ class Half(nn.Module):
 def export_onnx(exported, shape, facts):
     """A module (noise, label) -> image as an ONNX model with dynamic batch and metadata: bytes."""
     import onnx
-    from onnxscript import opset18 as op
-
-    def attention(q, k, v):  # whose transpositions cancel the network's, or go into the products
-        scale = op.CastLike(op.Constant(value_float=q.shape[-1]**-0.5), q)
-        transposed = [op.Transpose(x, perm=(0, 1, 3, 2)) for x in (k, v)]
-        weights = op.Softmax(op.Mul(op.MatMul(q, transposed[0]), scale), axis=-1)
-        attended = op.MatMul(transposed[1], op.Transpose(weights, perm=(0, 1, 3, 2)))
-        return op.Transpose(attended, perm=(0, 1, 3, 2))
-
     batch, noise = torch.export.Dim("batch"), exported.example(2, shape)
     with warnings.catch_warnings(action="ignore"):
         model = torch.onnx.export(
-            exported, (noise, torch.zeros(2, dtype=torch.long)), dynamo=True,
+            exported, (noise, torch.zeros(2, dtype=torch.long)), dynamo=True, verbose=False,
             input_names=["noise", "label"], output_names=["image"], opset_version=OPSET,
-            dynamic_shapes=dict(noise={noise.ndim - 4: batch}, label={0: batch}), verbose=False,
-            custom_translation_table={torch.ops.aten.scaled_dot_product_attention.default:
-                                      attention}).model_proto
-    graph = model.graph  # the exporter notes source files in it, with their absolute paths
-    for part in (model, graph, *graph.node, *graph.value_info, *graph.input, *graph.output,
-                 *graph.initializer):
-        del part.metadata_props[:]
-        part.doc_string = ""
+            dynamic_shapes=dict(noise={noise.ndim - 4: batch}, label={0: batch})).model_proto
+    for node in model.graph.node:
+        del node.metadata_props[:]  # where the exporter notes source files, with absolute paths
     onnx.helper.set_model_props(model, {"dmd2": json.dumps(facts)})
     onnx.checker.check_model(model, full_check=True)
     return model.SerializeToString()
 
 
 def check_onnx(content, exported, shape, num_classes, device="cpu"):
-    """Largest difference of onnxruntime's images from PyTorch's, on the scale of [-1, 1].
-
-    Of batch 1, 3 and 64, every label among them. A uint8 image counts from the second level on, for
-    one comes of rounding.
-    """
+    """Largest difference of onnxruntime's images from PyTorch's, on the scale of [-1, 1]; of uint8
+    beyond one level, which comes of rounding. Of batch 1, 3 and 64, every label among them."""
     session, _ = onnx_session(content, device, **dict(use_tf32=0) if device == "cuda" else {})
-    exported, worst, first = exported.to(device), 0.0, 0
-    for batch in (1, 3) + (64,) * math.ceil(num_classes / 64):
-        label = torch.arange(first, first + batch) % num_classes
-        first += batch
-        noise = exported.example(batch, shape)
+    exported, differences = exported.to(device), []
+    labels = torch.arange(4 + 64 * math.ceil(num_classes / 64)) % num_classes
+    for label in (labels[:1], labels[1:4], *labels[4:].split(64)):
+        noise = exported.example(len(label), shape)
         image, = session.run(["image"], {"noise": noise.numpy(), "label": label.numpy()})
         with torch.no_grad(), torch.backends.cudnn.flags(allow_tf32=False):
             expected = exported(noise.to(device), label.to(device)).cpu().numpy()
         assert image.shape == expected.shape and image.dtype == expected.dtype
-        difference = np.abs(image.astype(np.float64) - expected.astype(np.float64)).max()
-        if exported.uint8:
-            difference = max(0, difference - 1) / 127.5
-        worst = np.maximum(worst, difference)  # which keeps a NaN
-    return float(worst)
+        differences.append(np.abs(image.astype(float) - expected.astype(float)).max())
+    worst = float(np.max(differences))  # NaN, if one is
+    return max(0.0, worst - 1) / 127.5 if exported.uint8 else worst
 
 
 def facts_of(checkpoint, path, cfg):
     """The contract and the origin of an exported file, as its metadata tells them."""
     data = {name: checkpoint["data"][name] for name in ("name", "size", "shape", "classes")}
     data["name"] = Path(data["name"]).name  # of a folder, not where it lies on this machine
-    steps, (channels, height, width) = len(checkpoint["sigmas"]), data["shape"]
+    steps, (c, h, w) = len(checkpoint["sigmas"]), data["shape"]
+    noise = [steps] * (steps > 1) + ["batch", *shape_of(checkpoint["network"])]
     return dict(
-        data=data, steps=steps, sigmas=checkpoint["sigmas"],
-        noise=f"float32 [{f'{steps}, ' * (steps > 1)}batch, "
-              f"{', '.join(map(str, shape_of(checkpoint['network'])))}], standard normal",
+        data=data, steps=steps, version=__version__, training_step=checkpoint["step"],
+        noise=f"float32 [{', '.join(map(str, noise))}], standard normal",
         label=f"int64 [batch], 0 to {len(data['classes']) - 1}",
-        image=f"uint8 [batch, {height}, {width}, {channels}]" if cfg.uint8 else
-              f"float32 [batch, {channels}, {height}, {width}] in [-1, 1]",
+        image=f"uint8 [batch, {h}, {w}, {c}]" if cfg.uint8 else
+              f"float32 [batch, {c}, {h}, {w}] in [-1, 1]",
         arithmetic="float16" if cfg.fp16 else "float32",
-        version=__version__, training_step=checkpoint["step"], figures=checkpoint["figures"],
-        teacher_figures=checkpoint["teacher_figures"],
+        **{name: checkpoint[name] for name in ("sigmas", "figures", "teacher_figures")},
         checkpoint_sha256=hashlib.sha256(Path(path).read_bytes()).hexdigest())
 
 
@@ -167,23 +139,20 @@ def facts_of(checkpoint, path, cfg):
 
 def bound(content, noise, label, image, device):
     """A call that runs the file on inputs and into an output that lie on the device already."""
-    import onnxruntime
+    from onnxruntime import OrtValue
     session, _ = onnx_session(content, device.type)
-    value = {name: onnxruntime.OrtValue.ortvalue_from_numpy(tensor.cpu().numpy(), device.type, 0)
-             for name, tensor in dict(noise=noise, label=label, image=image).items()}
     binding = session.io_binding()
-    binding.bind_ortvalue_input("noise", value["noise"])
-    binding.bind_ortvalue_input("label", value["label"])
-    binding.bind_ortvalue_output("image", value["image"])
+    noise, label, image = (OrtValue.ortvalue_from_numpy(tensor.cpu().numpy(), device.type, 0)
+                           for tensor in (noise, label, image))
+    binding.bind_ortvalue_input("noise", noise)
+    binding.bind_ortvalue_input("label", label)
+    binding.bind_ortvalue_output("image", image)
     return lambda: session.run_with_iobinding(binding)
 
 
 def medians(calls, device, rounds=5, budget=0.4):
-    """Median seconds of each of the calls, by name.
-
-    They take turns in rounds, as a machine's speed drifts, each for `budget` seconds or 3 calls,
-    of which the first is to warm up and does not count.
-    """
+    """Median seconds of each of the calls, by name. They take turns, as a machine's speed drifts,
+    each for `budget` seconds or 3 calls, of which the first is to warm up and does not count."""
     seconds = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
@@ -197,20 +166,18 @@ def medians(calls, device, rounds=5, budget=0.4):
 
 @torch.no_grad()
 def benchmark(content, exported, checkpoint, device):
-    """Print the medians of the teacher's sampler, and of the generator by PyTorch and onnxruntime.
-
-    The teacher's network has the generator's size, so the generator's stands in for it.
-    """
+    """Print the medians of the generator by PyTorch and onnxruntime, and of the teacher's sampler,
+    where the generator's network stands in for the teacher's, which is of its size."""
     print(f"{device_name(device)}, torch {torch.__version__}; medians of calls that take turns\n"
           f"{'batch':>5}  {'':22} {'ms':>9} {'images/s':>10} {'x teacher':>10}")
     exported = exported.to(device)
     teacher = make_sampler(exported.generator, dict(checkpoint, kind="teacher"), device)
     for batch in BATCHES:
-        inputs = (exported.example(batch, teacher.shape).to(device),
-                  torch.arange(batch, device=device) % len(checkpoint["data"]["classes"]))
-        noise = unit_noise(batch, teacher.shape, seed=0).to(device)
+        noise = exported.example(batch, teacher.shape).to(device)
+        label = torch.arange(batch, device=device) % len(checkpoint["data"]["classes"])
+        inputs, noises = (noise, label), noise.view(-1, batch, *teacher.shape)
         torch.compiler.reset()
-        calls = {teacher.name: lambda: teacher.decode(teacher.x0(iter([noise]), inputs[1])),
+        calls = {teacher.name: lambda: teacher.decode(teacher.x0(iter(noises), label)),
                  "PyTorch": lambda: exported(*inputs),
                  "onnxruntime": bound(content, *inputs, exported(*inputs), device)}
         compiled = torch.compile(exported, dynamic=False)
@@ -231,14 +198,12 @@ def main(argv=None):
     cfg = parse(Config, argv, __doc__.split("\n\nThe file is")[0])
     device, checkpoint = pick_device(cfg.device).type, open_checkpoint(cfg.checkpoint)
     if checkpoint["kind"] != "generator":
-        raise ValueError(f"{cfg.checkpoint}: holds a {checkpoint['kind']}; distil it first: python "
-                         f"dmd2.py --teacher {cfg.checkpoint}")
-    kind = "_uint8" * cfg.uint8 + "_fp16" * cfg.fp16
-    default = Path(cfg.checkpoint).with_name(Path(cfg.checkpoint).stem + kind + ".onnx")
-    path, shape = Path(cfg.out or default), shape_of(checkpoint["network"])
-    classes = len(checkpoint["data"]["classes"])
-    exported = Exported(build(checkpoint), checkpoint["sigmas"], classes, cfg.uint8,
-                        codec_of(checkpoint["autoencoder"]))
+        raise ValueError(f"{cfg.checkpoint}: holds a teacher; distil it first, by dmd2.py")
+    ending = "_uint8" * cfg.uint8 + "_fp16" * cfg.fp16 + ".onnx"
+    path = Path(cfg.out or cfg.checkpoint.removesuffix(".pt") + ending)
+    shape, classes = shape_of(checkpoint["network"]), len(checkpoint["data"]["classes"])
+    codec = codec_of(checkpoint["autoencoder"])
+    exported = Exported(build(checkpoint), checkpoint["sigmas"], classes, cfg.uint8, codec)
     to_export = copy.deepcopy(exported)
     if cfg.fp16:
         to_export.generator.net = Half(exported.generator.net)
@@ -246,17 +211,14 @@ def main(argv=None):
             to_export.codec.decoder = Half(exported.codec.decoder)
     tolerance = 1e-2 if cfg.fp16 else 1e-4 if device == "cuda" else 1e-5
     tolerance *= 2 if checkpoint["autoencoder"] else 1  # two networks, one after the other
-
     content = export_onnx(to_export, shape, facts_of(checkpoint, cfg.checkpoint, cfg))
     error = check_onnx(content, exported, shape, classes, device)
     if not error <= tolerance:
-        raise ValueError(f"onnxruntime differs from PyTorch by {error:.1e}, more than "
-                         f"{tolerance:.0e}; no file was written")
+        raise ValueError(f"onnxruntime differs from PyTorch by {error:.1e}; no file was written")
     with replacing(path) as file:
         file.write(content)
-    print(f"{path}: {len(content) / 1e6:.1f} MB; differs from PyTorch by {error:.1e}, of "
-          f"{tolerance:.0e} allowed{' beyond one level' * cfg.uint8}, on {device}\n"
-          f"next: python sample.py {path}")
+    print(f"{path}: {len(content) / 1e6:.1f} MB; differs from PyTorch by {error:.1e}, allowed are "
+          f"{tolerance:.0e}{' beyond one level' * cfg.uint8}\nnext: python sample.py {path}")
     if cfg.benchmark:
         for name in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
             benchmark(content, exported, checkpoint, torch.device(name))

@@ -7,12 +7,10 @@
     python sample.py runs/teacher/teacher.pt --trajectory      # or --map, --beside
     python sample.py edm-cifar10-32x32-cond-vp.pkl --sampler ddim --steps 50
 
-A checkpoint of teacher.py, dmd2.py or NVlabs/edm, or a file of export.py: its path is all it takes.
-In reading order: samplers, options, EDM's checkpoints, any checkpoint as one function, features,
-quality, output and pictures.
+A checkpoint of teacher.py, dmd2.py or NVlabs/edm, or a file of export.py: its path is enough.
+In reading order: samplers, options, EDM's pickles, any checkpoint, features, quality, pictures.
 """
 
-import collections
 import dataclasses
 import functools
 import hashlib
@@ -31,6 +29,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 
 from teacher import (FEATURES, HEUN_STEPS, SUBSET, Options, Pixels, arg, build, codec_of, flag,
                      fresh_noise, heun, load, load_data, parse, pick_device, progress, rank,
@@ -68,7 +67,7 @@ def ddim(denoiser, x, sigmas, label, noises=(), eta=0.0):
     return x
 
 
-# Function, title, steps by default, whether its noise levels are those of the teacher's schedule.
+# Function, title, default steps, whether at the noise levels of the teacher's schedule.
 SAMPLERS = {
     "heun": (heun, "Heun", HEUN_STEPS, False),
     "euler": (ddim, "Euler", 2 * HEUN_STEPS - 1, False),
@@ -80,23 +79,17 @@ SAMPLERS = {
 def few_step(generator, x, sigmas, label, noises=()):
     """Sample by a generator in len(sigmas) steps: estimate x0, add noise of the next level, repeat.
 
-    x       [B, C, H, W]  noise of level sigmas[0]
-    sigmas  falling noise levels, floats
-    label   [B]           int64
-    noises  standard normal [B, C, H, W], one for each step after the first
-    returns x0 [B, C, H, W], the last estimate
+    x, sigmas, label, returned  as of heun(), but without the level 0
+    noises                      standard normal [B, C, H, W], one for each step after the first
     """
-    x0 = generator(x, x.new_full(x.shape[:1], sigmas[0]), label)
-    for sigma, noise in zip(sigmas[1:], noises, strict=True):
-        x0 = generator(x0 + sigma * noise, x.new_full(x.shape[:1], sigma), label)
+    noises, x0 = iter(noises), generator(x, x.new_full(x.shape[:1], sigmas[0]), label)
+    for sigma in sigmas[1:]:
+        x0 = generator(x0 + sigma * next(noises), x.new_full(x.shape[:1], sigma), label)
     return x0
 
 
 class Guided(nn.Module):
-    """Classifier-free guidance of a denoiser that knows "no label" (Ho and Salimans 2022).
-
-        x0_hat = none + guidance (with label - none)
-    """
+    """A denoiser with classifier-free guidance (Ho and Salimans 2022): none + g (label - none)."""
 
     def __init__(self, denoiser, guidance, no_label):
         super().__init__()
@@ -114,7 +107,7 @@ def guided(denoiser, guidance, checkpoint):
     if guidance != 1 and not checkpoint["config"].get("label_dropout"):
         raise ValueError(f"--guidance {guidance:g}: the teacher had no --label-dropout")
     no_label = checkpoint["network"]["label_dim"]
-    return Guided(denoiser, guidance, no_label) if guidance != 1 else denoiser
+    return denoiser if guidance == 1 else Guided(denoiser, guidance, no_label)
 
 
 # ---- options ------------------------------------------------------------------------------------
@@ -126,63 +119,51 @@ class Config(Options):
     checkpoint: str = arg(None, "of teacher.py, dmd2.py or EDM, or a .onnx file", positional=True)
     n: int = arg(None, f"images (default: 10 per class; with --evaluate {EVALUATE_N})", low=1)
     labels: str = arg(None, "classes by name or number, such as 3,3,7 (default: all, evenly)")
-    sampler: str = arg(None, "of a teacher: Heun's or Euler's method at EDM's noise levels, DDIM or "
-                             "DDPM at those of its schedule (default: heun)", tuple(SAMPLERS))
-    steps: int = arg(None, "steps of a teacher's sampler (default: "
-                           f"{', '.join(f'{k} {v[2]}' for k, v in SAMPLERS.items())})", low=1)
+    sampler: str = arg(None, "of a teacher (default: heun, at EDM's noise levels)", tuple(SAMPLERS))
+    steps: int = arg(None, f"its steps (default: {[s[2] for s in SAMPLERS.values()]})", low=1)
     guidance: float = arg(None, "classifier-free guidance of a teacher (default: 1, none)", low=0)
     data: str = arg(None, "what an EDM checkpoint was trained on, or where a folder is now")
     data_dir: str = arg(None, "where the real images are (default: where training found them)")
     seed: int = arg(0, "seed of the noise", low=0)
-    out: str = arg("samples.png", "a .png (a grid), a .npz (images uint8 [N, H, W, C] and labels), "
-                                  "or a new folder for a PNG file each")
+    out: str = arg("samples.png", "a .png (grid), .npz (images [N, H, W, C], labels) or new folder")
     evaluate: bool = arg(False, "print Fréchet distance, precision and recall")
     seeds: int = arg(3, "with --evaluate: the number of seeds, from --seed on", low=1)
     beside: str = arg(None, "picture: real images | this second checkpoint's | the first's")
-    trajectory: bool = arg(False, "picture: the way of --n samples through the noise levels; rows "
-                                  "are x / (1 + sigma), and the estimate of x0")
-    map: bool = arg(False, f"picture: {MAP_N} real and generated images as dots in a plane of their "
-                           "features, by UMAP with umap-learn, or else PCA")
+    trajectory: bool = arg(False, "picture: x / (1 + sigma) and the estimate of x0, step by step")
+    map: bool = arg(False, "picture: images as dots by their features: UMAP (umap-learn) or PCA")
     batch: int = arg(BATCH, "images at a time, which changes the speed only", low=1)
 
 
 # ---- EDM's published checkpoints: pickles, read without executing anything from them ------------
 
 class EDMUnpickler(pickle.Unpickler):
-    """Knows the fourteen names in EDM's files, as harmless stand-ins, and refuses all others; what
-    carries program text, objects of EDM's own classes, becomes a dictionary."""
+    """Knows the names in EDM's files as harmless stand-ins, and refuses all others; objects
+    of EDM's own classes, which carry program text, come as their dictionaries."""
 
-    NAMES = {
-        "torch_utils.persistence._reconstruct_persistent_obj": lambda meta: meta,
-        "torch.nn.modules.container.ModuleDict": type("ModuleDict", (), {}),
-        "torch.storage._load_from_bytes": lambda data: torch.load(io.BytesIO(data), weights_only=True),
-        "torch._utils._rebuild_tensor_v2": torch._utils._rebuild_tensor_v2,
-        "torch._utils._rebuild_parameter": lambda data, *rest: data,
-        "torch._utils._rebuild_parameter_with_state": lambda data, *rest: data,
-        "numpy.core.multiarray.scalar": lambda *rest: None,
-        "numpy._core.multiarray.scalar": lambda *rest: None,
-        "numpy.dtype": type("dtype", (), dict.fromkeys(("__init__", "__setstate__"), lambda *_: None)),
-        "collections.OrderedDict": collections.OrderedDict,
-        "dnnlib.util.EasyDict": type("EasyDict", (dict,), {}),
-        "builtins.set": set, "__builtin__.set": set,
-        "_codecs.encode": lambda text, _: text.encode("latin1"),
-    }
+    NAMES = dict(
+        _reconstruct_persistent_obj=lambda meta: meta,
+        ModuleDict=type("ModuleDict", (), {}),
+        _load_from_bytes=lambda content: torch.load(io.BytesIO(content), weights_only=True),
+        _rebuild_tensor_v2=torch._utils._rebuild_tensor_v2,
+        _rebuild_parameter=lambda data, *rest: data,
+        _rebuild_parameter_with_state=lambda data, *rest: data,
+        scalar=lambda *rest: None,
+        dtype=type("dtype", (), dict(__init__=lambda *rest: None, __setstate__=lambda *rest: None)),
+        OrderedDict=dict, EasyDict=type("EasyDict", (dict,), {}), set=set,
+        encode=lambda text, _: text.encode("latin1"))
 
     def find_class(self, module, name):
-        if f"{module}.{name}" not in self.NAMES:
-            raise ValueError(f"names {module}.{name}, which is refused")
-        return self.NAMES[f"{module}.{name}"]
+        if name not in self.NAMES:
+            raise ValueError(f"names {module}.{name}, which no EDM checkpoint does; refused")
+        return self.NAMES[name]
 
 
 # What both of EDM's networks are made of here, and what each is by default.
 EDM_FIXED = dict(embedding_type="positional", encoder_type="standard", decoder_type="standard",
                  resample_filter=[1, 1], channel_mult_noise=1, channel_mult_emb=4)
-EDM_DEFAULTS = {
-    "SongUNet": dict(label_dim=0, model_channels=128, channel_mult=[1, 2, 2, 2], num_blocks=4,
-                     attn_resolutions=[16]),
-    "DhariwalUNet": dict(label_dim=0, model_channels=192, channel_mult=[1, 2, 3, 4], num_blocks=3,
-                         attn_resolutions=[32, 16, 8]),
-}
+EDM_SIZES = "label_dim", "model_channels", "channel_mult", "num_blocks", "attn_resolutions"
+EDM_DEFAULTS = {"SongUNet": (0, 128, [1, 2, 2, 2], 4, [16]),
+                "DhariwalUNet": (0, 192, [1, 2, 3, 4], 3, [32, 16, 8])}
 
 
 def edm_weights(module, prefix="net."):
@@ -196,24 +177,21 @@ def edm_weights(module, prefix="net."):
 
 
 def load_edm(path):
-    """A checkpoint of NVlabs/edm as the dictionary that load() returns, executing nothing from it.
-
-    Raises ValueError if the file is of another kind or damaged, OSError if it is missing.
-    """
+    """A checkpoint of NVlabs/edm as the dictionary that load() returns, executing nothing from it;
+    ValueError if it is of another kind or damaged."""
     content = Path(path).read_bytes()
     try:
         precond = EDMUnpickler(io.BytesIO(content)).load()["ema"]
         net = precond["state"]["_modules"]["model"]
         kind, given = net["class_name"], net["state"]["_init_kwargs"]
         if precond["class_name"] != "EDMPrecond" or kind not in EDM_DEFAULTS:
-            raise ValueError(f"holds {precond['class_name']} of {kind}, not EDMPrecond of "
-                             f"{' or '.join(EDM_DEFAULTS)}")
+            raise ValueError(f"holds {precond['class_name']} of {kind}; it must be EDMPrecond")
         for name, fixed in EDM_FIXED.items():
             if given.get(name, fixed) != fixed:
                 raise ValueError(f"its {name} is {given[name]}; only {fixed} is read")
-        network = {name: given.get(name, value) for name, value in EDM_DEFAULTS[kind].items()}
-        network.update(model_type=kind, img_resolution=given["img_resolution"],
-                       img_channels=given["in_channels"])
+        network = dict(zip(EDM_SIZES, EDM_DEFAULTS[kind]), model_type=kind,
+                       img_resolution=given["img_resolution"], img_channels=given["in_channels"])
+        network.update({name: given[name] for name in EDM_SIZES if name in given})
         weights = dict(edm_weights(net))
     except Exception as error:  # a damaged pickle raises whatever its bytes happen to say
         raise ValueError(f"{path}: no checkpoint of NVlabs/edm, or damaged: {error}") from error
@@ -230,8 +208,7 @@ def load_edm(path):
 class Sampler(NamedTuple):
     """What a checkpoint of any kind becomes: a function of unit noise and label, and its facts."""
 
-    x0: Callable      # (noises, label [B] int64) -> [B, *shape]; noises: an iterator of standard
-                      # normal [B, *shape], fresh for each step
+    x0: Callable      # (iterator of normal noises [B, *shape], label [B] int64) -> [B, *shape]
     decode: Callable  # x0 -> images [B, C, H, W] in about [-1, 1]
     shape: tuple      # of noise and x0: of an image, or of its latents
     name: str         # "teacher, 18 Heun steps"
@@ -242,29 +219,22 @@ class Sampler(NamedTuple):
 
 
 def open_checkpoint(path, data=None, data_dir=None):
-    """load() or, of a .pkl, load_edm(), of data at another place if one is given.
-
-    Raises ValueError if either does, or if it holds an autoencoder.
-    """
+    """load() or, of a .pkl, load_edm(); not of autoencoders. Its data may have moved meanwhile."""
     checkpoint = load_edm(path) if Path(path).suffix == ".pkl" else load(path)
     if checkpoint["kind"] == "autoencoder":
         raise ValueError(f"{path}: holds an autoencoder; next: python teacher.py --latent {path}")
-    facts = at_place(checkpoint["data"], data, data_dir)
-    if checkpoint["data"]["name"] is None and data:  # EDM's do not tell the names of their classes
+    facts = checkpoint["data"]
+    facts.update(name=data or facts["name"], data_dir=data_dir or facts["data_dir"])
+    if Path(path).suffix == ".pkl" and data:  # which does not tell the names of its classes
         found = load_data(data, "train", facts["data_dir"], facts["size"]).classes
         facts["classes"] = found if len(found) == len(facts["classes"]) else facts["classes"]
-    return dict(checkpoint, data=facts)
-
-
-def at_place(facts, data, data_dir):
-    """What a checkpoint tells of its data, at another place if one is given."""
-    return dict(facts, name=data or facts["name"], data_dir=data_dir or facts["data_dir"])
+    return checkpoint
 
 
 def load_images(facts, split):
     """load_data() of the images that a checkpoint tells of; ValueError if they are others now."""
     if facts["name"] is None:
-        raise ValueError("--data is missing: an EDM checkpoint does not tell its own, such as cifar10")
+        raise ValueError("--data is missing: an EDM checkpoint does not tell its data, as cifar10")
     data = load_data(facts["name"], split, facts["data_dir"], facts["size"])
     for now, before in ((data.shape, facts["shape"]), (data.classes, facts["classes"])):
         if now != tuple(before) != ("all",):
@@ -273,10 +243,7 @@ def load_images(facts, split):
 
 
 def load_sampler(path, device="cpu", cfg=None):
-    """Make a Sampler of a file of any kind, of a teacher as cfg, a Config, says.
-
-    Raises ValueError if it is of none, or cfg has options that are only for teachers.
-    """
+    """The Sampler of a file of any kind; of a teacher, as cfg, a Config, says."""
     cfg, device = cfg or Config(checkpoint=path), torch.device(device)
     if Path(path).suffix == ".onnx":
         sampler = onnx_sampler(path, device, cfg.data, cfg.data_dir)
@@ -296,8 +263,8 @@ def load_sampler(path, device="cpu", cfg=None):
 def make_sampler(denoiser, checkpoint, device, sampler=None, steps=None):
     """The Sampler of a generator, or of a teacher, which may be Guided, by one of SAMPLERS."""
     if checkpoint["kind"] == "generator":
-        sigmas = checkpoint["sigmas"]
-        name, evaluations = f"generator, {len(sigmas)} step(s)", len(sigmas)
+        function, sigmas, evaluations = few_step, checkpoint["sigmas"], len(checkpoint["sigmas"])
+        name = f"generator, {evaluations} step(s)"
     else:
         function, title, default, own = SAMPLERS[sampler or "heun"]
         steps = steps or default
@@ -309,27 +276,23 @@ def make_sampler(denoiser, checkpoint, device, sampler=None, steps=None):
 
     @torch.no_grad()
     def x0(noises, label):
-        x = sigmas[0] * next(noises)
-        if checkpoint["kind"] == "generator":
-            return few_step(denoiser, x, sigmas, label, itertools.islice(noises, len(sigmas) - 1))
-        return function(denoiser, x, sigmas, label, noises)
-    return Sampler(x0, codec_of(checkpoint["autoencoder"], device).decode,
-                   shape_of(checkpoint["network"]), name, evaluations, checkpoint["data"], device,
-                   denoiser)
+        return function(denoiser, sigmas[0] * next(noises), sigmas, label, noises)
+    codec, shape = codec_of(checkpoint["autoencoder"], device), shape_of(checkpoint["network"])
+    return Sampler(x0, codec.decode, shape, name, evaluations, checkpoint["data"], device, denoiser)
 
 
 def onnx_sampler(path, device, data=None, data_dir=None):
-    """The Sampler of a file of export.py, run by onnxruntime."""
+    """The Sampler of a file of export.py, which does not tell where its data are."""
     session, facts = onnx_session(path, device.type)
+    facts["data"].update(name=data or facts["data"]["name"], data_dir=data_dir or "data")
     steps, shape = facts["steps"], tuple(session.get_inputs()[0].shape[-3:])
 
     def images(noises, label):
         feed = dict(noise=exported_noise(noises, steps).cpu().numpy(), label=label.cpu().numpy())
         image = torch.from_numpy(session.run(["image"], feed)[0])
         return to_float(image.permute(0, 3, 1, 2)) if image.dtype == torch.uint8 else image
-    facts = at_place(facts["data"], data, data_dir or "data")  # a file does not tell where it was
-    return Sampler(images, Pixels.decode, shape, f"ONNX generator, {steps} step(s)", steps, facts,
-                   device)
+    name = f"ONNX generator, {steps} step(s)"
+    return Sampler(images, Pixels.decode, shape, name, steps, facts["data"], device)
 
 
 def exported_noise(noises, steps):
@@ -338,33 +301,29 @@ def exported_noise(noises, steps):
 
 
 def onnx_session(source, device="cpu", **provider_options):
-    """An onnxruntime session of a file of export.py (a path, or its bytes) on "cpu" or "cuda", and
-    its metadata's facts; ValueError if it is foreign, or the provider did not load."""
+    """An onnxruntime session of a file of export.py (path or bytes), and the facts it tells."""
     import onnxruntime
     if device == "cuda":
         onnxruntime.preload_dlls()
-    provider = dict(cpu="CPUExecutionProvider", cuda="CUDAExecutionProvider")[device]
+    provider = f"{device.upper()}ExecutionProvider"
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # errors are raised
     options.intra_op_num_threads = torch.get_num_threads()
-    content = source if isinstance(source, bytes) else Path(source).read_bytes()
     try:
-        session = onnxruntime.InferenceSession(content, options, [(provider, provider_options)],
+        session = onnxruntime.InferenceSession(source, options, [(provider, provider_options)],
                                                enable_fallback=0)
         facts = json.loads(session.get_modelmeta().custom_metadata_map["dmd2"])
     except Exception as error:  # onnxruntime's exceptions have no other base in common
-        raise ValueError(f"{str(source)[:99]}: no file of export.py, or damaged: {error}") from error
+        raise ValueError(f"{source!s:.99}: no file of export.py, or damaged: {error}") from error
     if provider not in session.get_providers():  # get_available_providers() tells what was compiled
         raise ValueError(f"--device {device}: onnxruntime did not load {provider}")
     return session, facts
 
 
 def generate(sampler, label, seed, batch=BATCH):
-    """Images uint8 [N, C, H, W] of label [N]; image i is made of seed, i and label[i] only.
-
-    Batches are filled up to multiples of 16, for at odd sizes kernels add in another order. Several
-    ranks share the work, and each gets all images. FloatingPointError if they are not finite.
-    """
+    """Images uint8 [N, C, H, W] of label [N]; image i is made of seed, i and label[i] only: batches
+    are filled up to multiples of 16, for at odd sizes kernels add in another order. Several ranks
+    share the work, and each gets all images. FloatingPointError if they are not finite."""
     batch, count = batch + -batch % 16, len(label) + -len(label) % 16
     shape, device = sampler.shape, sampler.device
     images = torch.zeros(count, *sampler.data["shape"], dtype=torch.uint8, device=device)
@@ -387,8 +346,8 @@ class FeatureNet(nn.Module):
 
     def __init__(self, channels, num_classes):
         super().__init__()
-        layers = [nn.Sequential(nn.Conv2d(c_in, c_out, 3, stride, 1), nn.BatchNorm2d(c_out), nn.ReLU())
-                  for c_in, c_out, stride in ((channels, 32, 1), (32, 64, 2), (64, 64, 2))]
+        layers = [nn.Sequential(nn.Conv2d(c_in, c, 3, stride, 1), nn.BatchNorm2d(c), nn.ReLU())
+                  for c_in, c, stride in ((channels, 32, 1), (32, 64, 2), (64, 64, 2))]
         self.body = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(),
                                   nn.Linear(4 * 64, DIMENSIONS), nn.ReLU())
         self.head = nn.Linear(DIMENSIONS, num_classes)
@@ -400,10 +359,8 @@ class FeatureNet(nn.Module):
 
 
 def train_features(data, steps=1500, batch=128, device="cpu"):
-    """Train the feature network on the training images, each batch shifted by a few pixels.
-
-    Of a single class it learns how far images are turned (Gidaris et al. 2018).
-    """
+    """Train the feature network on the training images, each batch shifted by a few pixels; if they
+    are of one class, to tell how far they are turned (Gidaris et al. 2018)."""
     rng = seeded(FEATURES)
     torch.manual_seed(0)
     images, labels, turns = data.images, data.labels, len(data.classes) == 1
@@ -417,9 +374,8 @@ def train_features(data, steps=1500, batch=128, device="cpu"):
         dy, dx = torch.randint(-reach, reach + 1, (2,), generator=rng).tolist()
         x = F.pad(to_float(images[index]), (reach,) * 4, mode="replicate")
         x = x[:, :, reach + dy:reach + dy + side, reach + dx:reach + dx + side]
-        target = labels[index]
+        target = torch.arange(batch) % 4 if turns else labels[index]
         if turns:
-            target = torch.arange(batch) % 4
             x = torch.stack([image.rot90(k, (1, 2)) for image, k in zip(x, target.tolist())])
         loss = F.cross_entropy(head(net.body(x.to(device))), target.to(device), label_smoothing=0.1)
         optimizer.zero_grad()
@@ -434,9 +390,9 @@ def load_features(data, facts, device="cpu"):
     from assets/, or trained once, which takes a minute or so, and kept in data_dir."""
     path = ASSETS / f"features_{facts['name']}.pt"
     if facts["name"] not in ("digits", "mnist"):
-        content = hashlib.sha256(repr((data.shape, len(data.labels))).encode())
-        content.update(data.images[:1000].numpy().tobytes() + data.labels.numpy().tobytes())
-        path = Path(facts["data_dir"], f"features_{content.hexdigest()[:16]}.pt")
+        content = data.images[:1000].numpy().tobytes() + data.labels.numpy().tobytes()
+        key = hashlib.sha256(repr(data.shape).encode() + content).hexdigest()[:16]
+        path = Path(facts["data_dir"], f"features_{key}.pt")
         with rank_0_first():
             if not path.exists():
                 tell(f"training a feature network for {facts['name']}, kept in {path}", sys.stderr)
@@ -462,13 +418,12 @@ def load_reference(facts, device="cpu"):
     """The Reference to evaluate against, of the data a checkpoint tells of."""
     data, held_out = (load_images(facts, split) for split in ("train", "test"))
     if len(held_out.images) <= NEIGHBOURS:
-        raise ValueError(f"{facts['name']}: has {len(held_out.images)} held-out images, too few to "
-                         "evaluate by; dmd2.py can do without: --evaluate-every 0")
+        raise ValueError(f"{facts['name']}: too few held-out images; try --evaluate-every 0")
     net, digest = load_features(data, facts, device)
     order = torch.randperm(len(data.images), generator=seeded(SUBSET))  # a prefix is a fair sample
     features = torch.cat([extract(net, data.images[part])[0] for part in order.split(1000)])
-    protocol = f"reference {len(order)} training images of {facts['name']}, feature network {digest}"
-    reference = Reference(net, features, data.labels[order], {}, protocol)
+    about = f"reference {len(order)} training images of {facts['name']}, feature network {digest}"
+    reference = Reference(net, features, data.labels[order], {}, about)
     floor = evaluate(held_out.images, held_out.labels, reference)
     del floor["precision"], floor["recall"]  # of so few images they compare with no others
     return reference._replace(floor=dict(floor, n=len(held_out.images)))
@@ -484,9 +439,8 @@ def extract(net, images, batch=1000):
 
 
 def evaluate(images, label, reference):
-    """Quality of images uint8 [N, C, H, W] that were asked to be of the classes label [N]: Fréchet
-    distance to the training images, accuracy (share classified as label), precision and recall (of
-    equally many real and given images, at most 10000)."""
+    """Quality of images uint8 [N, C, H, W] that were asked for by label [N]; precision
+    and recall are of equally many real and given images, at most 10000."""
     features, predicted = extract(reference.net, images)
     count = min(len(features), len(reference.features), 10000)
     precision, recall = precision_recall(reference.features[:count], features[:count])
@@ -500,8 +454,7 @@ def frechet_distance(a, b):
 
         |mu_a - mu_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2))
 
-    in float64, that root's trace by the symmetric C_a^(1/2) C_b C_a^(1/2). Not an FID: the features
-    are not Inception's.
+    in float64. The root's trace is that of the symmetric C_a^(1/2) C_b C_a^(1/2)'s.
     """
     a, b = a.double(), b.double()
     cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)
@@ -513,11 +466,8 @@ def frechet_distance(a, b):
 
 
 def precision_recall(real, fake, k=NEIGHBOURS):
-    """Share of fake features inside the real ones' manifold, and of real inside the fake ones'.
-
-    The manifold of features [N, D] is the union of balls, each reaching to the k-th nearest
-    neighbour of its centre (Kynkäänniemi et al. 2019, "Improved Precision and Recall Metric").
-    """
+    """Share of fake features [N, D] in the real ones' manifold, and of real in the fake ones': the
+    union of balls that reach to their centre's k-th neighbour (Kynkäänniemi et al. 2019)."""
     def share_inside(points, centres):
         radii = torch.cat([torch.cdist(part, centres).kthvalue(k + 1).values  # 1: itself
                            for part in centres.split(1000)])
@@ -538,10 +488,9 @@ def summary(figures):
 
 
 def report(runs, reference, of_what):
-    """Print mean and spread of the figures of evaluate() beside the floor, then all as JSON; of_what
-    tells what was measured."""
+    """Print mean and spread of figures of evaluate() beside the floor, then all as JSON."""
     mean, spread, floor = {}, {}, reference.floor
-    tell(f"{'':20}{'samples':>9}{'spread':>9}{'floor':>9}   ({floor['n']} held-out real images)")
+    tell(f"{'':22}samples   spread    floor   (floor: the {floor['n']} held-out real images)")
     for name, title in TITLES.items():
         values = [run[name] for run in runs]
         mean[name] = statistics.mean(values)
@@ -555,8 +504,7 @@ def report(runs, reference, of_what):
 # ---- output and pictures ------------------------------------------------------------------------
 
 def read_labels(text, classes):
-    """Class numbers of names such as "cat,dog" or, where no name is a number, of numbers; ValueError
-    naming the one that is neither."""
+    """Class numbers [N] of names such as "cat,dog" or, where no name is a number, of numbers."""
     numbers = {name: i for i, name in enumerate(classes)}
     if not any(name.isdecimal() for name in classes):
         numbers.update({str(i): i for i in range(len(classes))})
@@ -566,19 +514,13 @@ def read_labels(text, classes):
     return torch.tensor([numbers[word] for word in text.split(",")])
 
 
-def padded(images, count):
-    """Images uint8 [N, C, H, W] and white ones, count in all."""
-    return F.pad(images, (0, 0) * 3 + (0, count - len(images)), value=255)
-
-
 def write_images(images, label, classes, out):
     """Write images uint8 [N, C, H, W] as a grid (.png), arrays (.npz), or PNG files in a folder."""
     pixels = images.permute(0, 2, 3, 1).numpy()
     if out.suffix == ".png":
-        groups = {classes[c]: images[label == c] for c in label.unique().tolist()}
-        width = max(map(len, groups.values()))
-        rows = torch.stack([padded(group, width) for group in groups.values()])
-        save_grid(rows, list(groups), out)
+        shown = label.unique().tolist()
+        rows = pad_sequence([images[label == c] for c in shown], True, 255)
+        save_grid(rows, [classes[c] for c in shown], out)
     elif out.suffix == ".npz":
         with replacing(out) as file:
             np.savez_compressed(file, images=pixels, labels=label.numpy())
@@ -596,59 +538,49 @@ def compare(cfg, sampler, columns=5):
     real = load_images(data, "train")
     names = real.classes[:10]
     label = torch.arange(len(names)).repeat_interleave(columns)
-    shown = [padded(real.images[(real.labels == c).nonzero()[:columns, 0]], columns)
-             for c in range(len(names))]
-    blocks = [torch.cat(shown), *(generate(s, label, cfg.seed, cfg.batch) for s in (other, sampler))]
-    grids = [images.unflatten(0, (-1, columns)) for images in blocks]
-    gap = torch.full_like(grids[0][:, :1], 255)
+    rows = [real.images[(real.labels == c).nonzero()[:columns, 0]] for c in range(len(names))]
+    for s in (other, sampler):
+        rows += generate(s, label, cfg.seed, cfg.batch).split(columns)
+    blocks = F.pad(pad_sequence(rows, True, 255), (0,) * 7 + (1,), value=255).chunk(3)  # and a gap
     titles = [title if i == columns // 2 else "" for title in ("real", other.name, sampler.name)
               for i in range(columns + 1)]
-    rows = torch.cat([part for grid in grids for part in (grid, gap)], dim=1)
-    save_grid(rows[:, :-1], names, cfg.out, titles[:-1])
+    save_grid(torch.cat(blocks, dim=1)[:, :-1], names, cfg.out, titles[:-1])
 
 
 def save_trajectory(sampler, label, seed, out, columns=10):
-    """Write what a sampler's denoiser was given and what it made of it, as columns of noise levels,
-    evenly spread over its calls, the first and last among them."""
+    """Write what a sampler's denoiser was given and its estimates, some noise levels as columns."""
     if sampler.denoiser is None:
         raise ValueError("--trajectory: an ONNX file tells its images only; give the generator.pt")
     calls = []
-    hook = sampler.denoiser.register_forward_hook(
-        lambda _, given, x0_hat: calls.append((*given[:2], x0_hat)))
+    sampler.denoiser.register_forward_hook(lambda _, args, x0: calls.append((*args[:2], x0)))
     noises = (noise.to(sampler.device) for noise in fresh_noise(len(label), sampler.shape, seed))
     sampler.x0(noises, label.to(sampler.device))
-    hook.remove()
     shown = [calls[round(i)] for i in np.linspace(0, len(calls) - 1, min(len(calls), columns))]
-    images = [torch.stack([sampler.decode(x / (1 + sigma.view(-1, 1, 1, 1))), sampler.decode(x0_hat)],
-                          dim=1).flatten(0, 1) for x, sigma, x0_hat in shown]
+    pairs = [(x / (1 + sigma.view(-1, 1, 1, 1)), x0_hat) for x, sigma, x0_hat in shown]
+    images = [torch.stack([*map(sampler.decode, pair)], dim=1).flatten(0, 1) for pair in pairs]
     names = [name for c in label.tolist() for name in (sampler.data["classes"][c], "estimate")]
     titles = [f"{sigma[0].item():.2g}" for _, sigma, _ in shown]
     save_grid(to_uint8(torch.stack(images, dim=1)), names, out, titles)
 
 
 def save_map(cfg, sampler):
-    """Write real and generated images as dots in a plane of their features, a colour per class.
-
-    The plane is that of UMAP (McInnes et al. 2018) where umap-learn is installed, or else of PCA.
-    """
+    """Write images as dots of their features in a plane, by UMAP (McInnes et al. 2018) or PCA."""
     import matplotlib
     from matplotlib.figure import Figure
     reference, classes = load_reference(sampler.data, sampler.device), sampler.data["classes"]
-    n = min(cfg.n or MAP_N, len(reference.labels))
-    label = reference.labels[:n].clamp(max=len(classes) - 1)  # 0 if unconditional
+    label = reference.labels[:cfg.n or MAP_N].clamp(max=len(classes) - 1)  # 0 if unconditional
     features, _ = extract(reference.net, generate(sampler, label, cfg.seed, cfg.batch))
-    features = torch.cat([reference.features[:n], features]).double()
+    features = torch.cat([reference.features[:len(label)], features]).double()
     try:
         from umap import UMAP
         kind, points = "UMAP", UMAP(random_state=0, n_jobs=1).fit_transform(features.numpy())
     except ModuleNotFoundError:
         u, s, _ = torch.linalg.svd(features - features.mean(0), full_matrices=False)
         kind, points = "PCA", (u * s)[:, :2].numpy()
-    figure = Figure(figsize=(9.4, 4.4), layout="constrained")
-    few = len(classes) <= 10
+    figure, few = Figure(figsize=(9.4, 4.4), layout="constrained"), len(classes) <= 10
     colours = matplotlib.colormaps["tab10" if few else "turbo"].resampled(len(classes))
     panels = figure.subplots(1, 2, sharex=True, sharey=True)
-    for panel, name, part in zip(panels, ("real", sampler.name), (points[:n], points[n:])):
+    for panel, name, part in zip(panels, ("real", sampler.name), np.split(points, 2)):
         for c in label.unique().tolist():
             x, y = part[(label == c).numpy()].T
             panel.scatter(x, y, 3, [colours(c)], label=classes[c].replace("$", r"\$"))
@@ -662,9 +594,9 @@ def save_map(cfg, sampler):
 
 def main(argv=None):
     cfg = parse(Config, argv, __doc__.split("\n\nA checkpoint")[0])
-    onnx = Path(cfg.checkpoint).suffix == ".onnx" and cfg.device == "auto"
-    device, out = pick_device("cpu" if onnx else cfg.device), Path(cfg.out)
-    sampler = load_sampler(cfg.checkpoint, device, cfg)
+    onnx = cfg.checkpoint.endswith(".onnx") and cfg.device == "auto"
+    device = pick_device("cpu" if onnx else cfg.device)
+    sampler, out = load_sampler(cfg.checkpoint, device, cfg), Path(cfg.out)
     classes = tuple(sampler.data["classes"])
     if cfg.evaluate:
         reference = load_reference(sampler.data, device)
@@ -673,7 +605,8 @@ def main(argv=None):
         return report(runs, reference, f"{n} samples, {sampler.name}, EMA weights, "
                       f"{sampler.evaluations} function evaluation(s), seeds {[*seeds]}")
     if out.suffix not in (".png", ".npz", "") or out.is_dir():
-        raise ValueError(f"--out {out}: must end in .png or .npz, or be a folder that is not there yet")
+        raise ValueError(f"--out {out}: must end in .png or .npz, or be a folder that is not there "
+                         "yet")
     asked = read_labels(cfg.labels, classes) if cfg.labels else torch.arange(len(classes))
     n = cfg.n or (len(asked) if cfg.labels else 4 if cfg.trajectory else 10 * len(classes))
     label = asked[torch.arange(n) % len(asked)]

@@ -805,10 +805,12 @@ def run_script(main):
 # ---- several GPUs: torchrun starts a process for each, a rank, and one alone is rank 0 of 1 -----
 
 def rank():
+    """This process's number among those of torchrun."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def ranks():
+    """How many processes there are."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
@@ -1028,12 +1030,7 @@ def permutation(count, seed, epoch, device):
 
 
 def training_batches(data, start, cfg, parts, device):
-    """Yield x0 [B, C, H, W] in [-1, 1] and labels [B] for each part of each step from `start` on.
-
-    Raises ValueError if there are fewer than a batch.
-    """
-    if cfg.batch > len(data.labels):
-        raise ValueError(f"--batch {cfg.batch}: there are only {len(data.labels)} training images")
+    """Yield x0 [B, C, H, W] in [-1, 1] and labels [B] for each part of each step from `start` on."""
     for step in itertools.count(start):
         index = batch_at(step, len(data.labels), cfg.batch, cfg.seed, data.images.device)
         for part in parts:
@@ -1299,6 +1296,8 @@ class Run:
         self.log, self.wandb = self.path.with_name("log.jsonl"), None
         self.pending, self.signal = [], 0
         self.began = self.said = time.perf_counter()
+        if cfg.batch > (facts["count"] or cfg.batch):  # which is None if none are needed
+            raise ValueError(f"--batch {cfg.batch}: there are only {facts['count']} training images")
         if cfg.resume:
             self.restore(load(cfg.resume))
         self.bar = tqdm(total=cfg.steps, initial=self.start, dynamic_ncols=True,
