@@ -795,7 +795,7 @@ def run_script(main):
             words = "--compile: PyTorch finds no C compiler; install one, such as gcc"
         else:
             raise
-    if words:
+    if words is not None:
         print(f"{Path(sys.argv[0]).name}: {' '.join(words.split())}", file=sys.stderr)
         sys.exit(status)
     if dist.is_initialized():
@@ -1401,7 +1401,8 @@ class Run:
         self.bar.set_postfix(shown)
         if self.bar.disable and time.perf_counter() > self.said + 60:  # no bar: a line a minute
             self.said = time.perf_counter()
-            self.say(f"step {step + 1} of {self.cfg.steps}: {shown}")
+            self.say(f"step {step + 1} of {self.cfg.steps}: "
+                     + ", ".join(f"{name} {value}" for name, value in shown.items()))
 
     def measure(self, step, figures):
         """Measure by figures() -> a dictionary of scalars, log and print them, and return them."""
