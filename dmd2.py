@@ -5,11 +5,10 @@
 Two copies of the teacher are trained. One is the generator, which maps noise to an image in one
 step. The other is the fake score: as the teacher is a denoiser of the real images, it is kept a
 denoiser of the generator's. Where the two denoisers disagree about one of its images, the
-generator is moved towards the teacher's estimate (Yin et al., "One-step Diffusion with Distribution
-Matching Distillation", 2023: DMD). DMD2 ("Improved Distribution Matching Distillation for Fast
-Image Synthesis", 2024) adds a discriminator, which knows real images, the two time-scale rule, and
-generators of several steps. In reading order: options, the distribution-matching loss, the GAN,
-the generator's steps, DMD's regression loss, pictures, the best generator, training.
+generator is moved along the difference, teacher's minus fake score's (Yin et al., "One-step
+Diffusion with Distribution Matching Distillation", 2023: DMD). DMD2 ("Improved Distribution
+Matching Distillation for Fast Image Synthesis", 2024) adds a discriminator, which knows real
+images, the two time-scale rule, and generators of several steps.
 """
 
 import copy
@@ -18,6 +17,7 @@ import functools
 import hashlib
 import itertools
 import re
+import sys
 from pathlib import Path
 
 import torch
@@ -31,7 +31,7 @@ from teacher import (GENERATOR, PREDICTIONS, SIGMA_MAX, SIGMA_MIN, TRAINED_STEP,
                      flag, fresh_noise, group_norm, load, lowest_quantile, parse, parts_of,
                      pick_device, prepare, progress, quantile_of, rank, rank_0_first, rate_at,
                      run_script, save, save_grid, seeded, shape_of, sigma_at, tell, to_uint8,
-                     training_batches, unit_error, unit_noise, update_ema)
+                     training_batches, unit_error, update_ema)
 
 # What of dmd2.py depends on the data: it fills the options that were not given.
 RECIPES = {
@@ -66,10 +66,10 @@ class Config(TrainingOptions):
     teacher: str = arg(None, "checkpoint to distil, of teacher.py or NVlabs/edm (.pkl)", free=True)
     data: str = arg(None, "what an EDM .pkl was trained on, or where a folder is now", free=True)
     out: str = arg("runs/dmd2", "folder of the run")
-    fake_steps: int = arg(None, "updates of the fake score per update of the generator", low=1)
+    fake_steps: int = arg(None, "fake score's updates per generator's (default: by data)", low=1)
     lr: float = arg(None, "learning rate of the generator (default: by data)", low=0, high=1)
     fake_lr: float = arg(None, "learning rate of the fake score (default: by data)", low=0, high=1)
-    conditioning_sigma: float = arg(None, "noise level at which the generator begins",
+    conditioning_sigma: float = arg(None, "noise level at which it begins (default: 80; eps 2)",
                                     low=SIGMA_MIN, high=SIGMA_MAX)
     student_steps: int = arg(1, "steps in which the generator makes an image", (1, 2, 4))
     backward_simulation: bool = arg(True, "train later steps on what those before make of noise, "
@@ -122,8 +122,6 @@ def dmd_gradient(teacher, fake_score, x0, sigma, label, noise):
     sigma      [B]           one level per image, in [SIGMA_MIN, SIGMA_MAX]
     label      [B]           the classes x0 was generated for, int64
     returns [B, C, H, W], of order 1 per image; exactly 0 where fake_score equals teacher
-
-    A value that is not finite is left so: the run stops at it.
     """
     x = x0 + sigma.view(-1, 1, 1, 1) * noise
     real, fake = teacher(x, sigma, label), fake_score(x, sigma, label)
@@ -179,13 +177,8 @@ def diffused(x0, draw, quantiles):
 
 
 def generator_loss(fake_logits):
-    """Non-saturating GAN loss of the generator, of the logits [B] of its images.
-
-    As in the official code a mean over images, where dmd_loss is a mean over values. So weighted,
-    the published weights lie near each other, from 1e-3 (FastGen, 3,072 values an image) to 5e-3
-    (DMD2, 65,536), and not far from the best for the digits' 64 values; a weight per value would
-    have to change a hundredfold and more.
-    """
+    """Non-saturating GAN loss of the generator, of the logits [B] of its images: a mean over
+    images, where dmd_loss is one over values, as in the official code."""
     return F.softplus(-fake_logits).mean()
 
 
@@ -239,7 +232,7 @@ def load_pairs(sampler, digest, count, path):
     returns index [B] -> noise [B, C, H, W], label [B], images (or latents) [B, C, H, W]
     """
     origin, device = dict(teacher=digest, sampler=sampler.name, count=count), sampler.device
-    noise = unit_noise(count, sampler.shape, PAIRS_SEED)
+    noise = next(fresh_noise(count, sampler.shape, PAIRS_SEED))
     label = torch.arange(count) % len(sampler.data["classes"])
     with rank_0_first():
         stored = torch.load(path, weights_only=True) if path.exists() else {}
@@ -317,6 +310,7 @@ class Best:
     def consider(self, step, run, fake_score):
         """Keep the generator after a step, and the fake score for a second stage, if it is best; if
         nothing is measured, it is."""
+        run.write(step)  # which raises if the run diverged
         figures = None
         if self.reference:
             figures = dict(run.measure(step, lambda: self.figures(self.sampler)), step=step + 1)
@@ -334,9 +328,7 @@ def recipe(given):
     """Options that were not given: by the teacher's data and prediction."""
     if "teacher" not in given:
         raise ValueError("--teacher is missing: give one, such as runs/teacher/teacher.pt")
-    parent = open_checkpoint(given["teacher"], given.get("data"))
-    if parent["kind"] != "teacher":
-        raise ValueError(f"--teacher {given['teacher']}: holds a {parent['kind']}; give a teacher")
+    parent = open_checkpoint(given["teacher"], given.get("data"), kind="teacher")
     kind = "latents" if parent["autoencoder"] else parent["data"]["name"]
     base = dict(save_every=200, sample_every=500, evaluate_every=200,
                 data_dir=parent["data"]["data_dir"])
@@ -396,17 +388,18 @@ def train(cfg):
               dict(parent["data"], teacher=digest, count=real_data and len(real_data.labels)))
     facts = dict({name: parent[name] for name in INHERITED}, kind="generator", sigmas=sigmas,
                  version=__version__, config=dataclasses.asdict(cfg), teacher_figures=None)
-    teachers = make_sampler(guide, parent, device)
-    best = Best(cfg, facts, make_sampler(ema, facts, device), teachers)
+    teacher_sampler = make_sampler(guide, parent, device)
+    best = Best(cfg, facts, make_sampler(ema, facts, device), teacher_sampler)
     if cfg.regression_weight:
-        pairs_at = load_pairs(teachers, digest, cfg.pairs, Path(cfg.out, "pairs.pt"))
+        pairs_at = load_pairs(teacher_sampler, digest, cfg.pairs, Path(cfg.out, "pairs.pt"))
         distance = F.mse_loss if cfg.regression_distance == "mse" else lpips_distance(device)
     prepare(cfg, device, teacher, generator, fake_score)  # only now: so far all was in float32
     if real_data:
         batches = training_batches(real_data, run.start, cfg, parts, device)
-    run.say(f"{parent['data']['name']}: {num_classes} classes; on {device}; {cfg.steps} steps")
+    tell(f"{parent['data']['name']}: {num_classes} classes; on {device}; {cfg.steps} steps",
+         sys.stderr)
     if best.reference:
-        run.say(f"teacher: {summary(facts['teacher_figures'])}")
+        tell(f"teacher: {summary(facts['teacher_figures'])}", sys.stderr)
         if not cfg.resume:
             run.write(-1, **{f"teacher_{name}": facts["teacher_figures"][name] for name in TITLES})
 
@@ -423,7 +416,8 @@ def train(cfg):
                 x0 = generator(x, sigma, label)
 
             # Generator: move its samples along the distribution-matching gradient, and to where
-            # the discriminator takes them for real ones.
+            # the discriminator takes them for real ones. Gradients go through fake score and head,
+            # but reach the generator's parameters only (Descent).
             if update_generator:
                 losses = {}
                 if cfg.dm_weight:
@@ -458,7 +452,7 @@ def train(cfg):
             update_ema(ema, generator, cfg.ema, update)
         run.note(**fake_descent.step(rate_at(step, cfg.fake_lr, cfg.warmup)))
 
-        if due(step, cfg.evaluate_every or cfg.steps, cfg.steps):
+        if due(step, cfg.evaluate_every or cfg.steps, cfg.steps) and not cfg.profile:
             best.consider(step, run, fake_score)
         if due(step, cfg.sample_every, cfg.steps):
             run.draw(step, lambda path: save_estimates(teacher, fake_score, best.sampler, path))

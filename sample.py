@@ -218,9 +218,9 @@ class Sampler(NamedTuple):
     denoiser: nn.Module | None = None  # what x0 calls; none of an ONNX file
 
 
-def open_checkpoint(path, data=None, data_dir=None):
+def open_checkpoint(path, data=None, data_dir=None, kind=None):
     """load() or, of a .pkl, load_edm(); not of autoencoders. Its data may have moved meanwhile."""
-    checkpoint = load_edm(path) if Path(path).suffix == ".pkl" else load(path)
+    checkpoint = load_edm(path) if Path(path).suffix == ".pkl" else load(path, kind)
     if checkpoint["kind"] == "autoencoder":
         raise ValueError(f"{path}: holds an autoencoder; next: python teacher.py --latent {path}")
     facts = checkpoint["data"]
@@ -251,7 +251,7 @@ def load_sampler(path, device="cpu", cfg=None):
         checkpoint = open_checkpoint(path, cfg.data, cfg.data_dir)
         denoiser = build(checkpoint, device)
         if checkpoint["kind"] == "teacher":
-            denoiser = guided(denoiser, cfg.guidance or 1, checkpoint)
+            denoiser = guided(denoiser, 1 if cfg.guidance is None else cfg.guidance, checkpoint)
             return make_sampler(denoiser, checkpoint, device, cfg.sampler, cfg.steps)
         sampler = make_sampler(denoiser, checkpoint, device)
     for name in ("sampler", "steps", "guidance"):

@@ -178,9 +178,8 @@ def unit_error(prediction, x0_hat, x0, sigma, min_snr_gamma=None):
         mean(((x0_hat - x0) / c_out)^2)         1 / c_out^2 is EDM's weight lambda(sigma)
         mean(min(SNR, gamma) (x0_hat - x0)^2)   with min_snr_gamma; SNR = 1 / sigma^2
 
-    returns a scalar; the first is 1 for an edm network that has learnt nothing. The second, of Hang
-    et al. 2023, "Efficient Diffusion Training via Min-SNR Weighting Strategy", is the same for
-    every prediction.
+    returns a scalar, 1 for an edm network that has learnt nothing; min_snr_gamma is of Hang et al.
+    2023, "Efficient Diffusion Training via Min-SNR Weighting Strategy"
     """
     sigma = sigma.view(-1, 1, 1, 1)
     _, c_out, _ = PREDICTIONS[prediction](sigma)
@@ -210,6 +209,7 @@ def heun(denoiser, x, sigmas, label, noises=()):
     x       [B, C, H, W]  noise of level sigmas[0], float32 or float64, which is kept
     sigmas  falling noise levels, floats, the last of them 0
     label   [B]           int64
+    noises  not used: as of ddim(), for one call to serve all samplers
     returns x0 [B, C, H, W]
     """
     for sigma, sigma_next in itertools.pairwise(sigmas):
@@ -246,14 +246,14 @@ class DiffusionTask:
     def validate(self, denoiser, x0, label):
         """Figures: the loss at fixed noise and evenly spread quantiles of sigma."""
         u = (torch.arange(len(x0), device=x0.device) + 0.5) / len(x0)
-        noise, sigma = unit_noise(len(x0), self.shape, 0), sigma_at(u, self.cfg.schedule)
+        noise, sigma = next(fresh_noise(len(x0), self.shape, 0)), sigma_at(u, self.cfg.schedule)
         return dict(validation_loss=denoising_loss(denoiser, x0, sigma, label, noise.to(x0.device),
                                                    self.cfg.min_snr_gamma))
 
     def picture(self, denoiser, x0, label, path):
         """Samples, a row per class (the first 10), of the same noise each time."""
         label = torch.arange(min(len(self.classes), 10), device=x0.device).repeat_interleave(8)
-        noise = unit_noise(len(label), self.shape, 0).to(x0.device)
+        noise = next(fresh_noise(len(label), self.shape, 0)).to(x0.device)
         sigmas = sampling_sigmas(HEUN_STEPS, self.cfg.schedule)
         images = to_uint8(self.codec.decode(heun(denoiser, sigmas[0] * noise, sigmas, label)))
         save_grid(images.unflatten(0, (-1, 8)), self.classes[:10], path)
@@ -272,9 +272,9 @@ def train(cfg):
     descent = Descent(torch.optim.Adam(model.parameters(), fused=device.type != "mps"), cfg, device)
     run = Run(cfg, f"{task.facts['kind']}.pt", dict(model=model, ema=ema, descent=descent), facts)
     prepare(cfg, device, model)  # not ema: samples and validation are always float32
-    run.say(f"{cfg.data}: {facts['count']} training images of {len(facts['classes'])} classes, "
-            f"{', '.join(facts['classes'][:10])}; {sum(p.numel() for p in model.parameters()):,} "
-            f"parameters; on {device}; {cfg.steps} steps")
+    tell(f"{cfg.data}: {facts['count']} training images of {len(facts['classes'])} classes, "
+         f"{', '.join(facts['classes'][:10])}; {sum(p.numel() for p in model.parameters()):,} "
+         f"parameters; on {device}; {cfg.steps} steps", sys.stderr)
     batches = training_batches(data, run.start, cfg, parts, device)
 
     for step in run.steps(lambda: dict(task.facts, model=ema.state_dict())):
@@ -296,34 +296,22 @@ def train(cfg):
 
 # ---- networks: EDM's DDPM++ and ADM, with the names of its published checkpoints ----------------
 
-class Architecture(NamedTuple):
-    """The constants in which EDM's two networks differ."""
-
-    skip_scale: float   # of the sums that end a residual block and its attention
-    eps: float          # of group norms
-    head_channels: int  # of an attention head; 0 for one head of all
-    adm: bool           # the embedding scales channels, too, and what else is otherwise in ADM
-
-
-ARCHITECTURES = {"SongUNet": Architecture(0.5**0.5, 1e-6, 0, False),  # DDPM++, Song et al. 2021
-                 "DhariwalUNet": Architecture(1, 1e-5, 64, True)}     # Dhariwal and Nichol 2021
-
-
 class Block(nn.Module):
-    """Residual block with optional resampling and self-attention."""
+    """Residual block with optional resampling and self-attention, of DDPM++ or of ADM, in which the
+    embedding also scales channels and heads have 64 channels."""
 
-    def __init__(self, kind, c_emb, c_in, c_out, resample=None, attention=False):
+    def __init__(self, adm, c_emb, c_in, c_out, resample=None, attention=False):
         super().__init__()
-        self.kind, self.resample = kind, resample
-        self.heads = c_out // kind.head_channels if kind.head_channels else 1
-        has_skip = c_in != c_out or resample and not kind.adm
-        self.norm0 = group_norm(c_in, kind.eps)
+        self.adm, self.resample, self.heads = adm, resample, c_out // 64 if adm else 1
+        self.skip_scale, eps = (1, 1e-5) if adm else (0.5**0.5, 1e-6)
+        has_skip = c_in != c_out or resample and not adm
+        self.norm0 = group_norm(c_in, eps)
         self.conv0 = nn.Conv2d(c_in, c_out, 3, padding=1)
-        self.affine = nn.Linear(c_emb, 2 * c_out if kind.adm else c_out)
-        self.norm1 = group_norm(c_out, kind.eps)
+        self.affine = nn.Linear(c_emb, 2 * c_out if adm else c_out)
+        self.norm1 = group_norm(c_out, eps)
         self.conv1 = scaled(nn.Conv2d(c_out, c_out, 3, padding=1), 1e-5)
         self.skip = nn.Conv2d(c_in, c_out, 1) if has_skip else nn.Identity()
-        self.norm2 = group_norm(c_out, kind.eps) if attention else None
+        self.norm2 = group_norm(c_out, eps) if attention else None
         self.qkv = scaled(nn.Conv2d(c_out, 3 * c_out, 1), 0.2**0.5) if attention else None
         self.proj = scaled(nn.Conv2d(c_out, c_out, 1), 1e-5) if attention else None
 
@@ -331,12 +319,12 @@ class Block(nn.Module):
         """x [B, c_in, H, W], emb [B, c_emb] -> [B, c_out, H', W'], H' = H, H / 2 or 2 H"""
         h = self.conv0(self.resized(F.silu(self.norm0(x))))
         emb = self.affine(emb)[:, :, None, None]
-        if self.kind.adm:
+        if self.adm:
             scale, shift = emb.chunk(2, dim=1)
             h = self.norm1(h) * (1 + scale) + shift
         else:
             h = self.norm1(h + emb)
-        x = (self.conv1(F.silu(h)) + self.skip(self.resized(x))) * self.kind.skip_scale
+        x = (self.conv1(F.silu(h)) + self.skip(self.resized(x))) * self.skip_scale
         if self.norm2 is not None:
             # EDM's qkv channels run as (head, channel, q|k|v); here as blocks q, k, v.
             weight, bias = (p.unflatten(0, (-1, 3)).transpose(0, 1).flatten(0, 1)
@@ -344,7 +332,7 @@ class Block(nn.Module):
             qkv = F.conv2d(self.norm2(x), weight, bias).unflatten(1, (3, self.heads, -1)).flatten(4)
             q, k, v = (part.mT for part in qkv.unbind(1))
             attended = F.scaled_dot_product_attention(q, k, v).mT
-            x = (self.proj(attended.reshape(x.shape)) + x) * self.kind.skip_scale
+            x = (self.proj(attended.reshape(x.shape)) + x) * self.skip_scale
         return x
 
     def resized(self, x):
@@ -367,7 +355,8 @@ def scaled(layer, scale):
 class UNet(nn.Module):
     """EDM's network F. Argument and parameter names are those of NVlabs/edm.
 
-    model_type  of ARCHITECTURES: teacher.py trains DDPM++, ADM is for checkpoints that are loaded
+    model_type  SongUNet is DDPM++ (Song et al. 2021), which teacher.py trains, DhariwalUNet is ADM
+                (Dhariwal and Nichol 2021), for checkpoints that are loaded
 
     Raises ValueError if a level's resolution can't be halved.
     """
@@ -376,8 +365,8 @@ class UNet(nn.Module):
                  num_blocks, attn_resolutions, model_type="SongUNet"):
         super().__init__()
         halved(img_resolution, channel_mult)
-        kind = ARCHITECTURES[model_type]
-        self.label_dim, self.adm, c_emb = label_dim, kind.adm, 4 * model_channels
+        self.label_dim, self.adm = label_dim, model_type == "DhariwalUNet"
+        c_emb, eps = 4 * model_channels, 1e-5 if self.adm else 1e-6
         half, c_label = model_channels // 2, c_emb if self.adm else model_channels
         octaves = torch.linspace(0, 1 - self.adm / half, half)
         self.register_buffer("freqs", 10000 ** -octaves, persistent=False)
@@ -386,7 +375,7 @@ class UNet(nn.Module):
         self.map_layer1 = nn.Linear(c_emb, c_emb)
 
         self.enc, self.dec = nn.ModuleDict(), nn.ModuleDict()
-        block = functools.partial(Block, kind, c_emb)
+        block = functools.partial(Block, self.adm, c_emb)
         channels, skips = model_channels * (channel_mult[0] if self.adm else 1), []
         for level, mult in enumerate(channel_mult):
             res = img_resolution >> level
@@ -414,7 +403,7 @@ class UNet(nn.Module):
                 self.dec[f"{res}x{res}_block{i}"] = block(
                     channels + skips.pop(), mult * model_channels, attention=attends)
                 channels = mult * model_channels
-        norm = group_norm(channels, kind.eps)
+        norm = group_norm(channels, eps)
         conv = scaled(nn.Conv2d(channels, img_channels, 3, padding=1), 1e-5)
         if self.adm:
             self.out_norm, self.out_conv = norm, conv
@@ -522,7 +511,7 @@ class Autoencoder(nn.Module):
         return mean, log_variance.clamp(-20, 10)
 
     def forward(self, images, noise):
-        """images, noise [B, c, h, w] -> decoded images; KL(N(mean, variance) || N(0, 1)) a value"""
+        """images, noise [B, c, h, w] -> decoded images; mean KL of a latent value from N(0, 1)"""
         mean, log_variance = self.posterior(images)
         kl = (mean.square() + log_variance.exp() - 1 - log_variance).mean() / 2
         return self.decoded(mean + (log_variance / 2).exp() * noise), kl
@@ -744,7 +733,8 @@ def parse(config_class, argv=None, doc="", recipe=lambda given: {}):
     given, saved = vars(parser.parse_args(argv)), {}
     for name in PATHS & given.keys() - {name for name in given if given[name] in KNOWN_DATA}:
         given[name] = str(Path(given[name]).resolve())
-    source = given.get("resume") or given.pop("config", None)
+    config = given.pop("config", None)
+    source = given.get("resume", config)
     if "resume" in given:
         saved = dict(load(source)["config"], out=str(Path(source).parent))
         for name in given.keys() & saved.keys():
@@ -815,9 +805,9 @@ def ranks():
 
 
 def tell(message, file=None):
-    """Print a line, on one rank."""
+    """Print a line, on one rank, above a progress bar."""
     if rank() == 0:
-        print(message, file=file)
+        tqdm.write(message, file)
 
 
 def progress(items, title):
@@ -1011,9 +1001,9 @@ def encoded(data, codec, device):
     if isinstance(codec, Pixels):
         return data._replace(labels=labels, images=data.images.to(device) if
                              data.images.nbytes < 2**32 else data.images)
-    parts = [to_float(part.to(device)) for part in data.images.chunk(len(labels) // 256 + 1)]
-    views = [codec.encode(x.flip(-1) if flip else x) for flip in (False, True)[:1 + data.flip]
-             for x in progress(parts, "latents")]
+    parts = data.images.chunk(len(labels) // 256 + 1)
+    views = [codec.encode(to_float((part.flip(-1) if flip else part).to(device)))
+             for flip in (False, True)[:1 + data.flip] for part in progress(parts, "latents")]
     return Data(torch.cat(views), labels.repeat(1 + data.flip), data.classes)
 
 
@@ -1030,7 +1020,7 @@ def permutation(count, seed, epoch, device):
 
 
 def training_batches(data, start, cfg, parts, device):
-    """Yield x0 [B, C, H, W] in [-1, 1] and labels [B] for each part of each step from `start` on."""
+    """Yield x0 [B, C, H, W] in [-1, 1] and labels [B] for each part of each step from `start`."""
     for step in itertools.count(start):
         index = batch_at(step, len(data.labels), cfg.batch, cfg.seed, data.images.device)
         for part in parts:
@@ -1092,11 +1082,6 @@ def fresh_noise(count, shape, seed, start=0):
         yield torch.stack([torch.randn(shape, generator=rng) for rng in rngs])
 
 
-def unit_noise(count, shape, seed):
-    """The first of fresh_noise()."""
-    return next(fresh_noise(count, shape, seed))
-
-
 # ---- optimisation -------------------------------------------------------------------------------
 
 class Descent:
@@ -1145,8 +1130,8 @@ class Descent:
 
 
 def rate_at(update, lr, warmup, decay_after=None):
-    """Learning rate of an update, counted from 0: it rises to lr for `warmup` updates, and from
-    decay_after on (None: never) halves in every fifth of as many."""
+    """Learning rate of an update, counted from 0: it rises to lr for `warmup` updates; from
+    decay_after on (None: never) it halves every decay_after / 5 updates."""
     rise = (update + 1) / max(warmup, 1)
     fall = 5 * (1 - update / decay_after) if decay_after else 0
     return lr * min(1, rise, 2.0**fall)
@@ -1209,7 +1194,7 @@ def replacing(path, keep=False):
     """A file to write to, which takes the name `path` when it is whole and on the disk, and with
     `keep` gives the name last.1.pt, or the like, to what was there; OSError if it can't be written.
     """
-    path, temporary = Path(path), Path(f"{path}.{os.getpid()}.tmp")
+    path, temporary = Path(path), Path(f"{path}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
@@ -1250,11 +1235,11 @@ def load(path, kind=None):
     try:
         damaged = zipfile.ZipFile(path).testzip()  # PyTorch looks at no checksum
         checkpoint = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
-        found = checkpoint["kind"] if checkpoint["version"] == __version__ else None
+        found, version = checkpoint["kind"], checkpoint["version"]
     except Exception as error:  # zipfile and torch.load raise a dozen kinds
         raise ValueError(f"{path}: no checkpoint of this project, or damaged{instead}") from error
-    if found is None or kind not in (None, found):
-        raise ValueError(f"{path}: holds a {found} of version {checkpoint['version']}, needed is "
+    if version != __version__ or kind not in (None, found):
+        raise ValueError(f"{path}: holds a {found} of version {version}, needed is "
                          f"{kind or 'one'} of {__version__}")
     return checkpoint
 
@@ -1297,7 +1282,7 @@ class Run:
         self.pending, self.signal = [], 0
         self.began = self.said = time.perf_counter()
         if cfg.batch > (facts["count"] or cfg.batch):  # which is None if none are needed
-            raise ValueError(f"--batch {cfg.batch}: there are only {facts['count']} training images")
+            raise ValueError(f"--batch {cfg.batch}: exceeds the {facts['count']} training images")
         if cfg.resume:
             self.restore(load(cfg.resume))
         self.bar = tqdm(total=cfg.steps, initial=self.start, dynamic_ncols=True,
@@ -1355,8 +1340,8 @@ class Run:
                     training = {name: part.state_dict() for name, part in self.parts.items()}
                     save(dict(checkpoint(), version=__version__, config=dataclasses.asdict(cfg),
                               step=step + 1, data=self.facts, training=training), self.path, True)
-                if number and step + 1 < cfg.steps:
-                    self.say(f"step {step + 1} is saved; go on with --resume {self.path}")
+                if number and step + 1 < cfg.steps and not cfg.profile:
+                    tell(f"step {step + 1} is saved; go on with --resume {self.path}", sys.stderr)
                     sys.exit(128 + number.item())
         finally:
             for number, handler in handlers.items():
@@ -1401,16 +1386,16 @@ class Run:
         self.bar.set_postfix(shown)
         if self.bar.disable and time.perf_counter() > self.said + 60:  # no bar: a line a minute
             self.said = time.perf_counter()
-            self.say(f"step {step + 1} of {self.cfg.steps}: "
-                     + ", ".join(f"{name} {value}" for name, value in shown.items()))
+            tell(f"step {step + 1} of {self.cfg.steps}: "
+                 + ", ".join(f"{name} {value}" for name, value in shown.items()), sys.stderr)
 
     def measure(self, step, figures):
         """Measure by figures() -> a dictionary of scalars, log and print them, and return them."""
         self.write(step)  # before that takes long; it raises if the run diverged
         values = figures()
         self.write(step, **values)
-        self.say(f"step {step + 1}: " + ", ".join(f"{name.replace('_', ' ')} {value:.4f}"
-                                                 for name, value in values.items()))
+        tell(f"step {step + 1}: " + ", ".join(f"{name.replace('_', ' ')} {value:.4f}"
+                                             for name, value in values.items()), sys.stderr)
         return values
 
     def draw(self, step, picture):
@@ -1420,11 +1405,6 @@ class Run:
             with torch.compiler.set_stance("force_eager"):  # its batch is of another size
                 picture(self.path.with_name(f"samples_{step + 1:06d}.png"))
             plot_log(self.log)
-
-    def say(self, message):
-        """Print a line above the progress bar."""
-        if rank() == 0:
-            self.bar.write(message, file=sys.stderr)
 
 
 def due(step, every, steps):
@@ -1447,7 +1427,8 @@ def profiled(run):
     with torch.profiler.profile() as profiler:
         yield from itertools.islice(steps, cycle)
     trace, seconds = run.path.with_name("trace.json"), sorted(seconds)[10]
-    profiler.export_chrome_trace(str(trace))
+    if rank() == 0:
+        profiler.export_chrome_trace(str(trace))
     by = "cpu_time_total" if device.type == "cpu" else "device_time_total"
     tell(profiler.key_averages().table(by, row_limit=25, max_name_column_width=40))
     tell(f"{device_name(device)}, torch {torch.__version__}, {dtype_of(cfg, device)}"
@@ -1523,13 +1504,11 @@ def save_grid(rows, names, path, titles=()):
 # ---- main ---------------------------------------------------------------------------------------
 
 def main(argv=None):
-    cfg = parse(Config, argv, __doc__.split("\n\nThe first part")[0], recipe)
+    cfg = parse(Config, argv, __doc__.split("\n\nAfter this file")[0], recipe)
     path = train(cfg)
-    if cfg.autoencoder and not cfg.profile:
-        tell(f"autoencoder: {path}\nnext: python teacher.py --latent {path}")
-    elif not cfg.profile:
-        tell(f"teacher: {path}\n"
-             f"next: python sample.py {path}   or   python dmd2.py --teacher {path}")
+    if not cfg.profile:
+        then = "teacher.py --latent" if cfg.autoencoder else "dmd2.py --teacher"
+        tell(f"{path}; next: python {then} {path}")
 
 
 if __name__ == "__main__":
