@@ -264,7 +264,7 @@ def make_sampler(denoiser, checkpoint, device, sampler=None, steps=None):
     """The Sampler of a generator, or of a teacher, which may be Guided, by one of SAMPLERS."""
     if checkpoint["kind"] == "generator":
         function, sigmas, evaluations = few_step, checkpoint["sigmas"], len(checkpoint["sigmas"])
-        name = f"generator, {evaluations} step(s)"
+        name = f"generator, {evaluations} step{'s' * (evaluations > 1)}"
     else:
         function, title, default, own = SAMPLERS[sampler or "heun"]
         steps = steps or default
@@ -291,7 +291,7 @@ def onnx_sampler(path, device, data=None, data_dir=None):
         feed = dict(noise=exported_noise(noises, steps).cpu().numpy(), label=label.cpu().numpy())
         image = torch.from_numpy(session.run(["image"], feed)[0])
         return to_float(image.permute(0, 3, 1, 2)) if image.dtype == torch.uint8 else image
-    name = f"ONNX generator, {steps} step(s)"
+    name = f"ONNX generator, {steps} step{'s' * (steps > 1)}"
     return Sampler(images, Pixels.decode, shape, name, steps, facts["data"], device)
 
 

@@ -969,7 +969,7 @@ def test_beside_shows_real_second_and_first(tiny_teacher, tiny_generator, tmp_pa
     real = [digits[1].images[digits[1].labels == c][:5] for c in range(10)]
     parts = [rows[:, i:i + 5].flatten(0, 1) for i in (0, 6, 12)]
     assert equal(parts, [torch.cat(real), made[0][1], made[1][1]])
-    assert [t for t in titles if t] == ["real", "teacher, 3 Heun steps", "generator, 1 step(s)"]
+    assert [t for t in titles if t] == ["real", "teacher, 3 Heun steps", "generator, 1 step"]
 # ---- data ---------------------------------------------------------------------------------------
 
 def test_digits_split():
