@@ -30,13 +30,14 @@ from teacher import (GENERATOR, PREDICTIONS, SIGMA_MAX, SIGMA_MIN, TRAINED_STEP,
                      TrainingOptions, __version__, arg, batch_at, build, codec_of, due, encoded,
                      flag, fresh_noise, group_norm, load, lowest_quantile, parse, parts_of,
                      pick_device, prepare, progress, quantile_of, rank, rank_0_first, rate_at,
-                     run_script, save, save_grid, seeded, shape_of, sigma_at, tell, to_uint8,
-                     training_batches, unit_error, update_ema)
+                     recipe_of, run_script, save, save_grid, seeded, shape_of, sigma_at, tell,
+                     to_uint8, training_batches, unit_error, update_ema)
 
 # What of dmd2.py depends on the data: it fills the options that were not given.
 RECIPES = {
-    "digits": dict(batch=128, steps=1000, lr=4e-4, decay_after=300, fake_lr=1e-3, fake_steps=2,
-                   ema=0.99, dm_range="0.02,0.6"),
+    "digits": dict(batch=64, pairs=6000, regression_steps=1200, regression_weight=1.0, steps=2800,
+                   lr=2e-4, decay_after=240, fake_lr=1e-3, fake_steps=4, ema=0.99,
+                   dm_range="0.02,0.6", evaluate_every=400),
     "mnist": dict(batch=256, steps=20000, lr=2e-4, fake_lr=4e-4, fake_steps=2, ema=0.999,
                   save_every=2000, sample_every=2000, evaluate_every=2000),
     "cifar10": dict(batch=256, steps=100000, lr=5e-5, fake_lr=1e-4, fake_steps=5, ema=0.999,
@@ -55,7 +56,6 @@ RANGES["eps"] = dict(conditioning_sigma=2.0, dm_range="0.02,0.6")
 
 # Other noise than `sample.py --evaluate` takes: to choose the best by, and for the pairs.
 EVALUATION_SEED, PAIRS_SEED = 1_000_000, 2_000_000
-RECALL_SHARE = 0.97  # of the teacher's recall: below it a generator is not the best of a run
 INHERITED = ("network", "prediction", "schedule", "autoencoder", "data")  # from a teacher
 
 
@@ -85,10 +85,13 @@ class Config(TrainingOptions):
     gan_noise: bool = arg(True, "show the discriminator images with noise (diffusion GAN)")
     gan_range: str = arg("0,1", "noise levels of the discriminator's images, likewise")
     discriminator_weight: float = arg(0.01, "of its loss beside the fake score's", low=0)
-    regression_weight: float = arg(0.0, "of DMD's regression loss, on pairs of noise and the "
-                                        "teacher's image; 0 turns it off", low=0)
+    regression_steps: int = arg(None, "first steps, which train the generator by DMD's regression "
+                                      "loss alone, on pairs of noise and the teacher's image of it "
+                                      "(default: by data)", low=0)
+    regression_weight: float = arg(None, "of that loss in later steps (default: by data)", low=0)
     regression_distance: str = arg("mse", "its distance; lpips needs its package", ("mse", "lpips"))
-    pairs: int = arg(10000, "its pairs, made before training and kept in the run's folder", low=1)
+    pairs: int = arg(None, "its pairs, made before training and kept in the run's folder (default: "
+                           "by data)", low=1)
     init_from: str = arg(None, "generator.pt to start from, with its fake score: a second stage")
     evaluate_every: int = arg(None, "steps between evaluations, 0: none (default: by data)", low=0)
     evaluate_n: int = arg(2000, "images per evaluation", low=100)
@@ -97,8 +100,8 @@ class Config(TrainingOptions):
         super().__post_init__()
         if not (self.dm_weight or self.gan_weight or self.regression_weight):
             raise ValueError("--dm-weight 0: nothing is left to train the generator by")
-        if self.regression_weight and (self.student_steps > 1 or self.pairs < self.batch):
-            raise ValueError("--regression-weight: is for one step, and --pairs of a batch or more")
+        if self.pairs < self.batch:
+            raise ValueError(f"--pairs {self.pairs}: needs those of a batch, {self.batch}")
 
 
 def interval(cfg, name):
@@ -282,7 +285,8 @@ def save_estimates(teacher, fake_score, sampler, path, columns=10):
 # ---- the best generator of a run ----------------------------------------------------------------
 
 class Best:
-    """Measures generators as the teacher was measured, and keeps the best in generator.pt.
+    """Measures generators as the teacher was measured, and keeps in generator.pt the one with the
+    lowest Fréchet distance in the encoder's space; those in other spaces decide nothing.
 
     facts  what a generator's checkpoint tells besides its step, weights and figures
     """
@@ -299,14 +303,6 @@ class Best:
     def figures(self, sampler):
         return measure(sampler, self.reference, self.cfg.evaluate_n, EVALUATION_SEED)
 
-    def merit(self, figures):
-        """Sorts generators: those of about the teacher's recall first, by Fréchet distance.
-
-        By the distance alone a generator would be preferred that makes fewer kinds of images well.
-        """
-        recall = min(figures["recall"], RECALL_SHARE * self.facts["teacher_figures"]["recall"])
-        return recall, -figures["frechet_distance"]
-
     def consider(self, step, run, fake_score):
         """Keep the generator after a step, and the fake score for a second stage, if it is best; if
         nothing is measured, it is."""
@@ -314,7 +310,7 @@ class Best:
         figures = None
         if self.reference:
             figures = dict(run.measure(step, lambda: self.figures(self.sampler)), step=step + 1)
-        if not self.best or self.merit(figures) > self.merit(self.best):
+        if not self.best or figures["frechet_distance"] < self.best["frechet_distance"]:
             self.best = figures
             if rank() == 0:
                 save(dict(self.facts, step=step + 1, figures=figures,
@@ -330,9 +326,9 @@ def recipe(given):
         raise ValueError("--teacher is missing: give one, such as runs/teacher/teacher.pt")
     parent = open_checkpoint(given["teacher"], given.get("data"), kind="teacher")
     kind = "latents" if parent["autoencoder"] else parent["data"]["name"]
-    base = dict(save_every=200, sample_every=500, evaluate_every=200,
-                data_dir=parent["data"]["data_dir"])
-    return {**base, **RANGES[parent["prediction"]], **RECIPES.get(kind, RECIPES["folder"])}
+    base = dict(regression_steps=0, regression_weight=0.0, pairs=10000, save_every=200,
+                sample_every=500, evaluate_every=200, data_dir=parent["data"]["data_dir"])
+    return {**base, **RANGES[parent["prediction"]], **recipe_of(RECIPES, kind, given)}
 
 
 def initial(cfg, parent, sigmas, device):
@@ -390,9 +386,13 @@ def train(cfg):
                  version=__version__, config=dataclasses.asdict(cfg), teacher_figures=None)
     teacher_sampler = make_sampler(guide, parent, device)
     best = Best(cfg, facts, make_sampler(ema, facts, device), teacher_sampler)
-    if cfg.regression_weight:
+    if cfg.regression_steps or cfg.regression_weight:
         pairs_at = load_pairs(teacher_sampler, digest, cfg.pairs, Path(cfg.out, "pairs.pt"))
         distance = F.mse_loss if cfg.regression_distance == "mse" else lpips_distance(device)
+
+        def regression(update, part):
+            pairs = pairs_at(batch_at(update, cfg.pairs, cfg.batch, cfg.seed, device)[part])
+            return regression_loss(generator, sigmas[0], *pairs, distance)
     prepare(cfg, device, teacher, generator, fake_score)  # only now: so far all was in float32
     if real_data:
         batches = training_batches(real_data, run.start, cfg, parts, device)
@@ -404,11 +404,20 @@ def train(cfg):
             run.write(-1, **{f"teacher_{name}": facts["teacher_figures"][name] for name in TITLES})
 
     for step in run.steps(lambda: dict(facts, figures=None, model=ema.state_dict())):
-        update_generator = step % cfg.fake_steps == 0  # DMD2's two time-scale update rule
-        update, k = step // cfg.fake_steps, trained_step(len(sigmas), cfg.seed, step)
+        starts = step < cfg.regression_steps  # from the teacher's images, of which all kinds remain
+        update, rest = (step, 0) if starts else divmod(step - cfg.regression_steps, cfg.fake_steps)
+        update_generator = rest == 0  # DMD2's two time-scale update rule
+        lr, decay_after = ((cfg.fake_lr, cfg.regression_steps / 2) if starts else
+                           (cfg.lr, cfg.decay_after))
+        k = trained_step(len(sigmas), cfg.seed, step)
         for part in parts:
             draw = Draw(GENERATOR, cfg.seed, step, cfg.batch, shape, device, part)
             real, real_label = next(batches)
+            if starts:
+                loss = regression(update, part)
+                descent.add(loss)
+                run.note(regression_loss=loss)
+                continue
             label = draw.label(num_classes)
             given, label = (None, label) if cfg.backward_simulation else (real, real_label)
             x, sigma = step_input(generator, sigmas, k, label, draw, given)
@@ -427,9 +436,7 @@ def train(cfg):
                     logits = discriminator(*diffused(x0, draw, gan_range), label)
                     losses["gan_loss"] = generator_loss(logits)
                 if cfg.regression_weight:
-                    pair = pairs_at(batch_at(update, cfg.pairs, cfg.batch, cfg.seed, device)[part])
-                    losses["regression_loss"] = regression_loss(generator, sigmas[0], *pair,
-                                                                distance)
+                    losses["regression_loss"] = regression(update, part)
                 descent.add(sum(weights[name] * loss for name, loss in losses.items()))
                 run.note(**losses)
 
@@ -448,9 +455,10 @@ def train(cfg):
             run.note(**losses)
 
         if update_generator:
-            run.note(**descent.step(rate_at(update, cfg.lr, cfg.warmup, cfg.decay_after)))
+            run.note(**descent.step(rate_at(update, lr, cfg.warmup, decay_after)))
             update_ema(ema, generator, cfg.ema, update)
-        run.note(**fake_descent.step(rate_at(step, cfg.fake_lr, cfg.warmup)))
+        if not starts:
+            run.note(**fake_descent.step(rate_at(step, cfg.fake_lr, cfg.warmup)))
 
         if due(step, cfg.evaluate_every or cfg.steps, cfg.steps) and not cfg.profile:
             best.consider(step, run, fake_score)

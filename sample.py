@@ -41,7 +41,8 @@ DIMENSIONS = 64  # of the feature space in which quality is measured
 NEIGHBOURS = 3  # k of precision and recall
 EVALUATE_N, MAP_N = 10000, 1000  # images, by default
 BATCH = 256  # images at a time; changes the speed only
-TITLES = dict(frechet_distance="Fréchet distance", accuracy="classified as asked",
+TITLES = dict(frechet_distance="Fréchet distance", pixel_distance="the same of pixels",
+              random_distance="of random features", accuracy="classified as asked",
               precision="precision", recall="recall")
 
 
@@ -339,67 +340,81 @@ def generate(sampler, label, seed, batch=BATCH):
     return images[:len(label)].cpu()
 
 
-# ---- features: a small classifier, its weights part of the protocol -----------------------------
+# ---- features: the spaces that quality is measured in -------------------------------------------
 
-class FeatureNet(nn.Module):
-    """Classifier of images of any size; what enters its last layer are the features."""
-
-    def __init__(self, channels, num_classes):
-        super().__init__()
-        layers = [nn.Sequential(nn.Conv2d(c_in, c, 3, stride, 1), nn.BatchNorm2d(c), nn.ReLU())
-                  for c_in, c, stride in ((channels, 32, 1), (32, 64, 2), (64, 64, 2))]
-        self.body = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(),
-                                  nn.Linear(4 * 64, DIMENSIONS), nn.ReLU())
-        self.head = nn.Linear(DIMENSIONS, num_classes)
-
-    def forward(self, x):
-        """x [B, C, H, W] in [-1, 1] -> features [B, DIMENSIONS], logits [B, num_classes]"""
-        features = self.body(x)
-        return features, self.head(features)
+def feature_net(channels, outputs):
+    """A network of images [B, C, H, W] of any size -> [B, outputs]"""
+    layers = [nn.Sequential(nn.Conv2d(c_in, c, 3, stride, 1), nn.BatchNorm2d(c), nn.ReLU())
+              for c_in, c, stride in ((channels, 32, 1), (32, 64, 2), (64, 64, 2))]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(256, outputs))
 
 
 def train_features(data, steps=1500, batch=128, device="cpu"):
-    """Train the feature network on the training images, each batch shifted by a few pixels; if they
-    are of one class, to tell how far they are turned (Gidaris et al. 2018)."""
+    """Train two networks on the training images, each batch shifted by a few pixels: an encoder, of
+    whose features a decoder makes the image again, so that they see variety, and a head a little
+    the class; and a classifier, which shares nothing with it."""
     rng = seeded(FEATURES)
     torch.manual_seed(0)
-    images, labels, turns = data.images, data.labels, len(data.classes) == 1
-    net = FeatureNet(images.shape[1], len(data.classes)).to(device)
-    head = nn.Linear(DIMENSIONS, 4).to(device) if turns else net.head
-    optimizer = torch.optim.AdamW([*net.body.parameters(), *head.parameters()], weight_decay=0.05)
+    (_, channels, _, side), reach = data.images.shape, max(1, data.images.shape[-1] // 9)
+    nets = nn.ModuleDict(dict(
+        encoder=feature_net(channels, DIMENSIONS),
+        classifier=feature_net(channels, len(data.classes)),
+        decoder=nn.Sequential(
+            nn.Linear(DIMENSIONS, 256), nn.ReLU(), nn.Unflatten(1, (64, 2, 2)),
+            nn.Upsample(-(-side // 2)), nn.Conv2d(64, 64, 3, 1, 1), nn.BatchNorm2d(64), nn.ReLU(),
+            nn.Upsample(side), nn.Conv2d(64, 32, 3, 1, 1), nn.BatchNorm2d(32), nn.ReLU(),
+            nn.Conv2d(32, channels, 3, 1, 1)),
+        head=nn.Sequential(nn.ReLU(), nn.Linear(DIMENSIONS, len(data.classes))))).to(device)
+    optimizer = torch.optim.AdamW(nets.parameters(), weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, steps)
-    side, reach = images.shape[-1], max(1, images.shape[-1] // 9)
-    for _ in progress(range(steps), "feature network"):
-        index = torch.randint(len(images), (batch,), generator=rng)
+    for _ in progress(range(steps), "feature networks"):
+        index = torch.randint(len(data.images), (batch,), generator=rng)
         dy, dx = torch.randint(-reach, reach + 1, (2,), generator=rng).tolist()
-        x = F.pad(to_float(images[index]), (reach,) * 4, mode="replicate")
+        x = F.pad(to_float(data.images[index]).to(device), (reach,) * 4, mode="replicate")
         x = x[:, :, reach + dy:reach + dy + side, reach + dx:reach + dx + side]
-        target = torch.arange(batch) % 4 if turns else labels[index]
-        if turns:
-            x = torch.stack([image.rot90(k, (1, 2)) for image, k in zip(x, target.tolist())])
-        loss = F.cross_entropy(head(net.body(x.to(device))), target.to(device), label_smoothing=0.1)
+        features = nets["encoder"](x)
+        of_class, by_classifier = (
+            F.cross_entropy(logits, data.labels[index].to(device), label_smoothing=0.1)
+            for logits in (nets["head"](features), nets["classifier"](x)))
+        loss = F.mse_loss(nets["decoder"](features), x) + 0.01 * of_class + by_classifier
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
-    return net.eval().requires_grad_(False)
+    del nets["decoder"], nets["head"]
+    return nets.half().cpu()
 
 
 def load_features(data, facts, device="cpu"):
-    """The feature network for a data set, and the head of its SHA-256, to tell figures apart by:
-    from assets/, or trained once, which takes a minute or so, and kept in data_dir."""
-    path = ASSETS / f"features_{facts['name']}.pt"
+    """The networks that images of a data set are measured by, as functions of images in [-1, 1],
+    and the head of a SHA-256 to tell figures apart by.
+
+    A distance is measured in each of three spaces: the trained encoder's, the training images'
+    principal components, and a random network's, in which nothing is tuned. The trained networks
+    are in assets/, or trained once, which takes a minute or so, and kept in data_dir.
+    """
+    path, channels = ASSETS / f"features_{facts['name']}.pt", data.images.shape[1]
     if facts["name"] not in ("digits", "mnist"):
         content = data.images[:1000].numpy().tobytes() + data.labels.numpy().tobytes()
         key = hashlib.sha256(repr(data.shape).encode() + content).hexdigest()[:16]
         path = Path(facts["data_dir"], f"features_{key}.pt")
         with rank_0_first():
             if not path.exists():
-                tell(f"training a feature network for {facts['name']}, kept in {path}", sys.stderr)
-                save(train_features(data, device=device).cpu().state_dict(), path)
-    net = FeatureNet(data.images.shape[1], len(data.classes))
-    net.load_state_dict(torch.load(path, weights_only=True))
-    return net.to(device).eval(), hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+                tell(f"training feature networks for {facts['name']}, kept in {path}", sys.stderr)
+                save(train_features(data, device=device).state_dict(), path)
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(0)
+        nets = nn.ModuleDict(dict(random=feature_net(channels, DIMENSIONS),
+                                  encoder=feature_net(channels, DIMENSIONS),
+                                  classifier=feature_net(channels, len(data.classes))))
+    nets.load_state_dict(torch.load(path, weights_only=True), strict=False)
+    nets.to(device).eval().requires_grad_(False)
+    pixels = to_float(data.images[:5000]).flatten(1)
+    axes = torch.linalg.svd(pixels - pixels.mean(0), full_matrices=False).Vh[:DIMENSIONS].T
+    axes = axes.to(device)
+    return dict(frechet_distance=nets["encoder"], pixel_distance=lambda x: x.flatten(1) @ axes,
+                random_distance=nets["random"], classifier=nets["classifier"]
+                ), hashlib.sha256(path.read_bytes()).hexdigest()[:12]
 
 
 # ---- quality ------------------------------------------------------------------------------------
@@ -407,10 +422,10 @@ def load_features(data, facts, device="cpu"):
 class Reference(NamedTuple):
     """What images are measured against."""
 
-    net: FeatureNet
-    features: torch.Tensor  # [N, DIMENSIONS] of the real training images
-    labels: torch.Tensor    # [N] int64, in the same order
-    floor: dict             # distance and accuracy of the n held-out real images
+    nets: dict            # of load_features()
+    features: dict        # of the real training images: [N, D] in each space, by its distance
+    labels: torch.Tensor  # [N] int64, in the same order
+    floor: dict           # distances and accuracy of the n held-out real images
     protocol: str
 
 
@@ -419,34 +434,43 @@ def load_reference(facts, device="cpu"):
     data, held_out = (load_images(facts, split) for split in ("train", "test"))
     if len(held_out.images) <= NEIGHBOURS:
         raise ValueError(f"{facts['name']}: too few held-out images; try --evaluate-every 0")
-    net, digest = load_features(data, facts, device)
+    nets, digest = load_features(data, facts, device)
     order = torch.randperm(len(data.images), generator=seeded(SUBSET))  # a prefix is a fair sample
-    features = torch.cat([extract(net, data.images[part])[0] for part in order.split(1000)])
+    features = extract(nets, data.images[order])
+    del features["classifier"]
     about = f"reference {len(order)} training images of {facts['name']}, feature network {digest}"
-    reference = Reference(net, features, data.labels[order], {}, about)
+    reference = Reference(nets, features, data.labels[order], {}, about)
     floor = evaluate(held_out.images, held_out.labels, reference)
     del floor["precision"], floor["recall"]  # of so few images they compare with no others
     return reference._replace(floor=dict(floor, n=len(held_out.images)))
 
 
 @torch.no_grad()
-def extract(net, images, batch=1000):
-    """Features [N, DIMENSIONS] and predicted classes [N], on the CPU, of uint8 [N, C, H, W]."""
-    device = next(net.parameters()).device
-    outputs = [net(to_float(part.to(device))) for part in images.split(batch)]
-    features, logits = (torch.cat(parts).cpu() for parts in zip(*outputs))
-    return features, logits.argmax(1)
+def extract(nets, images, batch=1000):
+    """What each network, by its name, makes of images uint8 [N, C, H, W]: [N, D], on the CPU."""
+    device = next(nets["classifier"].parameters()).device
+    parts = [to_float(part.to(device)) for part in images.split(batch)]
+    return {name: torch.cat([net(part) for part in parts]).cpu() for name, net in nets.items()}
 
 
 def evaluate(images, label, reference):
-    """Quality of images uint8 [N, C, H, W] that were asked for by label [N]; precision
-    and recall are of equally many real and given images, at most 10000."""
-    features, predicted = extract(reference.net, images)
-    count = min(len(features), len(reference.features), 10000)
-    precision, recall = precision_recall(reference.features[:count], features[:count])
-    return dict(frechet_distance=frechet_distance(features, reference.features),
-                accuracy=(predicted == label.cpu()).double().mean().item(),
-                precision=precision, recall=recall)
+    """Quality of images uint8 [N, C, H, W] that were asked for by label [N]: distances(); the share
+    that the classifier, which has no part in them, puts into the class asked for; precision and
+    recall in the encoder's space, of equally many real and given images, at most 10000."""
+    found = extract(reference.nets, images)
+    real, fake = reference.features["frechet_distance"], found["frechet_distance"]
+    count = min(len(real), len(fake), 10000)
+    precision, recall = precision_recall(real[:count], fake[:count])
+    accuracy = (found["classifier"].argmax(1) == label.cpu()).double().mean().item()
+    return dict(distances(found, reference.features), accuracy=accuracy, precision=precision,
+                recall=recall)
+
+
+def distances(found, real):
+    """Fréchet distances of features [N, D] from real ones in each space, in units of the real
+    ones' variance, the mean over the D, so that those of different spaces can be compared."""
+    return {name: frechet_distance(found[name], features) / features.var(0).mean().item()
+            for name, features in real.items()}
 
 
 def frechet_distance(a, b):
@@ -569,8 +593,9 @@ def save_map(cfg, sampler):
     from matplotlib.figure import Figure
     reference, classes = load_reference(sampler.data, sampler.device), sampler.data["classes"]
     label = reference.labels[:cfg.n or MAP_N].clamp(max=len(classes) - 1)  # 0 if unconditional
-    features, _ = extract(reference.net, generate(sampler, label, cfg.seed, cfg.batch))
-    features = torch.cat([reference.features[:len(label)], features]).double()
+    found = extract(reference.nets, generate(sampler, label, cfg.seed, cfg.batch))
+    features = torch.cat([part["frechet_distance"][:len(label)]
+                          for part in (reference.features, found)]).double()
     try:
         from umap import UMAP
         kind, points = "UMAP", UMAP(random_state=0, n_jobs=1).fit_transform(features.numpy())

@@ -232,7 +232,7 @@ class DiffusionTask:
         self.stream, mults, side = TEACHER, tuple(map(int, cfg.mults.split(","))), data.shape[-1]
         network = dict(img_resolution=side, img_channels=data.shape[0], label_dim=len(data.classes),
                        model_channels=cfg.width, channel_mult=mults, num_blocks=cfg.blocks,
-                       attn_resolutions=(side >> len(mults) - 1,))
+                       attn_resolutions=(side // cfg.patch >> len(mults) - 1,), patch=cfg.patch)
         self.facts = dict(kind="teacher", network=network, prediction=cfg.prediction,
                           schedule=cfg.schedule, autoencoder=codec.checkpoint())
 
@@ -357,15 +357,18 @@ class UNet(nn.Module):
 
     model_type  SongUNet is DDPM++ (Song et al. 2021), which teacher.py trains, DhariwalUNet is ADM
                 (Dhariwal and Nichol 2021), for checkpoints that are loaded
+    patch       side of the squares of pixels that become the channels of one place, for speed;
+                attn_resolutions, the names of layers and all inside are of the smaller image
 
     Raises ValueError if a level's resolution can't be halved.
     """
 
     def __init__(self, img_resolution, img_channels, label_dim, model_channels, channel_mult,
-                 num_blocks, attn_resolutions, model_type="SongUNet"):
+                 num_blocks, attn_resolutions, model_type="SongUNet", patch=1):
         super().__init__()
-        halved(img_resolution, channel_mult)
-        self.label_dim, self.adm = label_dim, model_type == "DhariwalUNet"
+        halved(img_resolution, channel_mult, patch)
+        img_resolution, img_channels = img_resolution // patch, img_channels * patch**2
+        self.label_dim, self.patch, self.adm = label_dim, patch, model_type == "DhariwalUNet"
         c_emb, eps = 4 * model_channels, 1e-5 if self.adm else 1e-6
         half, c_label = model_channels // 2, c_emb if self.adm else model_channels
         octaves = torch.linspace(0, 1 - self.adm / half, half)
@@ -418,6 +421,7 @@ class UNet(nn.Module):
         [B, c, h, w], the bottleneck
         """
         emb, skips = self.embedding(c_noise, label, x.dtype), []
+        x = F.pixel_unshuffle(x, self.patch)
         for layer in self.enc.values():
             x = layer(x, emb) if isinstance(layer, Block) else layer(x)
             skips.append(x)
@@ -430,7 +434,7 @@ class UNet(nn.Module):
             if x.shape[1] != block.conv0.in_channels:
                 x = torch.cat([x, skips.pop()], dim=1)
             x = block(x, emb)
-        return conv(F.silu(norm(x))), features
+        return F.pixel_shuffle(conv(F.silu(norm(x))), self.patch), features
 
     def embedding(self, c_noise, label, dtype):
         """What blocks are told of noise level and label: [B, 4 * model_channels]"""
@@ -447,9 +451,9 @@ class UNet(nn.Module):
         return F.silu(self.map_layer1(F.silu(self.map_layer0(emb.to(dtype)))))
 
 
-def halved(side, channel_mult):
+def halved(side, channel_mult, patch=1):
     """The side of a network's last level, each half the one before; ValueError if it can't be."""
-    factor = 2 ** (len(channel_mult) - 1)
+    factor = patch * 2 ** (len(channel_mult) - 1)
     if side % factor:
         raise ValueError(f"images of side {side}: {len(channel_mult)} levels need a multiple of "
                          f"{factor}, such as --size {side + -side % factor}, or fewer --mults")
@@ -674,6 +678,8 @@ class Config(TrainingOptions):
     width: int = arg(None, "channels of the network's first level (default: by data)", low=4)
     mults: str = arg(None, "channels of each level as multiples of --width (default: by data)")
     blocks: int = arg(None, "residual blocks per level (default: by data)", low=1)
+    patch: int = arg(None, "side of the squares of pixels it takes in one (default: by data)",
+                     low=1)
     prediction: str = arg("edm", "what the network learns", tuple(PREDICTIONS))
     schedule: str = arg("lognormal", "which noise levels it is trained on", tuple(SCHEDULES))
     lr: float = arg(None, "learning rate (default: by data)", low=0, high=1)
@@ -697,9 +703,18 @@ def recipe(given):
         found = dict(RECIPES["latents"], mults="1" + ",2" * (levels - 1), data=facts["name"],
                      size=facts["size"], data_dir=facts["data_dir"])
     data = given.get("data", found.get("data", "digits"))
-    base = dict(out="runs/teacher", flip=False, save_every=200, sample_every=500,
+    base = dict(out="runs/teacher", patch=1, flip=False, save_every=200, sample_every=500,
                 data_dir=str(Path("data").resolve()))
-    return {**base, **RECIPES[data if data in KNOWN_DATA else "folder"], **found, "data": data}
+    return {**base, **recipe_of(RECIPES, data, given), **found, "data": data}
+
+
+def recipe_of(recipes, name, given):
+    """The recipe for a data set or a folder; tells if it is one for a CPU, where there is one."""
+    smaller = f"{name} on a cpu"
+    if smaller in recipes and pick_device(given.get("device", "auto")).type == "cpu":
+        tell(f"options that are not given: those for {smaller}", sys.stderr)
+        name = smaller
+    return recipes.get(name, recipes["folder"])
 
 
 PATHS = {"data", "data_dir", "latent", "teacher", "init_from", "resume"}  # options, made absolute
