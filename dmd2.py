@@ -8,7 +8,9 @@ denoiser of the generator's. Where the two denoisers disagree about one of its i
 generator is moved along the difference, teacher's minus fake score's (Yin et al., "One-step
 Diffusion with Distribution Matching Distillation", 2023: DMD). DMD2 ("Improved Distribution
 Matching Distillation for Fast Image Synthesis", 2024) adds a discriminator, which knows real
-images, the two time-scale rule, and generators of several steps.
+images, the two time-scale rule, and generators of several steps. Before all this a generator may
+learn some of the teacher's own images (DMD's regression loss), for distribution matching is slow
+to find kinds of images that it does not make at first.
 """
 
 import copy
@@ -30,7 +32,7 @@ from teacher import (GENERATOR, PREDICTIONS, SIGMA_MAX, SIGMA_MIN, TRAINED_STEP,
                      TrainingOptions, __version__, arg, batch_at, build, codec_of, due, encoded,
                      flag, fresh_noise, group_norm, load, lowest_quantile, parse, parts_of,
                      pick_device, prepare, progress, quantile_of, rank, rank_0_first, rate_at,
-                     recipe_of, run_script, save, save_grid, seeded, shape_of, sigma_at, tell,
+                     run_script, save, save_grid, seeded, shape_of, sigma_at, tell,
                      to_uint8, training_batches, unit_error, update_ema)
 
 # What of dmd2.py depends on the data: it fills the options that were not given.
@@ -68,7 +70,9 @@ class Config(TrainingOptions):
     out: str = arg("runs/dmd2", "folder of the run")
     fake_steps: int = arg(None, "fake score's updates per generator's (default: by data)", low=1)
     lr: float = arg(None, "learning rate of the generator (default: by data)", low=0, high=1)
-    fake_lr: float = arg(None, "learning rate of the fake score (default: by data)", low=0, high=1)
+    fake_lr: float = arg(None, "of the fake score, and of the generator in its regression steps; "
+                               "there it halves as if after half of them (default: by data)", low=0,
+                         high=1)
     conditioning_sigma: float = arg(None, "noise level at which it begins (default: 80; eps 2)",
                                     low=SIGMA_MIN, high=SIGMA_MAX)
     student_steps: int = arg(1, "steps in which the generator makes an image", (1, 2, 4))
@@ -89,19 +93,22 @@ class Config(TrainingOptions):
                                       "loss alone, on pairs of noise and the teacher's image of it "
                                       "(default: by data)", low=0)
     regression_weight: float = arg(None, "of that loss in later steps (default: by data)", low=0)
-    regression_distance: str = arg("mse", "its distance; lpips needs its package", ("mse", "lpips"))
-    pairs: int = arg(None, "its pairs, made before training and kept in the run's folder (default: "
-                           "by data)", low=1)
+    regression_distance: str = arg("mse", "its distance; lpips needs that package",
+                                   ("mse", "lpips"))
+    pairs: int = arg(None, "for that loss, made before training and kept in the run's folder "
+                           "(default: by data)", low=1)
     init_from: str = arg(None, "generator.pt to start from, with its fake score: a second stage")
     evaluate_every: int = arg(None, "steps between evaluations, 0: none (default: by data)", low=0)
     evaluate_n: int = arg(2000, "images per evaluation", low=100)
 
     def __post_init__(self):
         super().__post_init__()
-        if not (self.dm_weight or self.gan_weight or self.regression_weight):
+        regresses = self.regression_steps or self.regression_weight
+        if not (self.dm_weight or self.gan_weight or regresses):
             raise ValueError("--dm-weight 0: nothing is left to train the generator by")
-        if self.pairs < self.batch:
-            raise ValueError(f"--pairs {self.pairs}: needs those of a batch, {self.batch}")
+        if regresses and (self.student_steps > 1 or self.pairs < self.batch):
+            raise ValueError("--regression-steps, --regression-weight: are for generators of one "
+                             "step, and --pairs of a batch or more")
 
 
 def interval(cfg, name):
@@ -326,9 +333,14 @@ def recipe(given):
         raise ValueError("--teacher is missing: give one, such as runs/teacher/teacher.pt")
     parent = open_checkpoint(given["teacher"], given.get("data"), kind="teacher")
     kind = "latents" if parent["autoencoder"] else parent["data"]["name"]
-    base = dict(regression_steps=0, regression_weight=0.0, pairs=10000, save_every=200,
-                sample_every=500, evaluate_every=200, data_dir=parent["data"]["data_dir"])
-    return {**base, **RANGES[parent["prediction"]], **recipe_of(RECIPES, kind, given)}
+    found = {**dict(regression_steps=0, regression_weight=0.0, pairs=10000, save_every=200,
+                    sample_every=500, evaluate_every=200, data_dir=parent["data"]["data_dir"]),
+             **RANGES[parent["prediction"]], **RECIPES.get(kind, RECIPES["folder"])}
+    if given.get("student_steps", 1) > 1 or "init_from" in given:
+        found.update(regression_steps=0, regression_weight=0.0)
+    found["regression_steps"] = min(found["regression_steps"],
+                                    given.get("steps", found["steps"]) // 2)
+    return found
 
 
 def initial(cfg, parent, sigmas, device):
@@ -387,7 +399,7 @@ def train(cfg):
     teacher_sampler = make_sampler(guide, parent, device)
     best = Best(cfg, facts, make_sampler(ema, facts, device), teacher_sampler)
     if cfg.regression_steps or cfg.regression_weight:
-        pairs_at = load_pairs(teacher_sampler, digest, cfg.pairs, Path(cfg.out, "pairs.pt"))
+        pairs_at = load_pairs(teacher_sampler, digest, cfg.pairs, run.path.with_name("pairs.pt"))
         distance = F.mse_loss if cfg.regression_distance == "mse" else lpips_distance(device)
 
         def regression(update, part):
@@ -395,7 +407,8 @@ def train(cfg):
             return regression_loss(generator, sigmas[0], *pairs, distance)
     prepare(cfg, device, teacher, generator, fake_score)  # only now: so far all was in float32
     if real_data:
-        batches = training_batches(real_data, run.start, cfg, parts, device)
+        start = max(run.start, cfg.regression_steps)
+        batches = training_batches(real_data, start, cfg, parts, device)
     tell(f"{parent['data']['name']}: {num_classes} classes; on {device}; {cfg.steps} steps",
          sys.stderr)
     if best.reference:
@@ -404,20 +417,19 @@ def train(cfg):
             run.write(-1, **{f"teacher_{name}": facts["teacher_figures"][name] for name in TITLES})
 
     for step in run.steps(lambda: dict(facts, figures=None, model=ema.state_dict())):
-        starts = step < cfg.regression_steps  # from the teacher's images, of which all kinds remain
-        update, rest = (step, 0) if starts else divmod(step - cfg.regression_steps, cfg.fake_steps)
+        regresses = step < cfg.regression_steps  # first of the teacher's images, so none gets lost
+        distilled = step - cfg.regression_steps
+        update, rest = (step, 0) if regresses else divmod(distilled, cfg.fake_steps)
         update_generator = rest == 0  # DMD2's two time-scale update rule
-        lr, decay_after = ((cfg.fake_lr, cfg.regression_steps / 2) if starts else
-                           (cfg.lr, cfg.decay_after))
         k = trained_step(len(sigmas), cfg.seed, step)
         for part in parts:
+            if regresses:
+                losses = dict(regression_loss=regression(update, part))
+                descent.add(losses["regression_loss"])
+                run.note(**losses)
+                continue
             draw = Draw(GENERATOR, cfg.seed, step, cfg.batch, shape, device, part)
             real, real_label = next(batches)
-            if starts:
-                loss = regression(update, part)
-                descent.add(loss)
-                run.note(regression_loss=loss)
-                continue
             label = draw.label(num_classes)
             given, label = (None, label) if cfg.backward_simulation else (real, real_label)
             x, sigma = step_input(generator, sigmas, k, label, draw, given)
@@ -455,10 +467,12 @@ def train(cfg):
             run.note(**losses)
 
         if update_generator:
-            run.note(**descent.step(rate_at(update, lr, cfg.warmup, decay_after)))
+            lr = (rate_at(update, cfg.fake_lr, cfg.warmup, cfg.regression_steps / 2) if regresses
+                  else rate_at(update, cfg.lr, cfg.warmup, cfg.decay_after))
+            run.note(**descent.step(lr))
             update_ema(ema, generator, cfg.ema, update)
-        if not starts:
-            run.note(**fake_descent.step(rate_at(step, cfg.fake_lr, cfg.warmup)))
+        if not regresses:
+            run.note(**fake_descent.step(rate_at(distilled, cfg.fake_lr, cfg.warmup)))
 
         if due(step, cfg.evaluate_every or cfg.steps, cfg.steps) and not cfg.profile:
             best.consider(step, run, fake_score)

@@ -37,12 +37,12 @@ from teacher import (FEATURES, HEUN_STEPS, SUBSET, Options, Pixels, arg, build, 
                      seeded, shape_of, tell, to_float, to_uint8)
 
 ASSETS = Path(__file__).resolve().parent / "assets"
-DIMENSIONS = 64  # of the feature space in which quality is measured
+DIMENSIONS = 64  # of each space in which quality is measured
 NEIGHBOURS = 3  # k of precision and recall
 EVALUATE_N, MAP_N = 10000, 1000  # images, by default
 BATCH = 256  # images at a time; changes the speed only
-TITLES = dict(frechet_distance="Fréchet distance", pixel_distance="the same of pixels",
-              random_distance="of random features", accuracy="classified as asked",
+TITLES = dict(frechet_distance="Fréchet distance", pixel_distance="in pixels",
+              random_distance="in random features", accuracy="classified as asked",
               precision="precision", recall="recall")
 
 
@@ -350,8 +350,8 @@ def feature_net(channels, outputs):
 
 
 def train_features(data, steps=1500, batch=128, device="cpu"):
-    """Train two networks on the training images, each batch shifted by a few pixels: an encoder, of
-    whose features a decoder makes the image again, so that they see variety, and a head a little
+    """Train on the training images, each batch shifted by a few pixels, an encoder, from whose
+    features a decoder restores the image, so they keep variety, and a head, of weight 0.01, tells
     the class; and a classifier, which shares nothing with it."""
     rng = seeded(FEATURES)
     torch.manual_seed(0)
@@ -386,8 +386,8 @@ def train_features(data, steps=1500, batch=128, device="cpu"):
 
 
 def load_features(data, facts, device="cpu"):
-    """The networks that images of a data set are measured by, as functions of images in [-1, 1],
-    and the head of a SHA-256 to tell figures apart by.
+    """What images of a data set are measured by: networks, functions of images in [-1, 1], by the
+    names of their distances, and a classifier; and the head of a SHA-256 to tell figures apart by.
 
     A distance is measured in each of three spaces: the trained encoder's, the training images'
     principal components, and a random network's, in which nothing is tuned. The trained networks
@@ -397,24 +397,25 @@ def load_features(data, facts, device="cpu"):
     if facts["name"] not in ("digits", "mnist"):
         content = data.images[:1000].numpy().tobytes() + data.labels.numpy().tobytes()
         key = hashlib.sha256(repr(data.shape).encode() + content).hexdigest()[:16]
-        path = Path(facts["data_dir"], f"features_{key}.pt")
+        path = Path(facts["data_dir"], f"networks_{key}.pt")
         with rank_0_first():
             if not path.exists():
                 tell(f"training feature networks for {facts['name']}, kept in {path}", sys.stderr)
                 save(train_features(data, device=device).state_dict(), path)
+    trained = nn.ModuleDict(dict(encoder=feature_net(channels, DIMENSIONS),
+                                 classifier=feature_net(channels, len(data.classes))))
+    trained.load_state_dict(torch.load(path, weights_only=True))
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(0)
-        nets = nn.ModuleDict(dict(random=feature_net(channels, DIMENSIONS),
-                                  encoder=feature_net(channels, DIMENSIONS),
-                                  classifier=feature_net(channels, len(data.classes))))
-    nets.load_state_dict(torch.load(path, weights_only=True), strict=False)
-    nets.to(device).eval().requires_grad_(False)
-    pixels = to_float(data.images[:5000]).flatten(1)
+        random = feature_net(channels, DIMENSIONS)
+    encoder, classifier, random = (net.to(device).eval().requires_grad_(False)
+                                   for net in (*trained.values(), random))
+    pixels = to_float(data.images[:2000]).flatten(1)
     axes = torch.linalg.svd(pixels - pixels.mean(0), full_matrices=False).Vh[:DIMENSIONS].T
     axes = axes.to(device)
-    return dict(frechet_distance=nets["encoder"], pixel_distance=lambda x: x.flatten(1) @ axes,
-                random_distance=nets["random"], classifier=nets["classifier"]
-                ), hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+    nets = dict(frechet_distance=encoder, pixel_distance=lambda x: x.flatten(1) @ axes,
+                random_distance=random, classifier=classifier)
+    return nets, hashlib.sha256(path.read_bytes()).hexdigest()[:12]
 
 
 # ---- quality ------------------------------------------------------------------------------------
@@ -436,9 +437,10 @@ def load_reference(facts, device="cpu"):
         raise ValueError(f"{facts['name']}: too few held-out images; try --evaluate-every 0")
     nets, digest = load_features(data, facts, device)
     order = torch.randperm(len(data.images), generator=seeded(SUBSET))  # a prefix is a fair sample
-    features = extract(nets, data.images[order])
+    parts = [extract(nets, data.images[part]) for part in order.split(1000)]
+    features = {name: torch.cat([part[name] for part in parts]) for name in nets}
     del features["classifier"]
-    about = f"reference {len(order)} training images of {facts['name']}, feature network {digest}"
+    about = f"reference {len(order)} training images of {facts['name']}, feature networks {digest}"
     reference = Reference(nets, features, data.labels[order], {}, about)
     floor = evaluate(held_out.images, held_out.labels, reference)
     del floor["precision"], floor["recall"]  # of so few images they compare with no others
@@ -448,9 +450,12 @@ def load_reference(facts, device="cpu"):
 @torch.no_grad()
 def extract(nets, images, batch=1000):
     """What each network, by its name, makes of images uint8 [N, C, H, W]: [N, D], on the CPU."""
-    device = next(nets["classifier"].parameters()).device
-    parts = [to_float(part.to(device)) for part in images.split(batch)]
-    return {name: torch.cat([net(part) for part in parts]).cpu() for name, net in nets.items()}
+    device, found = next(nets["classifier"].parameters()).device, {name: [] for name in nets}
+    for part in images.split(batch):
+        part = to_float(part.to(device))
+        for name, net in nets.items():
+            found[name].append(net(part).cpu())
+    return {name: torch.cat(parts) for name, parts in found.items()}
 
 
 def evaluate(images, label, reference):

@@ -45,7 +45,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-__version__ = "1.0"  # of checkpoints, too
+__version__ = "1.1"  # of checkpoints, too
 SIGMA_MIN, SIGMA_MAX, RHO, SIGMA_DATA = 0.002, 80.0, 7.0, 0.5  # EDM, Table 1
 HEUN_STEPS = 18  # of a teacher's sampler, as EDM has for CIFAR-10
 KNOWN_DATA = ("digits", "mnist", "fashion", "cifar10")
@@ -232,7 +232,7 @@ class DiffusionTask:
         self.stream, mults, side = TEACHER, tuple(map(int, cfg.mults.split(","))), data.shape[-1]
         network = dict(img_resolution=side, img_channels=data.shape[0], label_dim=len(data.classes),
                        model_channels=cfg.width, channel_mult=mults, num_blocks=cfg.blocks,
-                       attn_resolutions=(side // cfg.patch >> len(mults) - 1,), patch=cfg.patch)
+                       attn_resolutions=(halved(side, mults, cfg.patch),), patch=cfg.patch)
         self.facts = dict(kind="teacher", network=network, prediction=cfg.prediction,
                           schedule=cfg.schedule, autoencoder=codec.checkpoint())
 
@@ -452,11 +452,12 @@ class UNet(nn.Module):
 
 
 def halved(side, channel_mult, patch=1):
-    """The side of a network's last level, each half the one before; ValueError if it can't be."""
+    """The side of a network's last level, of a first one of side / patch, each half the one before;
+    ValueError if it can't be."""
     factor = patch * 2 ** (len(channel_mult) - 1)
     if side % factor:
-        raise ValueError(f"images of side {side}: {len(channel_mult)} levels need a multiple of "
-                         f"{factor}, such as --size {side + -side % factor}, or fewer --mults")
+        raise ValueError(f"images of side {side}: {len(channel_mult)} levels of --patch {patch} "
+                         f"need a multiple of {factor}, such as --size {side + -side % factor}")
     return side // factor
 
 
@@ -678,8 +679,7 @@ class Config(TrainingOptions):
     width: int = arg(None, "channels of the network's first level (default: by data)", low=4)
     mults: str = arg(None, "channels of each level as multiples of --width (default: by data)")
     blocks: int = arg(None, "residual blocks per level (default: by data)", low=1)
-    patch: int = arg(None, "side of the squares of pixels it takes in one (default: by data)",
-                     low=1)
+    patch: int = arg(1, "side of the squares of pixels that become one place's channels", low=1)
     prediction: str = arg("edm", "what the network learns", tuple(PREDICTIONS))
     schedule: str = arg("lognormal", "which noise levels it is trained on", tuple(SCHEDULES))
     lr: float = arg(None, "learning rate (default: by data)", low=0, high=1)
@@ -703,18 +703,9 @@ def recipe(given):
         found = dict(RECIPES["latents"], mults="1" + ",2" * (levels - 1), data=facts["name"],
                      size=facts["size"], data_dir=facts["data_dir"])
     data = given.get("data", found.get("data", "digits"))
-    base = dict(out="runs/teacher", patch=1, flip=False, save_every=200, sample_every=500,
+    base = dict(out="runs/teacher", flip=False, save_every=200, sample_every=500,
                 data_dir=str(Path("data").resolve()))
-    return {**base, **recipe_of(RECIPES, data, given), **found, "data": data}
-
-
-def recipe_of(recipes, name, given):
-    """The recipe for a data set or a folder; tells if it is one for a CPU, where there is one."""
-    smaller = f"{name} on a cpu"
-    if smaller in recipes and pick_device(given.get("device", "auto")).type == "cpu":
-        tell(f"options that are not given: those for {smaller}", sys.stderr)
-        name = smaller
-    return recipes.get(name, recipes["folder"])
+    return {**base, **RECIPES[data if data in KNOWN_DATA else "folder"], **found, "data": data}
 
 
 PATHS = {"data", "data_dir", "latent", "teacher", "init_from", "resume"}  # options, made absolute
@@ -764,7 +755,8 @@ def parse(config_class, argv=None, doc="", recipe=lambda given: {}):
     if other := saved.keys() - fields.keys():
         raise ValueError(f"{source}: is of another script or version, with {min(other)}")
     if given.get("profile"):
-        given.update({name: 0 for name in ("sample_every", "evaluate_every") if name in fields})
+        given.update({name: 0 for name in ("sample_every", "evaluate_every", "regression_steps")
+                      if name in fields})
     known = {name: value for name, value in {**saved, **given}.items() if value is not None}
     cfg = config_class(**{**({} if "resume" in given else recipe(known)), **known})
     for name in ("autoencoder.pt", "teacher.pt", "generator.pt", "last.pt"):

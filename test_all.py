@@ -1604,7 +1604,8 @@ def test_backend(cuda, backend, monkeypatch):
     (teacher, "--latent TEACHER", "autoencoder"),
     (dmd2, "", "--teacher is missing"),
     (dmd2, "--teacher GENERATOR", "holds a generator"),
-    (dmd2, "--teacher TEACHER --dm-weight 0 --gan-weight 0", "nothing is left to train"),
+    (dmd2, "--teacher TEACHER --dm-weight 0 --gan-weight 0 --student-steps 2",
+     "nothing is left to train"),
     (dmd2, "--teacher TEACHER --dm-range 0.5", "--dm-range 0.5: needs two numbers from 0"),
     (dmd2, "--teacher TEACHER --regression-weight 1 --pairs 9", "--pairs"),
     (dmd2, "--teacher NO_NULL --guidance 1.5", "--label-dropout"),
@@ -1829,7 +1830,8 @@ def compared(request, tmp_path, monkeypatch):
         monkeypatch.setattr(module, "Draw", CPUDraw)
     if request.param == "dmd2":
         teacher.main([*first, "--device", "cpu", "--out", str(tmp_path / "teacher")])
-        first += ["--teacher", tmp_path / "teacher" / "teacher.pt", "--evaluate-every", "0"]
+        first += ["--teacher", tmp_path / "teacher" / "teacher.pt", "--evaluate-every", "0",
+                  "--regression-steps", "0", "--regression-weight", "0"]
     yield request.param, run
     torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = False, True
     torch.compiler.reset()
@@ -1913,7 +1915,8 @@ def test_pictures_of_the_readme_exist():
 @pytest.fixture(scope="session", autouse=True)
 def distilled_digits(request, forkserver, tmp_path_factory):
     """A minute's distillation, begun before the first test where the one that waits is to run."""
-    wanted = any("digits_for_a_minute" in item.name for item in request.session.items)
+    wanted = any(name in item.name for item in request.session.items
+                 for name in ("digits_for_a_minute", "yardstick_ranks"))
     folder = tmp_path_factory.mktemp("digits")
     process = in_child(folder / "words", distil_digits, folder) if wanted else None
     yield folder, process
@@ -1925,7 +1928,8 @@ def distil_digits(folder):
     os.nice(10)  # it takes what the tests leave of the cores
     flags = "--device cpu --sample-every 0".split()
     teacher.main([*flags, "--steps", "400", "--out", f"{folder}/teacher"])
-    dmd2.main([*flags, "--steps", "300", "--evaluate-every", "0", "--out", f"{folder}/dmd2",
+    dmd2.main([*flags, "--steps", "500", "--evaluate-every", "0", "--out", f"{folder}/dmd2",
+               "--pairs", "1000",
                "--teacher", f"{folder}/teacher/teacher.pt"])
 
 
