@@ -990,23 +990,6 @@ def test_yardstick_sees_lost_quality_and_lost_variety(name, monkeypatch):
     assert pulled >= 4 * half
 
 
-def test_yardstick_ranks_as_pixels_and_random_features_do(distilled_digits):
-    """By Spearman's correlation, over samplers of a teacher and its generator."""
-    folder, process = distilled_digits
-    process.join(900)
-    path, options = folder / "teacher" / "teacher.pt", [
-        *(dict(steps=steps) for steps in (2, 3, 4, 6, 12)), dict(sampler="ddpm", steps=20),
-        dict(sampler="ddim", steps=6), *(dict(steps=6, guidance=g) for g in (1.5, 3.0))]
-    samplers = [sample.load_sampler(path, cfg=sample.Config(checkpoint=path, **given))
-                for given in options] + [sample.load_sampler(folder / "dmd2" / "generator.pt")]
-    reference = sample.load_reference(samplers[0].data)
-    found = np.stack([distances(sample.generate(s, reference.labels[:600], 0), reference)
-                      for s in samplers])
-    ranks = found.argsort(0).argsort(0)
-    print("", *(f"{s.name:40} {row}" for s, row in zip(samplers, found)), sep="\n")
-    assert (np.corrcoef(ranks.T)[0] >= 0.8).all()
-
-
 @pytest.mark.parametrize("name, digest", [("digits", "5b856f0ba1cd"), ("mnist", "ebac706b2f69")])
 def test_feature_networks_are_the_stated_ones(name, digest, digits):
     path = sample.ASSETS / f"features_{name}.pt"
@@ -1946,6 +1929,23 @@ def test_digits_for_a_minute(distilled_digits):
     assert real["frechet_distance"] < 1.2 and real["accuracy"] > 0.9
     assert fake["frechet_distance"] < 1.2 * real["frechet_distance"]
     assert fake["accuracy"] > real["accuracy"] - 0.02 and fake["recall"] > 0.75 * real["recall"]
+
+
+def test_yardstick_ranks_as_pixels_and_random_features_do(distilled_digits):
+    """By Spearman's correlation, over samplers of a teacher and its generator."""
+    folder, process = distilled_digits
+    process.join(900)
+    path, options = folder / "teacher" / "teacher.pt", [
+        *(dict(steps=steps) for steps in (2, 3, 4, 6, 12)), dict(sampler="ddpm", steps=20),
+        dict(sampler="ddim", steps=6), *(dict(steps=6, guidance=g) for g in (1.5, 3.0))]
+    samplers = [sample.load_sampler(path, cfg=sample.Config(checkpoint=path, **given))
+                for given in options] + [sample.load_sampler(folder / "dmd2" / "generator.pt")]
+    reference = sample.load_reference(samplers[0].data)
+    found = np.stack([distances(sample.generate(s, reference.labels[:600], 0), reference)
+                      for s in samplers])
+    ranks = found.argsort(0).argsort(0)
+    print("", *(f"{s.name:40} {row}" for s, row in zip(samplers, found)), sep="\n")
+    assert (np.corrcoef(ranks.T)[0] >= 0.8).all()
 
 
 def commands(readme):
