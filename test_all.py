@@ -1340,7 +1340,8 @@ def test_pictures_at_sample_every_only(tmp_path):
 FAULTY = {
     "teacher": "--device cpu --batch 16 --width 8 --sample-every 0 --save-every 1 --steps 30",
     "dmd2": "--device cpu --batch 16 --student-steps 2 --gan-weight 1 --evaluate-n 100 "
-            "--fake-steps 2 --warmup 1 --evaluate-every 5 --sample-every 0 --save-every 1 --steps 12",
+            "--fake-steps 2 --warmup 1 --evaluate-every 5 --sample-every 0 --save-every 1 "
+            "--steps 12",
 }
 
 
