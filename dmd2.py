@@ -70,9 +70,8 @@ class Config(TrainingOptions):
     out: str = arg("runs/dmd2", "folder of the run")
     fake_steps: int = arg(None, "fake score's updates per generator's (default: by data)", low=1)
     lr: float = arg(None, "learning rate of the generator (default: by data)", low=0, high=1)
-    fake_lr: float = arg(None, "of the fake score, and of the generator in its regression steps; "
-                               "there it halves as if after half of them (default: by data)", low=0,
-                         high=1)
+    fake_lr: float = arg(None, "of the fake score, and of the generator's regression steps "
+                               "(default: by data)", low=0, high=1)
     conditioning_sigma: float = arg(None, "noise level at which it begins (default: 80; eps 2)",
                                     low=SIGMA_MIN, high=SIGMA_MAX)
     student_steps: int = arg(1, "steps in which the generator makes an image", (1, 2, 4))
@@ -417,7 +416,7 @@ def train(cfg):
             run.write(-1, **{f"teacher_{name}": facts["teacher_figures"][name] for name in TITLES})
 
     for step in run.steps(lambda: dict(facts, figures=None, model=ema.state_dict())):
-        regresses = step < cfg.regression_steps  # first of the teacher's images, so none gets lost
+        regresses = step < cfg.regression_steps  # at first, so that no kind of image is missing
         distilled = step - cfg.regression_steps
         update, rest = (step, 0) if regresses else divmod(distilled, cfg.fake_steps)
         update_generator = rest == 0  # DMD2's two time-scale update rule
