@@ -1757,21 +1757,6 @@ def test_export_that_differs_leaves_no_file(spoil, file, tiny_generator, tmp_pat
     assert [path.name for path in tmp_path.iterdir()] == ["g.pt"]
 
 
-def test_app_without_the_project(file, exported, tmp_path):
-    noise = next(teacher.fresh_noise(10, (1, 8, 8), 0))
-    np.save(tmp_path / "noise.npy", noise.numpy())
-    code = f"""
-import sys
-sys.modules.update(torch=None, onnx=None)
-import numpy as np, onnxruntime
-session = onnxruntime.InferenceSession({str(file)!r})
-image, = session.run(None, dict(noise=np.load("noise.npy"), label=np.arange(10)))
-np.save("image.npy", image)"""
-    subprocess.run([sys.executable, "-I", "-c", code], cwd=tmp_path, check=True)
-    image = torch.from_numpy(np.load(tmp_path / "image.npy"))
-    assert (image - exported(noise, torch.arange(10))).abs().max() <= 1e-5
-
-
 def test_benchmark_prints_all_rows(file, tiny_generator, exported, monkeypatch, capsys):
     def medians(calls, device):
         return {name: 1 if "teacher" in name else [call(), 0.5][1] for name, call in calls.items()}
