@@ -1868,16 +1868,6 @@ def test_imports_form_a_line():
         assert {*found} & {*allowed} <= may, name
 
 
-def test_what_others_use_is_documented():
-    source = "".join((ROOT / f"{name}.py").read_text() for name in SCRIPTS)
-    imports = re.findall(r"^from (?:teacher|sample) import ([^)]+)", source, re.M)
-    used = re.findall(r"\w+", " ".join(imports))
-    for module in SCRIPTS.values():
-        for name, thing in vars(module).items():
-            if getattr(thing, "__module__", "") == module.__name__:
-                assert thing.__doc__ or not (inspect.isclass(thing) or name in used), name
-
-
 def test_pictures_of_the_readme_exist():
     names = re.findall(r"assets/[\w.]+\w", README)
     assert names and not [name for name in names if not (ROOT / name).exists()]
