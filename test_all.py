@@ -1476,8 +1476,7 @@ def test_damaged_or_foreign_file_is_one_line(main, argv, damage, tiny_teacher, t
         content[content.index(weight.numpy().tobytes())] ^= 1
     Path("bad.pt").write_bytes(dict(cut=content[:-100], text=b"a text").get(damage, content))
     if damage == "planted":
-        planted = type("Planted", (), dict(__reduce__=lambda self: (os.mkdir, ("planted",))))
-        torch.save(dict(checkpoint, step=planted()), "bad.pt")
+        torch.save(dict(checkpoint, step=called(os.mkdir, "planted")), "bad.pt")
     line = fails(main, [*argv.replace("TEACHER", tiny_teacher).split(), "bad.pt"], capsys)
     assert "bad.pt: no" in line and "checkpoint of this project" in line
     assert [path.name for path in tmp_path.iterdir()] == ["bad.pt"]
