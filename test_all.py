@@ -748,15 +748,6 @@ def test_discriminator_sees_real_as_real_with_its_labels(quick, spy, monkeypatch
     assert equal(losses[0][0], (seen[1][1], seen[2][1]))
 
 
-@pytest.mark.parametrize("flags, passes", [
-    ("", 9), ("--gan-range 0,0.9", 11), ("--gan-features teacher", 11), ("--gan-weight 0", 6)])
-def test_number_of_passes(flags, passes, quick, spy):
-    """Generator 1, losses of teacher and fake score 2 + 1; GAN 1, its discriminator 1 or 2."""
-    calls = spy(teacher.Denoiser, "estimate")
-    quick(f"--steps 2 {flags}")
-    assert len(calls) == passes
-
-
 @pytest.mark.parametrize("features, trains_encoder", [("fake", True), ("teacher", False)])
 def test_discriminator_trains_the_encoder_it_shares(features, trains_encoder, quick):
     flags = f"--steps 1 --gan-features {features} --fake-lr 0.01 --clip 1e9 --discriminator-weight"
@@ -774,19 +765,24 @@ def test_losses_draw_levels_from_their_range(flags, name, quantiles, quick, spy)
     assert low <= sigma.min() < 2 * low + 0.01 and high / 1.5 < sigma.max() <= high
 
 
-@pytest.mark.parametrize("flags, logged", [
-    ("--fake-steps 3", dict(dmd_loss=[1, 4], gan_loss=[1, 4], fake_loss=[1, 2, 3, 4])),
-    ("--gan-weight 0", dict(dmd_loss=[1, 3], gan_loss=[], discriminator_loss=[])),
+@pytest.mark.parametrize("flags, passes, logged", [
+    ("--fake-steps 3", 18, dict(dmd_loss=[1, 4], gan_loss=[1, 4], fake_loss=[1, 2, 3, 4])),
+    ("--gan-range 0,0.9", 22, dict(dmd_loss=[1, 3], gan_loss=[1, 3], fake_loss=[1, 2, 3, 4])),
+    ("--gan-weight 0", 12, dict(dmd_loss=[1, 3], gan_loss=[], discriminator_loss=[])),
     ("--dm-weight 0 --gan-features teacher --no-gan-noise --no-backward-simulation "
-     "--student-steps 2", dict(dmd_loss=[], gan_loss=[1, 3], discriminator_loss=[1, 2, 3, 4])),
-    ("--regression-weight 0.25 --pairs 20", dict(dmd_loss=[1, 3], regression_loss=[1, 3])),
-    ("--regression-steps 2 --pairs 20", dict(
+     "--student-steps 2", 18, dict(dmd_loss=[], gan_loss=[1, 3], discriminator_loss=[1, 2, 3, 4])),
+    ("--regression-weight 0.25 --pairs 20", 55, dict(dmd_loss=[1, 3], regression_loss=[1, 3])),
+    ("--regression-steps 2 --pairs 20", 46, dict(
         regression_loss=[1, 2], dmd_loss=[3], fake_loss=[3, 4], fake_gradient_norm=[3, 4]))])
-def test_steps_that_take_a_loss(flags, logged, quick, spy, tiny_teacher, monkeypatch):
+def test_steps_that_take_a_loss(flags, passes, logged, quick, spy, tiny_teacher, monkeypatch):
+    """Passes per step: generator 1, its losses 2 + 1; fake score 1, discriminator 1, or 2 if its
+    levels or its features are its own. Pairs take 35."""
     built, before = spy(dmd2, "build"), teacher.load(tiny_teacher)["model"]
+    calls = spy(teacher.Denoiser, "estimate")
     if flags == "--gan-weight 0":
         monkeypatch.setattr(dmd2, "load_images", None)  # no image is read
     lines, _ = quick(flags)
+    assert len(calls) == passes
     assert logged == {name: [line["step"] for line in lines if name in line] for name in logged}
     assert [equal(net.state_dict(), before) for _, net in built] == [True, False, False]
 
