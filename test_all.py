@@ -811,20 +811,6 @@ def test_float16_step_that_overflows_is_left_out():
     assert values["gradient_norm"].isnan()
 
 
-@pytest.mark.parametrize("script, flags", [
-    (teacher, "--width 8"), (dmd2, "--teacher TEACHER --warmup 1 --student-steps 2 --gan-weight 1 "
-     "--discriminator-weight 1 --evaluate-every 0")])
-def test_run_in_parts_is_the_same(script, flags, tiny_teacher, tmp_path):
-    flags = flags.replace("TEACHER", tiny_teacher) + " --batch 16 --steps 4 --log-every 1"
-    for n in "12":
-        more = f"--device cpu --sample-every 0 --accumulate {n} --out {tmp_path}/{n}"
-        script.main([*flags.split(), *more.split()])
-    for line, same in zip(log_of(tmp_path / "1"), log_of(tmp_path / "2"), strict=True):
-        for name in (line.keys() | same.keys()) - {"images_per_second"}:
-            tolerance = 1e-5 if "loss" in name else 1e-4
-            assert same[name] == pytest.approx(line[name], rel=tolerance, abs=tolerance), name
-
-
 def test_ema_is_the_weighted_mean():
     ema, model = nn.Linear(1, 1), nn.Linear(1, 1)
     for update, decay in ((80, 0.9), (0, 0.1)):  # from 80 on it is what was asked for
@@ -1507,15 +1493,19 @@ def be_rank(rank, port, name, argv):
     script(name, argv)
 
 
-@pytest.mark.parametrize("name", ["teacher", "dmd2"])
-def test_losses_are_those_of_one_process(name, tiny_teacher, tmp_path):
-    argv = [*TINY, "--sample-every", "2"] if name == "teacher" else [
-        *TINY_DMD, *"--evaluate-every 2 --warmup 1 --student-steps 2 --gan-weight 1".split(),
-        "--teacher", tiny_teacher]
-    sys.modules[name].main([*argv, "--out", f"{tmp_path}/one"])
-    words = as_ranks(name, [*argv, "--out", tmp_path / "two"], tmp_path)
+@pytest.mark.parametrize("name, flags", [
+    ("teacher", "--sample-every 2"),
+    ("dmd2", "--evaluate-every 2 --warmup 1 --student-steps 2 --gan-weight 1 "
+             "--discriminator-weight 1")])
+def test_losses_of_two_parts_and_of_two_processes(name, flags, tiny_teacher, tmp_path):
+    sizes = TINY if name == "teacher" else [*TINY_DMD, "--teacher", tiny_teacher]
+    argv = [*sizes, *flags.split(), "--out"]
+    sys.modules[name].main([*argv, f"{tmp_path}/whole"])
+    sys.modules[name].main([*argv, f"{tmp_path}/parts", "--accumulate", "2"])
+    words = as_ranks(name, [*argv, tmp_path / "ranks"], tmp_path)
     assert [said.count("next: ") for said in words] == [1, 0]
-    for line, same in zip(lines_of(tmp_path / "one"), lines_of(tmp_path / "two"), strict=True):
+    whole, *others = (lines_of(tmp_path / name) for name in ("whole", "parts", "ranks"))
+    for line, same in itertools.chain(*(zip(whole, other, strict=True) for other in others)):
         losses = {key: value for key, value in line.items() if "loss" in key}
         assert same == pytest.approx(line, rel=1e-4, abs=1e-4)
         assert {key: same[key] for key in losses} == pytest.approx(losses, rel=1e-5, abs=1e-5)
