@@ -92,7 +92,7 @@ def stub(x0_hat, prediction="edm"):
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
-    """A folder with a tiny teacher, generator, ONNX file; random weights, so that each matters."""
+    """Paths of a tiny teacher, generator, ONNX file; random weights, so that each matters."""
     folder = tmp_path_factory.mktemp("tiny")
     teacher.main([*TINY, "--out", f"{folder}/teacher"])
     checkpoint = teacher.load(f"{folder}/teacher/teacher.pt")
@@ -102,27 +102,19 @@ def tiny(tmp_path_factory):
     teacher.save(checkpoint, f"{folder}/teacher/teacher.pt")
     dmd2.main([*TINY_DMD, "--teacher", f"{folder}/teacher/teacher.pt", "--out", f"{folder}/dmd2"])
     export.main([f"{folder}/dmd2/generator.pt"])
-    return folder
-
-
-@pytest.fixture(scope="session")
-def tiny_teacher(tiny):
-    return str(tiny / "teacher" / "teacher.pt")
-
-
-@pytest.fixture(scope="session")
-def tiny_generator(tiny):
-    return str(tiny / "dmd2" / "generator.pt")
+    paths = dict(teacher="teacher/teacher.pt", generator="dmd2/generator.pt", last="dmd2/last.pt",
+                 onnx="dmd2/generator.onnx")
+    return types.SimpleNamespace(folder=folder, **{k: f"{folder}/{v}" for k, v in paths.items()})
 
 
 @pytest.fixture
-def distil(tiny_teacher, tmp_path):
+def distil(tiny, tmp_path):
     """Distil the tiny teacher with more flags, in four steps; returns the run's folder."""
     runs = itertools.count()
 
     def run(*flags):
         out = tmp_path / f"run{next(runs)}"
-        dmd2.main([*TINY_DMD, "--teacher", tiny_teacher, "--out", str(out), *map(str, flags)])
+        dmd2.main([*TINY_DMD, "--teacher", tiny.teacher, "--out", str(out), *map(str, flags)])
         return out
     return run
 
@@ -179,8 +171,8 @@ INPUTS = next(teacher.fresh_noise(8, (1, 8, 8), 0)), torch.linspace(0.1, 5, 8), 
 
 
 @pytest.fixture
-def denoiser(tiny_teacher):
-    return teacher.build(teacher.load(tiny_teacher))
+def denoiser(tiny):
+    return teacher.build(teacher.load(tiny.teacher))
 
 
 @pytest.fixture
@@ -480,17 +472,17 @@ def test_levels_stay_in_the_teacher_s_range(schedule):
     ("", 35, "18 Heun steps"), ("--sampler euler", 35, "35 Euler steps"),
     ("--sampler ddim", 50, "50 DDIM steps"), ("--sampler ddpm --steps 9", 9, "9 DDPM steps"),
     ("--guidance 2 --steps 4", 14, "4 Heun steps, guidance 2")])
-def test_samplers_of_a_teacher(flags, evaluations, name, tiny_teacher, spy):
-    cfg = teacher.parse(sample.Config, [tiny_teacher, *flags.split()])
-    sampler, passes = sample.load_sampler(tiny_teacher, cfg=cfg), spy(teacher.Denoiser, "estimate")
+def test_samplers_of_a_teacher(flags, evaluations, name, tiny, spy):
+    cfg = teacher.parse(sample.Config, [tiny.teacher, *flags.split()])
+    sampler, passes = sample.load_sampler(tiny.teacher, cfg=cfg), spy(teacher.Denoiser, "estimate")
     assert sample.generate(sampler, torch.arange(10), seed=1).float().std() > 10
     assert sampler.evaluations == evaluations and sampler.name == f"teacher, {name}"
     assert sum(len(args[1]) for args, _ in passes) == 16 * evaluations  # batches are filled up
 
 
 @pytest.mark.parametrize("kind", ["teacher", "generator"])
-def test_images_do_not_depend_on_the_batch(kind, request):
-    sampler = sample.load_sampler(request.getfixturevalue(f"tiny_{kind}"))
+def test_images_do_not_depend_on_the_batch(kind, tiny):
+    sampler = sample.load_sampler(getattr(tiny, kind))
     label = torch.arange(10).repeat(2)
     images = sample.generate(sampler, label, seed=3)
     assert all(torch.equal(sample.generate(sampler, label, 3, batch), images) for batch in (1, 17))
@@ -503,7 +495,7 @@ def test_images_do_not_depend_on_the_batch(kind, request):
 @pytest.fixture(scope="session")
 def latent(tiny):
     """A folder with a tiny autoencoder of the digits, a teacher of its latents and a generator."""
-    path = tiny / "latent"
+    path = tiny.folder / "latent"
     teacher.main([*TINY, "--autoencoder", "--mults", "1,2", "--out", f"{path}/now"])
     teacher.main([*TINY, "--latent", f"{path}/now/autoencoder.pt", "--out", f"{path}/teacher"])
     shutil.move(path / "now", path / "moved")  # what comes after can do without
@@ -697,8 +689,8 @@ def test_guidance_moves_away_from_no_label(denoiser):
     assert (by[1] - by[0]).abs().max() > 1e-3
 
 
-def test_pairs_are_kept_until_the_teacher_changes(tiny_teacher, denoiser, tmp_path):
-    path, sampler = tmp_path / "pairs.pt", sample.load_sampler(tiny_teacher)
+def test_pairs_are_kept_until_the_teacher_changes(tiny, denoiser, tmp_path):
+    path, sampler = tmp_path / "pairs.pt", sample.load_sampler(tiny.teacher)
     noise, label, images = pairs = dmd2.load_pairs(sampler, "a", 12, path)(slice(None))
     sigmas = teacher.sampling_sigmas(18, "karras")
     close(images, teacher.heun(denoiser, sigmas[0] * noise, sigmas, label), rtol=0, atol=1e-5)
@@ -717,11 +709,11 @@ def test_lpips_sees_colour_images_of_224(monkeypatch):
     assert distance.item() == pytest.approx(1) and shapes == [(2, 3, 224, 224)] * 2
 
 
-def test_networks_start_as_the_teacher_or_a_first_stage(quick, tiny_teacher, tiny_generator):
-    parent, first = teacher.load(tiny_teacher), teacher.load(tiny_generator)
+def test_networks_start_as_the_teacher_or_a_first_stage(quick, tiny):
+    parent, first = teacher.load(tiny.teacher), teacher.load(tiny.generator)
     for flags, generator, fake_score in (
             ("", parent["model"], parent["model"]), ("--guidance 3", *[parent["model"]] * 2),
-            (f"--init-from {tiny_generator}", first["model"], first["fake_score"])):
+            (f"--init-from {tiny.generator}", first["model"], first["fake_score"])):
         lines, last = quick(f"--lr 0 --fake-lr 0 --steps 1 {flags}")
         assert equal(last["training"]["generator"], generator) and equal(last["model"], generator)
         assert equal(last["training"]["fake_score"], fake_score)
@@ -767,10 +759,10 @@ def test_losses_draw_levels_from_their_range(flags, name, quantiles, quick, spy)
     ("--regression-weight 0.25 --pairs 20", 55, dict(dmd_loss=[1, 3], regression_loss=[1, 3])),
     ("--regression-steps 2 --pairs 20", 46, dict(
         regression_loss=[1, 2], dmd_loss=[3], fake_loss=[3, 4], fake_gradient_norm=[3, 4]))])
-def test_steps_that_take_a_loss(flags, passes, logged, quick, spy, tiny_teacher, monkeypatch):
+def test_steps_that_take_a_loss(flags, passes, logged, quick, spy, tiny, monkeypatch):
     """Passes per step: generator 1, its losses 2 + 1; fake score 1, discriminator 1, or 2 if its
     levels or its features are its own. Pairs take 35."""
-    built, before = spy(dmd2, "build"), teacher.load(tiny_teacher)["model"]
+    built, before = spy(dmd2, "build"), teacher.load(tiny.teacher)["model"]
     calls = spy(teacher.Denoiser, "estimate")
     if flags == "--gan-weight 0":
         monkeypatch.setattr(dmd2, "load_images", None)  # no image is read
@@ -876,8 +868,8 @@ def test_precision_counts_fakes_and_recall_reals():
 
 
 @pytest.fixture(scope="session")
-def digits(tiny_teacher):
-    facts = teacher.load(tiny_teacher)["data"]
+def digits(tiny):
+    facts = teacher.load(tiny.teacher)["data"]
     return sample.load_reference(facts), teacher.load_data("digits", "train")
 
 
@@ -984,8 +976,8 @@ def test_features_of_other_data_are_trained_once(digits, tmp_path, monkeypatch, 
     assert len(trained) == 2 and digest == same != other
 
 
-def test_report_tells_figures_floor_and_protocol(tiny_generator, digits, capsys):
-    sample.main([tiny_generator, "--evaluate", "--n", "200", "--seeds", "2"])
+def test_report_tells_figures_floor_and_protocol(tiny, digits, capsys):
+    sample.main([tiny.generator, "--evaluate", "--n", "200", "--seeds", "2"])
     out = capsys.readouterr().out
     result = json.loads(out.splitlines()[-1])
     for word in ("200 samples", "1497 training images of digits", "5b856f0ba1cd", "[0, 1]"):
@@ -996,10 +988,10 @@ def test_report_tells_figures_floor_and_protocol(tiny_generator, digits, capsys)
 
 # ---- pictures -----------------------------------------------------------------------------------
 
-def test_trajectory_shows_what_the_denoiser_is_given(tiny_teacher, tmp_path, spy):
+def test_trajectory_shows_what_the_denoiser_is_given(tiny, tmp_path, spy):
     grids, passes = spy(sample, "save_grid"), spy(teacher.Denoiser, "forward")
     flags = f"--trajectory --labels 3,7 --sampler euler --steps 4 --out {tmp_path}/strip.png"
-    sample.main([tiny_teacher, *flags.split()])
+    sample.main([tiny.teacher, *flags.split()])
     (rows, names, _, titles), _ = grids[0]
     assert names == ["3", "estimate", "7", "estimate"] and titles[::3] == ["80", "0.002"]
     for column, ((_, x, sigma, _), x0_hat) in enumerate(passes):
@@ -1007,10 +999,10 @@ def test_trajectory_shows_what_the_denoiser_is_given(tiny_teacher, tmp_path, spy
         assert torch.equal(rows[0::2, column], teacher.to_uint8(x / (1 + sigma.view(-1, 1, 1, 1))))
 
 
-def test_beside_shows_real_second_and_first(tiny_teacher, tiny_generator, tmp_path, spy, digits):
+def test_beside_shows_real_second_and_first(tiny, tmp_path, spy, digits):
     grids, made = spy(sample, "save_grid"), spy(sample, "generate")
-    flags = f"--beside {tiny_teacher} --steps 3 --out {tmp_path}/beside.png"
-    sample.main([tiny_generator, *flags.split()])
+    flags = f"--beside {tiny.teacher} --steps 3 --out {tmp_path}/beside.png"
+    sample.main([tiny.generator, *flags.split()])
     (rows, _, _, titles), _ = grids[0]
     real = [digits[1].images[digits[1].labels == c][:5] for c in range(10)]
     parts = [rows[:, i:i + 5].flatten(0, 1) for i in (0, 6, 12)]
@@ -1237,9 +1229,9 @@ def lines_of(folder):
     ("dmd2", "--teacher TEACHER --evaluate-every 0 --regression-steps 4 --pairs 40"),
     ("dmd2", "--teacher TEACHER --evaluate-every 1 --gan-weight 0"),
     ("dmd2", "--teacher LATENT --evaluate-every 0")])
-def test_resumed_run_is_the_uninterrupted(name, flags, tiny_teacher, latent, photos):
+def test_resumed_run_is_the_uninterrupted(name, flags, tiny, latent, photos):
     paths = dict(AUTOENCODER=latent / "moved" / "autoencoder.pt", FOLDER=photos,
-                 TEACHER=tiny_teacher, LATENT=latent / "teacher" / "teacher.pt")
+                 TEACHER=tiny.teacher, LATENT=latent / "teacher" / "teacher.pt")
     flags = [str(paths.get(word, word)) for word in flags.split()]
     main, sizes = (dmd2.main, TINY_DMD) if name == "dmd2" else (teacher.main, TINY)
     main([*sizes, *flags, "--steps", "7", "--out", "whole"])
@@ -1254,10 +1246,10 @@ def test_resumed_run_is_the_uninterrupted(name, flags, tiny_teacher, latent, pho
 
 @pytest.mark.parametrize("name", ["teacher", "dmd2"])
 def test_config_is_the_run_s_options(name, tiny, tmp_path):
-    first, again = tiny / name / "config.json", tmp_path / "config.json"
+    first, again = tiny.folder / name / "config.json", tmp_path / "config.json"
     sys.modules[name].main(["--config", str(first), "--out", str(tmp_path), "--seed", "1"])
     first, again = (json.loads(path.read_text()) for path in (first, again))
-    assert first == teacher.load(tiny / name / RESUMABLE[name])["config"]
+    assert first == teacher.load(tiny.folder / name / RESUMABLE[name])["config"]
     assert again == dict(first, out=str(tmp_path), seed=1)
 
 
@@ -1357,10 +1349,10 @@ def at_third_update(*calls):
 
 
 @pytest.fixture(scope="session", params=FAULTY)
-def faulty(request, tiny_teacher, tmp_path_factory):
+def faulty(request, tiny, tmp_path_factory):
     """A script, the options of a run of it, and the folder of such a run left alone."""
     name, folder = request.param, tmp_path_factory.mktemp("whole")
-    argv = [*FAULTY[name].split(), *["--teacher", tiny_teacher] * (name == "dmd2")]
+    argv = [*FAULTY[name].split(), *["--teacher", tiny.teacher] * (name == "dmd2")]
     status, words = finish(folder / "words", script, name, [*argv, "--out", folder / "run"])
     assert status == 0, words
     return types.SimpleNamespace(name=name, argv=argv, whole=folder / "run")
@@ -1433,17 +1425,17 @@ def test_full_disk(faulty, tmp_path):
     (teacher.main, "--resume"), (teacher.main, "--latent"), (dmd2.main, "--resume"),
     (dmd2.main, "--teacher"), (dmd2.main, "--teacher TEACHER --init-from"), (sample.main, ""),
     (sample.main, "TEACHER --out x.png --beside"), (export.main, "")])
-def test_damaged_or_foreign_file_is_one_line(main, argv, damage, tiny_teacher, tmp_path,
-                                             monkeypatch, capsys):
+def test_damaged_or_foreign_file_is_one_line(main, argv, damage, tiny, tmp_path, monkeypatch,
+                                             capsys):
     monkeypatch.chdir(tmp_path)
-    content, checkpoint = bytearray(Path(tiny_teacher).read_bytes()), teacher.load(tiny_teacher)
+    content, checkpoint = bytearray(Path(tiny.teacher).read_bytes()), teacher.load(tiny.teacher)
     if damage == "flipped":
         weight = max(checkpoint["model"].values(), key=torch.numel)
         content[content.index(weight.numpy().tobytes())] ^= 1
     Path("bad.pt").write_bytes(dict(cut=content[:-100], text=b"a text").get(damage, content))
     if damage == "planted":
         torch.save(dict(checkpoint, step=called(os.mkdir, "planted")), "bad.pt")
-    line = fails(main, [*argv.replace("TEACHER", tiny_teacher).split(), "bad.pt"], capsys)
+    line = fails(main, [*argv.replace("TEACHER", tiny.teacher).split(), "bad.pt"], capsys)
     assert "bad.pt: no" in line and "checkpoint of this project" in line
     assert [path.name for path in tmp_path.iterdir()] == ["bad.pt"]
 
@@ -1453,13 +1445,12 @@ def test_damaged_or_foreign_file_is_one_line(main, argv, damage, tiny_teacher, t
     (teacher.main, nn.utils, "clip_grad_norm_", "gradient_norm is nan at step 3"),
     (dmd2.main, dmd2, "unit_error", "fake_loss is nan at step 3"),
     (dmd2.main, dmd2, "dmd_loss", "dmd_loss is nan at step 5")])
-def test_divergence_stops_the_run(main, module, name, says, tiny_teacher, tmp_path, monkeypatch,
-                                  capsys):
+def test_divergence_stops_the_run(main, module, name, says, tiny, tmp_path, monkeypatch, capsys):
     def third(*args, **options):
         return function(*args, **options) * (math.nan if next(calls) == 3 else 1)
     calls, function = itertools.count(1), getattr(module, name)
     monkeypatch.setattr(module, name, third)
-    flags = [*TINY_DMD, "--teacher", tiny_teacher] if main is dmd2.main else TINY
+    flags = [*TINY_DMD, "--teacher", tiny.teacher] if main is dmd2.main else TINY
     flags = [*flags, *"--steps 6 --log-every 6 --save-every 2 --out".split(), str(tmp_path)]
     with pytest.raises(SystemExit) as stop:
         teacher.run_script(lambda: main(flags))
@@ -1494,8 +1485,8 @@ def be_rank(rank, port, name, argv):
     ("teacher", "--sample-every 2"),
     ("dmd2", "--evaluate-every 2 --warmup 1 --student-steps 2 --gan-weight 1 "
              "--discriminator-weight 1")])
-def test_losses_of_two_parts_and_of_two_processes(name, flags, tiny_teacher, tmp_path):
-    sizes = TINY if name == "teacher" else [*TINY_DMD, "--teacher", tiny_teacher]
+def test_losses_of_two_parts_and_of_two_processes(name, flags, tiny, tmp_path):
+    sizes = TINY if name == "teacher" else [*TINY_DMD, "--teacher", tiny.teacher]
     argv = [*sizes, *flags.split(), "--out"]
     sys.modules[name].main([*argv, f"{tmp_path}/whole"])
     sys.modules[name].main([*argv, f"{tmp_path}/parts", "--accumulate", "2"])
@@ -1508,11 +1499,11 @@ def test_losses_of_two_parts_and_of_two_processes(name, flags, tiny_teacher, tmp
         assert {key: same[key] for key in losses} == pytest.approx(losses, rel=1e-5, abs=1e-5)
 
 
-def test_images_of_two_processes_and_of_onnx(tiny, tiny_generator, tmp_path):
+def test_images_of_two_processes_and_of_onnx(tiny, tmp_path):
     argv = ["--n", "40", "--batch", "16", "--out"]
-    sample.main([tiny_generator, *argv, f"{tmp_path}/one.npz"])
-    sample.main([str(tiny / "dmd2" / "generator.onnx"), *argv, f"{tmp_path}/onnx.npz"])
-    as_ranks("sample", [tiny_generator, *argv, f"{tmp_path}/two.npz"], tmp_path)
+    sample.main([tiny.generator, *argv, f"{tmp_path}/one.npz"])
+    sample.main([tiny.onnx, *argv, f"{tmp_path}/onnx.npz"])
+    as_ranks("sample", [tiny.generator, *argv, f"{tmp_path}/two.npz"], tmp_path)
     one, onnx, two = (np.load(tmp_path / f"{name}.npz") for name in ("one", "onnx", "two"))
     assert one["images"].shape == (40, 8, 8, 1) and one["images"].std() > 30
     for other in (onnx, two):
@@ -1541,12 +1532,12 @@ def test_backend(cuda, backend, monkeypatch):
     (teacher, "--mults 1,x", "--mults 1,x: needs"),
     (teacher, "--bacth 3", "unrecognized arguments: --bacth"),
     (teacher, "--out /dev/null/run", "/dev/null/run"),
-    (teacher, "--out TEACHER_RUN", "holds a run, teacher.pt"),
+    (teacher, "--out FOLDER/teacher", "holds a run, teacher.pt"),
     (teacher, "--resume nowhere.pt", "nowhere.pt: no such checkpoint"),
     (teacher, "--resume TEACHER", "--steps 4: "),
     (teacher, "--resume TEACHER --steps 9 --lr 0.1", "--lr 0.1: the run to resume has 0.002"),
     (teacher, "--resume LAST --steps 9", "another script"),
-    (teacher, "--config README", "README.md: is no"),
+    (teacher, "--config TEACHER", "teacher.pt: is no"),
     (teacher, "--latent TEACHER", "autoencoder"),
     (dmd2, "", "--teacher is missing"),
     (dmd2, "--teacher GENERATOR", "holds a generator"),
@@ -1554,7 +1545,7 @@ def test_backend(cuda, backend, monkeypatch):
      "nothing is left to train"),
     (dmd2, "--teacher TEACHER --dm-range 0.5", "--dm-range 0.5: needs two numbers from 0"),
     (dmd2, "--teacher TEACHER --regression-weight 1 --pairs 9", "--pairs"),
-    (dmd2, "--teacher NO_NULL --guidance 1.5", "--label-dropout"),
+    (dmd2, "--teacher FOLDER/no_null.pt --guidance 1.5", "--label-dropout"),
     (dmd2, "--teacher TEACHER --init-from TEACHER", "generator"),
     (dmd2, "--teacher TEACHER --init-from GENERATOR --student-steps 4", "its sigmas is [80.0]"),
     (dmd2, "--resume GENERATOR --steps 9", "holds no optimizers"),
@@ -1563,20 +1554,15 @@ def test_backend(cuda, backend, monkeypatch):
     (sample, "GENERATOR --steps 4", "--steps 4: is for teachers"),
     (sample, "ONNX --trajectory", "ONNX file"),
     (sample, "GENERATOR --out x.jpg", "--out x.jpg: must end in .png or .npz"),
-    (sample, "GENERATOR --out DMD2_RUN", "folder that is not there yet"),
+    (sample, "GENERATOR --out FOLDER/dmd2", "folder that is not there yet"),
     (export, "TEACHER", "distil it first"),
 ])
-def test_mistake_is_one_line(script, argv, says, tiny, tmp_path, tmp_path_factory, monkeypatch,
-                             capsys):
+def test_mistake_is_one_line(script, argv, says, tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    runs, folder = (tiny / "teacher", tiny / "dmd2"), tmp_path_factory.mktemp("files")
-    checkpoint = teacher.load(runs[0] / "teacher.pt")
+    checkpoint = teacher.load(tiny.teacher)
     checkpoint["config"]["label_dropout"] = 0.0
-    torch.save(checkpoint, folder / "no_null.pt")
-    paths = dict(TEACHER_RUN=runs[0], DMD2_RUN=runs[1], TEACHER=runs[0] / "teacher.pt",
-                 GENERATOR=runs[1] / "generator.pt", ONNX=runs[1] / "generator.onnx",
-                 LAST=runs[1] / "last.pt", README=ROOT / "README.md", NO_NULL=folder / "no_null.pt")
-    argv = re.sub(r"\b[A-Z][A-Z_\d]+\b", lambda word: str(paths[word[0]]), argv).split()
+    torch.save(checkpoint, tiny.folder / "no_null.pt")
+    argv = re.sub("[A-Z]{4,}", lambda word: str(getattr(tiny, word[0].lower())), argv).split()
     assert says in fails(script.main, argv, capsys) and not list(tmp_path.iterdir())
 
 
@@ -1608,8 +1594,8 @@ assert not heavy, heavy"""
 
 
 @pytest.mark.parametrize("script", [teacher, dmd2])
-def test_profile_tells_and_touches_no_run(script, tiny_teacher, tmp_path, capsys):
-    flags = ["--teacher", tiny_teacher] if script is dmd2 else ["--width", "32"]
+def test_profile_tells_and_touches_no_run(script, tiny, tmp_path, capsys):
+    flags = ["--teacher", tiny.teacher] if script is dmd2 else ["--width", "32"]
     (tmp_path / "last.pt").write_text("a run's")
     script.main([*flags, "--device", "cpu", "--batch", "16", "--profile", "--out", str(tmp_path)])
     out = capsys.readouterr().out
@@ -1628,25 +1614,20 @@ def test_float32_and_not_compiled_by_default():
 # ---- ONNX ---------------------------------------------------------------------------------------
 
 @pytest.fixture
-def file(tiny):
-    return tiny / "dmd2" / "generator.onnx"
-
-
-@pytest.fixture
-def exported(tiny_generator):
+def exported(tiny):
     """The module whose graph is in the file."""
-    checkpoint = teacher.load(tiny_generator)
+    checkpoint = teacher.load(tiny.generator)
     return export.Exported(teacher.build(checkpoint), checkpoint["sigmas"], 10)
 
 
 @pytest.mark.parametrize("flag, tolerance, device", [
     ("", 1e-5, "cpu"), ("--uint8", 1, "cpu"), ("--fp16", 1e-2, "cpu"),
     pytest.param("", 1e-4, "cuda", marks=gpu), pytest.param("--fp16", 1e-2, "cuda", marks=gpu)])
-def test_onnx_contract(flag, tolerance, device, exported, tiny_generator, tmp_path):
+def test_onnx_contract(flag, tolerance, device, exported, tiny, tmp_path):
     if f"{device.upper()}ExecutionProvider" not in onnxruntime.get_available_providers():
         pytest.skip("onnxruntime is here without its CUDA provider")
     path = tmp_path / "g.onnx"
-    export.main([tiny_generator, *flag.split(), "--device", device, "--out", str(path)])
+    export.main([tiny.generator, *flag.split(), "--device", device, "--out", str(path)])
     assert list(tmp_path.iterdir()) == [path]
     graph, proto = onnx.load(path).graph, onnx.TensorProto
     found = {v.name: v.type.tensor_type.elem_type for v in (*graph.input, *graph.output)}
@@ -1664,31 +1645,30 @@ def test_onnx_contract(flag, tolerance, device, exported, tiny_generator, tmp_pa
 
 
 @pytest.mark.parametrize("wrong", [10, -1, -10, 2**40, -2**63])
-def test_onnx_refuses_a_label_that_is_no_class(wrong, file, exported):
+def test_onnx_refuses_a_label_that_is_no_class(wrong, tiny, exported):
     noise, label = torch.randn(2, 1, 8, 8), torch.tensor([3, wrong])
-    session, _ = sample.onnx_session(file)
+    session, _ = sample.onnx_session(tiny.onnx)
     with pytest.raises(Exception, match="indices element out of data bounds"):
         session.run(None, dict(noise=noise.numpy(), label=label.numpy()))
     with pytest.raises(IndexError):
         exported(noise, label)
 
 
-def test_onnx_metadata(file, tiny, tiny_generator):
-    facts = json.loads({p.key: p.value for p in onnx.load(file).metadata_props}["dmd2"])
+def test_onnx_metadata(tiny):
+    facts = json.loads({p.key: p.value for p in onnx.load(tiny.onnx).metadata_props}["dmd2"])
     assert facts["noise"] == "float32 [batch, 1, 8, 8], standard normal"
     assert facts["image"] == "float32 [batch, 1, 8, 8] in [-1, 1]"
     assert facts["data"]["classes"] == list("0123456789") and facts["sigmas"] == [80.0]
     assert facts["version"] == teacher.__version__ and facts["figures"]["frechet_distance"] > 0
-    digest = hashlib.sha256(Path(tiny_generator).read_bytes()).hexdigest()
+    digest = hashlib.sha256(Path(tiny.generator).read_bytes()).hexdigest()
     assert facts["checkpoint_sha256"] == digest
-    for part in (str(ROOT), str(tiny), str(Path(torch.__file__).parent), "export.py", "teacher.py"):
-        assert part.encode() not in file.read_bytes()
+    for part in (ROOT, tiny.folder, Path(torch.__file__).parent, "export.py", "teacher.py"):
+        assert str(part).encode() not in Path(tiny.onnx).read_bytes()
 
 
 @pytest.mark.parametrize("spoil", [0.1, math.nan])
-def test_export_that_differs_leaves_no_file(spoil, file, tiny_generator, tmp_path, monkeypatch,
-                                            capsys):
-    checkpoint, content = teacher.load(tiny_generator), file.read_bytes()
+def test_export_that_differs_leaves_no_file(spoil, tiny, tmp_path, monkeypatch, capsys):
+    checkpoint, content = teacher.load(tiny.generator), Path(tiny.onnx).read_bytes()
     checkpoint["model"]["net.dec.8x8_aux_conv.bias"] += spoil
     torch.save(checkpoint, tmp_path / "g.pt")
     monkeypatch.setattr(export, "export_onnx", lambda *args: content)
@@ -1696,13 +1676,13 @@ def test_export_that_differs_leaves_no_file(spoil, file, tiny_generator, tmp_pat
     assert [path.name for path in tmp_path.iterdir()] == ["g.pt"]
 
 
-def test_benchmark_prints_all_rows(file, tiny_generator, exported, monkeypatch, capsys):
+def test_benchmark_prints_all_rows(tiny, exported, monkeypatch, capsys):
     def medians(calls, device):
         return {name: 1 if "teacher" in name else [call(), 0.5][1] for name, call in calls.items()}
     monkeypatch.setattr(export, "BATCHES", (1, 3))
     monkeypatch.setattr(export, "medians", medians)
     monkeypatch.setattr(torch, "compile", lambda module, **options: module)
-    export.benchmark(file.read_bytes(), exported, teacher.load(tiny_generator), torch.device("cpu"))
+    export.benchmark(Path(tiny.onnx).read_bytes(), exported, teacher.load(tiny.generator), CPU)
     rows = re.findall(r"^ +(\d) +(\w.*?) {2,}(.*)$", capsys.readouterr().out, re.M)
     names = ["teacher, 18 Heun steps", "PyTorch", "onnxruntime", "torch.compile"]
     assert [row[:2] for row in rows] == [(batch, name) for batch in "13" for name in names]
