@@ -112,9 +112,10 @@ def distil(tiny, tmp_path):
     """Distil the tiny teacher with more flags, in four steps; returns the run's folder."""
     runs = itertools.count()
 
-    def run(*flags):
+    def run(flags=""):
         out = tmp_path / f"run{next(runs)}"
-        dmd2.main([*TINY_DMD, "--teacher", tiny.teacher, "--out", str(out), *map(str, flags)])
+        dmd2.main([*TINY_DMD, "--teacher", tiny.teacher, "--evaluate-every", "0",
+                   "--out", str(out), *flags.split()])
         return out
     return run
 
@@ -173,15 +174,6 @@ INPUTS = next(teacher.fresh_noise(8, (1, 8, 8), 0)), torch.linspace(0.1, 5, 8), 
 @pytest.fixture
 def denoiser(tiny):
     return teacher.build(teacher.load(tiny.teacher))
-
-
-@pytest.fixture
-def quick(distil):
-    """Distil with flags in a string and without evaluations; returns the log and last.pt."""
-    def run(flags=""):
-        out = distil("--evaluate-every", 0, *flags.split())
-        return log_of(out), teacher.load(out / "last.pt")
-    return run
 
 
 @pytest.fixture
@@ -385,7 +377,7 @@ def test_edm_goes_the_whole_way(label_dim, edm_pkl, distil, capsys):
         assert "--data is missing: an EDM checkpoint" in fails(main, flags, capsys)
     sample.main([path, *"--data digits --evaluate --n 100 --sampler ddim --steps 3".split()])
     assert "teacher, 3 DDIM steps" in capsys.readouterr().out
-    run = distil("--teacher", path, "--data", "digits", "--evaluate-every", 0)
+    run = distil(f"--teacher {path} --data digits")
     dmd2.main(["--resume", f"{run}/last.pt", "--steps", "6"])
     export.main([f"{run}/generator.pt"])
     images = sample.generate(sample.load_sampler(f"{run}/generator.onnx"), INPUTS[2] * 0, seed=0)
@@ -538,9 +530,9 @@ def test_generator_of_latents_goes_everywhere(latent, capsys):
     assert "1497 training images of digits" in capsys.readouterr().out
 
 
-def test_real_x0_are_latents_of_the_autoencoder_that_travels(latent, quick, spy):
+def test_real_x0_are_latents_of_the_autoencoder_that_travels(latent, distil, spy):
     batches, data = spy(dmd2, "training_batches"), teacher.load_data("digits", "train")
-    quick(f"--teacher {latent}/teacher/teacher.pt --steps 1")
+    distil(f"--teacher {latent}/teacher/teacher.pt --steps 1")
     codec = teacher.build(teacher.load(latent / "teacher" / "teacher.pt")["autoencoder"])
     close(batches[0][0][0].images, codec.encode(teacher.to_float(data.images)))
 
@@ -549,22 +541,22 @@ def test_real_x0_are_latents_of_the_autoencoder_that_travels(latent, quick, spy)
 
 @pytest.mark.parametrize("prediction, schedule", [  # each with two of the other
     *zip([*teacher.PREDICTIONS] * 2, [*teacher.SCHEDULES] * 2)])
-def test_every_kind_trains_samples_and_distils(prediction, schedule, quick, tmp_path, spy):
+def test_every_kind_trains_samples_and_distils(prediction, schedule, distil, tmp_path, spy):
     losses, path = spy(teacher, "denoising_loss"), f"{tmp_path}/teacher.pt"
     flags = f"--prediction {prediction} --schedule {schedule} --min-snr-gamma 5 --batch 8 --steps 1"
     teacher.main([*TINY, *flags.split(), "--out", str(tmp_path)])
     assert losses[0][0][5] == 5
-    quick(f"--teacher {path} --batch 8 --steps 1")
+    distil(f"--teacher {path} --batch 8 --steps 1")
     for path, kind in ((path, "heun"), (path, "ddpm"), (f"{tmp_path}/run0/generator.pt", None)):
         cfg = sample.Config(checkpoint=path, sampler=kind, steps=kind and 2)
         x0 = sample.load_sampler(path, cfg=cfg).x0(iter(INPUTS[:1] * 2), INPUTS[2])
         assert x0.isfinite().all() and x0.std() > 0
 
 
-def test_no_level_is_below_the_teacher_s(quick, tmp_path, spy):
+def test_no_level_is_below_the_teacher_s(distil, tmp_path, spy):
     teacher.main([*TINY, "--steps", "1", "--schedule", "linear", "--out", str(tmp_path)])
     passes = spy(teacher.Denoiser, "estimate")
-    quick(f"--teacher {tmp_path}/teacher.pt --batch 256 --steps 2")
+    distil(f"--teacher {tmp_path}/teacher.pt --batch 256 --steps 2")
     assert 0.01 * 0.999 < torch.cat([args[2] for args, _ in passes]).min() < 0.01 * 1.5
 
 
@@ -709,21 +701,22 @@ def test_lpips_sees_colour_images_of_224(monkeypatch):
     assert distance.item() == pytest.approx(1) and shapes == [(2, 3, 224, 224)] * 2
 
 
-def test_networks_start_as_the_teacher_or_a_first_stage(quick, tiny):
+def test_networks_start_as_the_teacher_or_a_first_stage(distil, tiny):
     parent, first = teacher.load(tiny.teacher), teacher.load(tiny.generator)
     for flags, generator, fake_score in (
             ("", parent["model"], parent["model"]), ("--guidance 3", *[parent["model"]] * 2),
             (f"--init-from {tiny.generator}", first["model"], first["fake_score"])):
-        lines, last = quick(f"--lr 0 --fake-lr 0 --steps 1 {flags}")
+        out = distil(f"--lr 0 --fake-lr 0 --steps 1 {flags}")
+        last = teacher.load(out / "last.pt")
         assert equal(last["training"]["generator"], generator) and equal(last["model"], generator)
         assert equal(last["training"]["fake_score"], fake_score)
-        assert (lines[0]["dmd_loss"] == 0) == (not flags)  # as fake score and teacher are one
+        assert (log_of(out)[0]["dmd_loss"] == 0) == (not flags)  # as fake score and teacher are one
 
 
-def test_discriminator_sees_real_as_real_with_its_labels(quick, spy, monkeypatch):
+def test_discriminator_sees_real_as_real_with_its_labels(distil, spy, monkeypatch):
     monkeypatch.setattr(dmd2, "diffused", lambda x0, draw, quantiles: (x0, torch.ones(len(x0))))
     seen, losses = spy(dmd2.Discriminator, "forward"), spy(dmd2, "discriminator_loss")
-    quick("--steps 1 --gan-range 0,0.9")
+    distil("--steps 1 --gan-range 0,0.9")
     generated, real, fake = ((x0, label) for (_, x0, _, label), _ in seen)
     images, labels, *_ = teacher.load_data("digits", "train")
     index = teacher.batch_at(0, len(images), 16, seed=0)
@@ -734,18 +727,19 @@ def test_discriminator_sees_real_as_real_with_its_labels(quick, spy, monkeypatch
 
 
 @pytest.mark.parametrize("features, trains_encoder", [("fake", True), ("teacher", False)])
-def test_discriminator_trains_the_encoder_it_shares(features, trains_encoder, quick):
+def test_discriminator_trains_the_encoder_it_shares(features, trains_encoder, distil):
     flags = f"--steps 1 --gan-features {features} --fake-lr 0.01 --clip 1e9 --discriminator-weight"
-    states = [quick(f"{flags} {weight}")[1]["training"]["fake_score"] for weight in (0.01, 10)]
+    runs = [teacher.load(distil(f"{flags} {weight}") / "last.pt") for weight in (0.01, 10)]
+    states = [run["training"]["fake_score"] for run in runs]
     assert equal(*states) == (not trains_encoder)
 
 
 @pytest.mark.parametrize("flags, name, quantiles", [
     ("--dm-range 0.5,0.6", "dmd_loss", (0.5, 0.6)), ("", "dmd_loss", (0.02, 0.6)),
     ("--fake-range 0.1,0.2", "unit_error", (0.1, 0.2)), ("", "unit_error", (0, 1))])
-def test_losses_draw_levels_from_their_range(flags, name, quantiles, quick, spy):
+def test_losses_draw_levels_from_their_range(flags, name, quantiles, distil, spy):
     calls = spy(dmd2, name)
-    quick(f"--batch 256 --steps 1 {flags}")
+    distil(f"--batch 256 --steps 1 {flags}")
     sigma, (low, high) = calls[0][0][3], teacher.sigma_at(torch.tensor(quantiles), "karras")
     assert low <= sigma.min() < 2 * low + 0.01 and high / 1.5 < sigma.max() <= high
 
@@ -759,21 +753,21 @@ def test_losses_draw_levels_from_their_range(flags, name, quantiles, quick, spy)
     ("--regression-weight 0.25 --pairs 20", 55, dict(dmd_loss=[1, 3], regression_loss=[1, 3])),
     ("--regression-steps 2 --pairs 20", 46, dict(
         regression_loss=[1, 2], dmd_loss=[3], fake_loss=[3, 4], fake_gradient_norm=[3, 4]))])
-def test_steps_that_take_a_loss(flags, passes, logged, quick, spy, tiny, monkeypatch):
+def test_steps_that_take_a_loss(flags, passes, logged, distil, spy, tiny, monkeypatch):
     """Passes per step: generator 1, its losses 2 + 1; fake score 1, discriminator 1, or 2 if its
     levels or its features are its own. Pairs take 35."""
     built, before = spy(dmd2, "build"), teacher.load(tiny.teacher)["model"]
     calls = spy(teacher.Denoiser, "estimate")
     if flags == "--gan-weight 0":
         monkeypatch.setattr(dmd2, "load_images", None)  # no image is read
-    lines, _ = quick(flags)
+    lines = log_of(distil(flags))
     assert len(calls) == passes
     assert logged == {name: [line["step"] for line in lines if name in line] for name in logged}
     assert [equal(net.state_dict(), before) for _, net in built] == [True, False, False]
 
 
 def test_two_steps_are_one_onnx_file(distil):
-    out = distil("--student-steps", 2, "--evaluate-every", 0)
+    out = distil("--student-steps 2")
     export.main([f"{out}/generator.pt"])
     a, b = (sample.load_sampler(f"{out}/generator.{kind}") for kind in ("pt", "onnx"))
     noise, label = torch.randn(2, 5, 1, 8, 8), torch.arange(5)
@@ -1255,7 +1249,7 @@ def test_config_is_the_run_s_options(name, tiny, tmp_path):
 
 @pytest.mark.parametrize("content", [None, b"cut", b""])
 def test_checkpoint_before_the_last(content, distil, capsys):
-    out = distil("--save-every", 1, "--evaluate-every", 0)
+    out = distil("--save-every 1")
     shutil.copytree(out, out / "whole")
     last, before = out / "last.pt", out / "last.1.pt"
     last.unlink() if content is None else last.write_bytes(content)
@@ -1266,7 +1260,7 @@ def test_checkpoint_before_the_last(content, distil, capsys):
 
 
 def test_best_generator_survives_a_resume(distil):
-    out = distil("--evaluate-every", 2)
+    out = distil("--evaluate-every 2")
     best = teacher.load(out / "generator.pt")
     best["figures"].update(frechet_distance=0.0, recall=1.0)
     teacher.save(dict(best, step=99), out / "generator.pt")
