@@ -1272,12 +1272,9 @@ def test_pictures_at_sample_every_only(tmp_path):
 
 # ---- faults -------------------------------------------------------------------------------------
 
-FAULTY = {
-    "teacher": "--device cpu --batch 16 --width 8 --sample-every 0 --save-every 1 --steps 30",
-    "dmd2": "--device cpu --batch 16 --student-steps 2 --gan-weight 1 --evaluate-n 100 "
-            "--fake-steps 2 --warmup 1 --evaluate-every 5 --sample-every 0 --save-every 1 "
-            "--steps 12",
-}
+FAULTY = dict(teacher=[*TINY, *"--save-every 1 --steps 30".split()],
+              dmd2=[*TINY_DMD, *"--student-steps 2 --gan-weight 1 --warmup 1 --evaluate-every 5 "
+                    "--save-every 1 --steps 12".split()])
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -1338,7 +1335,7 @@ def at_third_update(*calls):
 def faulty(request, tiny, tmp_path_factory):
     """A script, the options of a run of it, and the folder of such a run left alone."""
     name, folder = request.param, tmp_path_factory.mktemp("whole")
-    argv = [*FAULTY[name].split(), *["--teacher", tiny.teacher] * (name == "dmd2")]
+    argv = [*FAULTY[name], *["--teacher", tiny.teacher] * (name == "dmd2")]
     status, words = finish(folder / "words", script, name, [*argv, "--out", folder / "run"])
     assert status == 0, words
     return types.SimpleNamespace(name=name, argv=argv, whole=folder / "run")
