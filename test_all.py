@@ -1082,29 +1082,20 @@ def test_unreadable_files_are_left_out_and_named(photos, capsys):
     assert count == 12 and "4 left out" in told and sum(name in told for name in bad) == 3
 
 
-def test_folder_decoded_once(photos, tmp_path, monkeypatch, capsys):
-    first = teacher.load_data(photos, "train").images
-    kept, = Path("data").glob("photos-32-*.uint8")
-    assert f"{kept} (0.0 MB)" in capsys.readouterr().err
-    monkeypatch.setattr(teacher, "decoded", None)  # whoever calls it fails
-    assert torch.equal(teacher.load_data(photos, "train").images, first)
-    maps = Path("/proc/self/maps")
-    assert not maps.exists() or str(kept.resolve()) in maps.read_text()
-    assert not capsys.readouterr().err
-    args = teacher.load_data, photos, "test", tmp_path / "data"
-    assert finish(tmp_path / "words", *args) == (0, "")  # it tells nothing, so it decoded nothing
-
-
-@pytest.mark.parametrize("change, size", [("size", 32), ("time", 32), (None, 16)])
-def test_folder_that_changed_is_decoded_anew(change, size, photos):
+@pytest.mark.parametrize("change, size", [(None, 32), ("size", 32), ("time", 32), (None, 16)])
+def test_folder_is_decoded_once_unless_it_changes(change, size, photos, capsys):
     first, path = teacher.load_data(photos, "train").images, Path(photos, "cats", "0.png")
+    (kept,), maps = Path("data").glob("photos-32-*.uint8"), Path("/proc/self/maps")
+    assert f"{kept} (0.0 MB)" in capsys.readouterr().err
+    assert not maps.exists() or str(kept.resolve()) in maps.read_text()
     if change == "size":
         Image.new("RGB", (9, 9)).save(path)
     elif change == "time":
         os.utime(path, (1, 1))
-    second = teacher.load_data(photos, "train", size=size).images
-    assert len(list(Path("data").glob("*.uint8"))) == 2 and second.shape[-1] == size
-    assert torch.equal(first, second) == (change == "time")
+    second, anew = teacher.load_data(photos, "train", size=size).images, change or size == 16
+    assert bool(anew) == bool(capsys.readouterr().err) and second.shape[-1] == size
+    assert len(list(Path("data").glob("*.uint8"))) == 1 + bool(anew)
+    assert torch.equal(first, second) == (change != "size" and size == 32)
 
 
 @pytest.fixture
