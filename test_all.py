@@ -1580,11 +1580,6 @@ def test_profile_tells_and_touches_no_run(script, tiny, tmp_path, capsys):
     assert {path.name for path in tmp_path.iterdir()} == {"last.pt", "profile"}
 
 
-def test_float32_and_not_compiled_by_default():
-    cfg = teacher.parse(teacher.Config, [], recipe=teacher.recipe)
-    assert not cfg.compile and teacher.dtype_of(cfg, torch.device("cuda")) == torch.float32
-
-
 # ---- ONNX ---------------------------------------------------------------------------------------
 
 @pytest.fixture
