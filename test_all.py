@@ -1662,9 +1662,6 @@ def test_benchmark_prints_all_rows(tiny, exported, monkeypatch, capsys):
 
 # ---- gpu ----------------------------------------------------------------------------------------
 
-GPU = "cuda"
-
-
 class CPUDraw(teacher.Draw):
     """Draws on the CPU, whatever device the numbers are for, so that losses on two compare."""
 
@@ -1712,21 +1709,21 @@ def difference(one, other):
     ("--dtype float16", True, 0.05)])
 def test_losses_on_a_gpu(flags, tf32, tolerance, compared):
     _, run = compared
-    assert difference(run(*flags.split(), device=GPU, tf32=tf32), run()) < tolerance
+    assert difference(run(*flags.split(), device="cuda", tf32=tf32), run()) < tolerance
 
 
 @gpu
 def test_resume_on_a_gpu(compared):
     name, run = compared
-    whole, parts = run(device=GPU), run("--save-every", 6, device=GPU)
-    run("--resume", (parts / RESUMABLE[name]).with_suffix(".1.pt"), device=GPU)  # of step 12
+    whole, parts = run(device="cuda"), run("--save-every", 6, device="cuda")
+    run("--resume", (parts / RESUMABLE[name]).with_suffix(".1.pt"), device="cuda")  # of step 12
     assert difference(parts, whole) < 2e-3
 
 
 @gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_two_gpus(tmp_path):
-    argv = [*TINY, "--device", GPU, "--out"]
+    argv = [*TINY, "--device", "cuda", "--out"]
     teacher.main([*argv, f"{tmp_path}/one"])
     as_ranks("teacher", [*argv, tmp_path / "two"], tmp_path)
     assert difference(tmp_path / "two", tmp_path / "one") < 0.03
