@@ -139,13 +139,11 @@ def log_of(folder):
 
 def equal(a, b):
     """Whether two nested states hold the same bits."""
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
     if isinstance(a, (list, tuple)):
         return len(a) == len(b) and all(map(equal, a, b))
-    return a == b
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
 def fails(main, argv, capsys):
@@ -1251,14 +1249,14 @@ def test_best_generator_survives_a_resume(distil):
     assert teacher.load(out / "generator.pt")["step"] == 99
 
 
-def test_pictures_at_sample_every_only(tmp_path):
-    teacher.main([*TINY, "--sample-every", "2", "--steps", "3", "--out", f"{tmp_path}/some"])
-    teacher.main([*TINY, "--out", f"{tmp_path}/none"])
-    some, none = ({path.name for path in (tmp_path / name).iterdir()} for name in ("some", "none"))
+def test_pictures_at_sample_every_only(tiny, tmp_path):
+    some, none = tmp_path, tiny.folder / "teacher"
+    teacher.main([*TINY, "--sample-every", "2", "--steps", "3", "--out", str(some)])
+    measured = [line["step"] for line in log_of(some) if "validation_loss" in line]
+    assert measured == [2, 3]
+    some, none = ({path.name for path in folder.iterdir()} for folder in (some, none))
     assert none == {"config.json", "log.jsonl", "teacher.pt"}
     assert some == none | {"loss.png", "samples_000002.png", "samples_000003.png"}
-    measured = [line["step"] for line in log_of(tmp_path / "some") if "validation_loss" in line]
-    assert measured == [2, 3]
 
 
 # ---- faults -------------------------------------------------------------------------------------
@@ -1437,8 +1435,7 @@ def test_divergence_stops_the_run(main, module, name, says, tiny, tmp_path, monk
 
 def as_ranks(name, argv, folder):
     """Run a script by two processes, as torchrun starts them; returns what they say."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
+    with socket.create_server(("localhost", 0)) as free:
         port = free.getsockname()[1]
     paths = [folder / f"words{rank}" for rank in range(2)]
     ranks = [in_child(path, be_rank, i, port, name, argv) for i, path in enumerate(paths)]
@@ -1764,8 +1761,7 @@ def distil_digits(folder):
     flags = "--device cpu --sample-every 0".split()
     teacher.main([*flags, "--steps", "400", "--out", f"{folder}/teacher"])
     dmd2.main([*flags, "--steps", "500", "--evaluate-every", "0", "--out", f"{folder}/dmd2",
-               "--pairs", "1000",
-               "--teacher", f"{folder}/teacher/teacher.pt"])
+               "--pairs", "1000", "--teacher", f"{folder}/teacher/teacher.pt"])
 
 
 def test_digits_for_a_minute(distilled_digits):
