@@ -270,16 +270,13 @@ def test_networks_take_sides_they_can_halve(side, mults, sigma):
         teacher.UNet(4 * side + 2, 3, 2, 8, (1, 2, 2), 1, ())
 
 
-def test_patches_are_channels_of_a_smaller_image(tmp_path):
+def test_patches_are_channels_of_a_smaller_image():
     sizes, given = (10, 16, (1, 2), 1, (4,)), (torch.zeros(3), torch.arange(3))
     patched, small = teacher.UNet(16, 1, *sizes, patch=2), teacher.UNet(8, 4, *sizes)
     small.load_state_dict(patched.state_dict())
     x = torch.rand(3, 1, 16, 16)
     f, features = small(nn.functional.pixel_unshuffle(x, 2), *given)
     assert equal(patched(x, *given), (nn.functional.pixel_shuffle(f, 2), features))
-    teacher.main([*TINY, "--patch", "2", "--out", f"{tmp_path}/teacher"])
-    dmd2.main([*TINY_DMD, "--teacher", f"{tmp_path}/teacher/teacher.pt", "--out", str(tmp_path)])
-    export.main([f"{tmp_path}/generator.pt"])  # which checks it
 
 
 # ---- EDM's checkpoints --------------------------------------------------------------------------
@@ -754,8 +751,9 @@ def test_steps_that_take_a_loss(flags, passes, logged, distil, spy, tiny, monkey
     assert [equal(net.state_dict(), before) for _, net in built] == [True, False, False]
 
 
-def test_two_steps_are_one_onnx_file(distil):
-    out = distil("--student-steps 2")
+def test_two_steps_with_patches_are_one_onnx_file(distil, tmp_path):
+    teacher.main([*TINY, "--patch", "2", "--out", str(tmp_path)])
+    out = distil(f"--teacher {tmp_path}/teacher.pt --student-steps 2")
     export.main([f"{out}/generator.pt"])
     a, b = (sample.load_sampler(f"{out}/generator.{kind}") for kind in ("pt", "onnx"))
     noise, label = torch.randn(2, 5, 1, 8, 8), torch.arange(5)
