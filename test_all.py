@@ -997,13 +997,6 @@ def test_digits_split():
     assert train.labels.bincount().tolist() == [146, 154, 149, 148, 143, 155, 157, 144, 151, 150]
 
 
-def test_mnist_where_it_lies():
-    if not (SHARED / "data" / "MNIST").exists():
-        pytest.skip("needs the MNIST files")
-    data = teacher.load_data("mnist", "test", SHARED / "data")
-    assert data.images.shape == (10000, 1, 28, 28) and data.labels[:5].tolist() == [7, 2, 1, 0, 4]
-
-
 def test_uint8_there_and_back():
     levels = torch.arange(256, dtype=torch.uint8)
     assert torch.equal(teacher.to_uint8(teacher.to_float(levels)), levels)
