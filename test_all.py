@@ -48,8 +48,7 @@ TINY = "--device cpu --steps 4 --batch 16 --width 8 --sample-every 0 --log-every
 TINY_DMD = TINY[:6] + ("--evaluate-n 100 --sample-every 0 --log-every 1 --regression-steps 0 "
                        "--regression-weight 0 --fake-steps 2").split()
 
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # that nobody registered the mark
+with warnings.catch_warnings(action="ignore"):  # that nobody registered the mark
     gpu = pytest.mark.gpu
 
 
@@ -102,9 +101,9 @@ def tiny(tmp_path_factory):
     teacher.save(checkpoint, f"{folder}/teacher/teacher.pt")
     dmd2.main([*TINY_DMD, "--teacher", f"{folder}/teacher/teacher.pt", "--out", f"{folder}/dmd2"])
     export.main([f"{folder}/dmd2/generator.pt"])
-    paths = dict(teacher="teacher/teacher.pt", generator="dmd2/generator.pt", last="dmd2/last.pt",
-                 onnx="dmd2/generator.onnx")
-    return types.SimpleNamespace(folder=folder, **{k: f"{folder}/{v}" for k, v in paths.items()})
+    return types.SimpleNamespace(
+        folder=folder, teacher=f"{folder}/teacher/teacher.pt", last=f"{folder}/dmd2/last.pt",
+        generator=f"{folder}/dmd2/generator.pt", onnx=f"{folder}/dmd2/generator.onnx")
 
 
 @pytest.fixture
@@ -1649,8 +1648,7 @@ class CPUDraw(teacher.Draw):
 
 @pytest.fixture(params=["teacher", "dmd2"])
 def compared(request, tmp_path, monkeypatch):
-    """The name of a script, and a function of flags that runs it for 15 steps, with the random
-    numbers of the CPU, and returns the run's folder."""
+    """A script's name, and a run of it of 15 steps by the CPU's random numbers: flags -> folder"""
     def run(*flags, device="cpu", tf32=False):
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
         out = tmp_path / f"run{next(runs)}"
