@@ -474,7 +474,7 @@ def test_images_do_not_depend_on_the_batch(kind, tiny):
     assert not torch.equal(sample.generate(sampler, label, 4), images)
 
 
-# ---- latents ------------------------------------------------------------------------------------
+# ---- latents, and every kind of teacher ---------------------------------------------------------
 
 @pytest.fixture(scope="session")
 def latent(tiny):
@@ -528,8 +528,6 @@ def test_real_x0_are_latents_of_the_autoencoder_that_travels(latent, distil, spy
     codec = teacher.build(teacher.load(latent / "teacher" / "teacher.pt")["autoencoder"])
     close(batches[0][0][0].images, codec.encode(teacher.to_float(data.images)))
 
-
-# ---- every kind of teacher ----------------------------------------------------------------------
 
 @pytest.mark.parametrize("prediction, schedule", [  # each with two of the other
     *zip([*teacher.PREDICTIONS] * 2, [*teacher.SCHEDULES] * 2)])
@@ -828,7 +826,7 @@ def test_compiled_bfloat16_is_one_graph_and_close_to_plain(denoiser, monkeypatch
     assert len(graphs) == 1
 
 
-# ---- quality ------------------------------------------------------------------------------------
+# ---- quality and pictures -----------------------------------------------------------------------
 
 def test_frechet_distance_is_the_closed_form():
     a = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0]).double()] * 3)  # of covariance 8/7
@@ -965,8 +963,6 @@ def test_report_tells_figures_floor_and_protocol(tiny, digits, capsys):
     assert f"{result['mean']['accuracy']:9.4f}" in out and result["spread"]["frechet_distance"] > 0
 
 
-# ---- pictures -----------------------------------------------------------------------------------
-
 def test_trajectory_shows_what_the_denoiser_is_given(tiny, tmp_path, spy):
     grids, passes = spy(sample, "save_grid"), spy(teacher.Denoiser, "forward")
     flags = f"--trajectory --labels 3,7 --sampler euler --steps 4 --out {tmp_path}/strip.png"
@@ -987,6 +983,8 @@ def test_beside_shows_real_second_and_first(tiny, tmp_path, spy, digits):
     parts = [rows[:, i:i + 5].flatten(0, 1) for i in (0, 6, 12)]
     assert equal(parts, [torch.cat(real), made[0][1], made[1][1]])
     assert [t for t in titles if t] == ["real", "teacher, 3 Heun steps", "generator, 1 step"]
+
+
 # ---- data ---------------------------------------------------------------------------------------
 
 def test_digits_split():
