@@ -32,7 +32,7 @@ from teacher import (GENERATOR, PREDICTIONS, SIGMA_MAX, SIGMA_MIN, TRAINED_STEP,
                      TrainingOptions, __version__, arg, batch_at, build, codec_of, due, encoded,
                      flag, fresh_noise, group_norm, load, lowest_quantile, parse, parts_of,
                      pick_device, prepare, progress, quantile_of, rank, rank_0_first, rate_at,
-                     run_script, save, save_grid, seeded, shape_of, sigma_at, tell,
+                     recipe_of, run_script, save, save_grid, seeded, shape_of, sigma_at, tell,
                      to_uint8, training_batches, unit_error, update_ema)
 
 # What of dmd2.py depends on the data: it fills the options that were not given.
@@ -68,6 +68,7 @@ class Config(TrainingOptions):
     teacher: str = arg(None, "checkpoint to distil, of teacher.py or NVlabs/edm (.pkl)", free=True)
     data: str = arg(None, "what an EDM .pkl was trained on, or where a folder is now", free=True)
     out: str = arg("runs/dmd2", "folder of the run")
+    recipe: str = arg(None, "row of RECIPES (default: by data and device)", tuple(RECIPES))
     fake_steps: int = arg(None, "fake score's updates per generator's (default: by data)", low=1)
     lr: float = arg(None, "learning rate of the generator (default: by data)", low=0, high=1)
     fake_lr: float = arg(None, "of the fake score, and of the generator's regression steps "
@@ -332,9 +333,10 @@ def recipe(given):
         raise ValueError("--teacher is missing: give one, such as runs/teacher/teacher.pt")
     parent = open_checkpoint(given["teacher"], given.get("data"), kind="teacher")
     kind = "latents" if parent["autoencoder"] else parent["data"]["name"]
+    chosen = given.get("recipe") or recipe_of(kind, given, RECIPES)
     found = {**dict(regression_steps=0, regression_weight=0.0, pairs=10000, save_every=200,
                     sample_every=500, evaluate_every=200, data_dir=parent["data"]["data_dir"]),
-             **RANGES[parent["prediction"]], **RECIPES.get(kind, RECIPES["folder"])}
+             **RANGES[parent["prediction"]], **RECIPES[chosen], "recipe": chosen}
     if given.get("student_steps", 1) > 1 or "init_from" in given:
         found.update(regression_steps=0, regression_weight=0.0)
     found["regression_steps"] = min(found["regression_steps"],
@@ -408,8 +410,8 @@ def train(cfg):
     if real_data:
         start = max(run.start, cfg.regression_steps)
         batches = training_batches(real_data, start, cfg, parts, device)
-    tell(f"{parent['data']['name']}: {num_classes} classes; on {device}; {cfg.steps} steps",
-         sys.stderr)
+    tell(f"{parent['data']['name']}: {num_classes} classes; on {device}; recipe {cfg.recipe}; "
+         f"{cfg.steps} steps", sys.stderr)
     if best.reference:
         tell(f"teacher: {summary(facts['teacher_figures'])}", sys.stderr)
         if not cfg.resume:

@@ -52,7 +52,7 @@ KNOWN_DATA = ("digits", "mnist", "fashion", "cifar10")
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".ppm", ".pgm")
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "PPM")  # PIL would run a program in PostScript
 
-# What depends on the data: it fills the options that were not given.
+# What depends on the data, and on a CPU on "...-cpu": it fills the options that were not given.
 RECIPES = {
     "digits": dict(width=32, mults="1,2", blocks=1, batch=128, steps=1200, lr=2e-3, ema=0.99),
     "mnist": dict(width=32, mults="1,2,2", blocks=2, batch=256, steps=20000, lr=1e-3, ema=0.999,
@@ -62,10 +62,11 @@ RECIPES = {
     "folder": dict(width=64, mults="1,2,2", blocks=2, batch=64, steps=20000, lr=5e-4, ema=0.999,
                    size=32, save_every=1000, sample_every=1000),
     # Of any data: an autoencoder, and a teacher of its latents.
-    "autoencoder": dict(width=16, mults="1,2,4", blocks=1, batch=128, steps=1500, lr=2e-3, ema=0.99,
-                        decay_after=900, save_every=200, sample_every=500, out="runs/autoencoder"),
-    "latents": dict(width=64, blocks=2, batch=128, steps=5000, lr=1e-3, ema=0.999,
-                    decay_after=3000, save_every=200, sample_every=500),
+    "autoencoder": dict(recipe="autoencoder", out="runs/autoencoder", width=16, mults="1,2,4",
+                        blocks=1, batch=128, steps=1500, lr=2e-3, ema=0.99, decay_after=900,
+                        save_every=200, sample_every=500),
+    "latents": dict(recipe="latents", width=64, blocks=2, patch=1, batch=128, steps=5000, lr=1e-3,
+                    ema=0.999, decay_after=3000, save_every=200, sample_every=500),
 }
 RECIPES["fashion"] = RECIPES["mnist"]
 
@@ -274,7 +275,7 @@ def train(cfg):
     prepare(cfg, device, model)  # not ema: samples and validation are always float32
     tell(f"{cfg.data}: {facts['count']} training images of {len(facts['classes'])} classes, "
          f"{', '.join(facts['classes'][:10])}; {sum(p.numel() for p in model.parameters()):,} "
-         f"parameters; on {device}; {cfg.steps} steps", sys.stderr)
+         f"parameters; on {device}; recipe {cfg.recipe}; {cfg.steps} steps", sys.stderr)
     batches = training_batches(data, run.start, cfg, parts, device)
 
     for step in run.steps(lambda: dict(task.facts, model=ema.state_dict())):
@@ -668,6 +669,7 @@ class Config(TrainingOptions):
     """Options of teacher.py."""
 
     out: str = arg(None, "folder of the run (default: runs/teacher, or runs/autoencoder)")
+    recipe: str = arg(None, "row of RECIPES (default: by data and device)", tuple(RECIPES))
     data: str = arg(None, f"{', '.join(KNOWN_DATA)} (default: digits) or a folder that holds a "
                           "folder of images for each class", free=True)
     size: int = arg(None, "side of a folder's images, scaled and cropped (default: 32)", low=4)
@@ -705,7 +707,15 @@ def recipe(given):
     data = given.get("data", found.get("data", "digits"))
     base = dict(out="runs/teacher", flip=False, save_every=200, sample_every=500,
                 data_dir=str(Path("data").resolve()))
-    return {**base, **RECIPES[data if data in KNOWN_DATA else "folder"], **found, "data": data}
+    chosen = given.get("recipe") or recipe_of(data, given, RECIPES)
+    return {**base, **RECIPES[chosen], "recipe": chosen, **found, "data": data}
+
+
+def recipe_of(data, given, recipes):
+    """The row of recipes for data of a name: that of its name, or "folder", or on a CPU "...-cpu"."""
+    name = data if data in recipes else "folder"
+    on_cpu = pick_device(given.get("device", "auto")).type == "cpu"
+    return f"{name}-cpu" if on_cpu and f"{name}-cpu" in recipes else name
 
 
 PATHS = {"data", "data_dir", "latent", "teacher", "init_from", "resume"}  # options, made absolute
