@@ -776,35 +776,33 @@ def parse(config_class, argv=None, doc="", recipe=lambda given: {}):
     return cfg
 
 
-def run_script(main):
-    """Call main; what the user can mend is one line and exit status 2.
+# What the user can mend: the error, words in it, the exit status and what is told.
+MISTAKES = (
+    (ModuleNotFoundError, "", 2, "the package {0.name} is not installed; pip install {0.name}"),
+    ((ValueError, OSError), "", 2, "{0}"),
+    (FloatingPointError, "", 1, "diverged: {0}"),
+    (KeyboardInterrupt, "", 130, "interrupted; --resume goes on from the last checkpoint"),
+    (RuntimeError, "out of memory|can't allocate", 2,
+     "out of memory; a smaller --batch, --width or --n takes less, or --accumulate 4"),
+    (RuntimeError, r"C(\+\+)? compiler", 2,
+     "--compile: PyTorch finds no C compiler; install one, such as gcc"),
+)
 
-    The status of a run that diverges is 1, of one that was interrupted 130.
-    """
+
+def run_script(main):
+    """Call main; what the user can mend is one line and exit status 2."""
     if dist.is_torchelastic_launched():  # rank 0 may have to download for long
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
                                 timeout=datetime.timedelta(hours=3))
-    status, words = 2, None
     try:
         main()
-    except ModuleNotFoundError as error:
-        words = f"the package {error.name} is not installed; pip install {error.name}"
-    except (ValueError, OSError) as error:
-        words = str(error)
-    except FloatingPointError as error:
-        status, words = 1, f"diverged: {error}"
-    except KeyboardInterrupt:
-        status, words = 130, "interrupted; --resume goes on from the last checkpoint"
-    except RuntimeError as error:
-        if re.search("out of memory|can't allocate", str(error)):
-            words = "out of memory; a smaller --batch, --width or --n takes less, or --accumulate 4"
-        elif re.search(r"C(\+\+)? compiler", str(error)):
-            words = "--compile: PyTorch finds no C compiler; install one, such as gcc"
-        else:
-            raise
-    if words is not None:
-        print(f"{Path(sys.argv[0]).name}: {' '.join(words.split())}", file=sys.stderr)
-        sys.exit(status)
+    except BaseException as error:
+        for kind, pattern, status, words in MISTAKES:
+            if isinstance(error, kind) and re.search(pattern, str(error)):
+                words = " ".join(words.format(error).split())
+                print(f"{Path(sys.argv[0]).name}: {words}", file=sys.stderr)
+                sys.exit(status)
+        raise
     if dist.is_initialized():
         dist.destroy_process_group()
 
