@@ -727,25 +727,19 @@ def parse(config_class, argv=None, doc="", recipe=lambda given: {}):
     What is given goes before what --resume or --config has, that before recipe(), and that before
     the fields' defaults. Raises ValueError if a given option does not fit.
     """
-    parser = argparse.ArgumentParser(description=doc, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     argument_default=argparse.SUPPRESS)
+    parser = argparse.ArgumentParser(  # without usage, so that its errors are one line
+        description=doc, usage=argparse.SUPPRESS, argument_default=argparse.SUPPRESS,
+        allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     fields = {f.name: f for f in dataclasses.fields(config_class)}
     for f in sorted(fields.values(), key=lambda f: f.name not in config_class.__annotations__):
         told = "" if f.default is None or f.type is bool else f" (default: {f.default})"
-        kind = dict(help=f.metadata["help"] + told)
-        if f.type is bool:
-            kind["action"] = argparse.BooleanOptionalAction
-        elif not f.metadata["positional"]:
-            choices = f.metadata["choices"]
-            kind.update(type=f.type, choices=choices, metavar=None if choices else "X")
-        parser.add_argument(f.name if f.metadata["positional"] else flag(f.name), **kind)
+        choices, positional = f.metadata["choices"], f.metadata["positional"]
+        kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(
+            type=f.type, choices=choices, metavar=None if choices or positional else "X")
+        parser.add_argument(f.name if positional else flag(f.name),
+                            help=f.metadata["help"] + told, **kind)
     if trains := issubclass(config_class, TrainingOptions):
         parser.add_argument("--config", metavar="X", help="config.json of a run, for its options")
-
-    def error(message):
-        raise ValueError(f"{message} (--help lists the options)")
-    parser.error = error
     given, saved = vars(parser.parse_args(argv)), {}
     for name in PATHS & given.keys() - {name for name in given if given[name] in KNOWN_DATA}:
         given[name] = str(Path(given[name]).resolve())
