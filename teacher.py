@@ -917,34 +917,32 @@ def load_folder(folder, size, data_dir):
     stamp = [(str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime, *rest)
              for path, *rest in files]
     key = hashlib.sha256(json.dumps([stamp, size]).encode()).hexdigest()[:16]
-    pixels, index = (data_dir / f"{folder.name}-{size}-{key}.{end}" for end in ("uint8", "json"))
+    pixels, index = (data_dir / f"{folder.name}-{size}-{key}.{end}" for end in ("uint8", "labels"))
     with rank_0_first():
         if not index.exists():
-            found, damaged, colour = [], [], False
+            labels, count, colour, damaged = [], 0, False, []
             with ThreadPoolExecutor() as pool, replacing(pixels) as file:
-                for start in progress(range(0, len(files), 256), "images"):
-                    part = files[start:start + 256]
-                    images = pool.map(decoded, [path for path, *_ in part], itertools.repeat(size))
-                    for (path, *rest), image in zip(part, images):
-                        if isinstance(image, Exception):
-                            damaged.append(f"{path} ({image})")
-                        else:
-                            file.write(image.tobytes())
-                            found.append(rest)
-                            colour = colour or bool((image != image[:1]).any())
+                images = pool.map(lambda entry: decoded(entry[0], size), files)
+                for (path, label, held_out), image in zip(progress(files, "images"), images):
+                    if isinstance(image, Exception):
+                        damaged.append(f"{path} ({image})")
+                        continue
+                    file.write(image.tobytes())
+                    labels.append(label)
+                    count += not held_out
+                    colour = colour or bool((image != image[:1]).any())
             with replacing(index) as file:
-                file.write(json.dumps([found, colour]).encode())
-            tell(f"{folder}: {len(found)} images, kept decoded as {pixels} "
+                file.write(json.dumps([labels, count, colour]).encode())
+            tell(f"{folder}: {len(labels)} images, kept decoded as {pixels} "
                  f"({pixels.stat().st_size / 1e6:.1f} MB); {len(damaged)} left out that can't be "
                  f"read{': ' * bool(damaged)}{'; '.join(damaged[:3])}", sys.stderr)
-    found, colour = json.loads(index.read_text())
-    trained = [label for label, held_out in found if not held_out]
-    if len({*trained}) < len(classes) or len(trained) == len(found):
-        raise ValueError(f"--data {folder}: has images to train on of {len({*trained})} of its "
-                         f"{len(classes)} classes, and {len(found) - len(trained)} to hold out")
-    images = torch.from_file(str(pixels), size=len(found) * 3 * size**2, dtype=torch.uint8)
+    labels, count, colour = json.loads(index.read_text())
+    if (found := len({*labels[:count]})) < len(classes) or count == len(labels):
+        raise ValueError(f"--data {folder}: has images to train on of {found} of its "
+                         f"{len(classes)} classes, and {len(labels) - count} to hold out")
+    images = torch.from_file(str(pixels), size=len(labels) * 3 * size**2, dtype=torch.uint8)
     images = images.view(-1, 3, size, size)[:, :3 if colour else 1]
-    return images, torch.tensor([label for label, _ in found]), classes, len(trained)
+    return images, torch.tensor(labels), classes, count
 
 
 def folder_files(folder):
