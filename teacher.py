@@ -1491,19 +1491,18 @@ def plot_log(path):
 def save_grid(rows, names, path, titles=()):
     """Write rows of images, uint8 [R, K, C, H, W], as one picture, small ones enlarged, with names
     at the left and titles above."""
-    zoom = max(1, round(56 / rows.shape[-1]))
-    side, font = rows.shape[-1] * zoom, ImageFont.load_default(14)
-    step, top = side + 4, 22 if titles else 4
+    zoom, font = max(1, round(56 / rows.shape[-1])), ImageFont.load_default(14)
     left = 8 + max([round(font.getlength(name)) for name in names], default=0)
-    sheet = Image.new("RGB", (left + rows.shape[1] * step, top + len(rows) * step), "white")
+    top, step = 22 if titles else 4, rows.shape[-1] * zoom + 4
+    tiles = rows.cpu().repeat_interleave(zoom, 3).repeat_interleave(zoom, 4)
+    tiles = F.pad(tiles, (0, 4, 0, 4), value=255).permute(0, 3, 1, 4, 2)  # rows, y, columns, x, C
+    pixels = F.pad(tiles.flatten(2, 3).flatten(0, 1), (0, 0, left, 0, top, 0), value=255)
+    sheet = Image.fromarray(pixels.expand(-1, -1, 3).numpy())
     draw = ImageDraw.Draw(sheet)
     for column, title in enumerate(titles):
         draw.text((left + (column + 0.5) * step, 3), title, "black", font, anchor="ma")
-    for r, (row, name) in enumerate(zip(rows.cpu().numpy(), names)):
-        draw.text((left - 6, top + r * step + side // 2), name, "black", font, anchor="rm")
-        for k, pixels in enumerate(row):
-            pixels = pixels.transpose(1, 2, 0).repeat(zoom, 0).repeat(zoom, 1)
-            sheet.paste(Image.fromarray(pixels.squeeze()), (left + k * step, top + r * step))
+    for row, name in enumerate(names):
+        draw.text((left - 6, top + (row + 0.5) * step - 2), name, "black", font, anchor="rm")
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path)
 
