@@ -838,10 +838,9 @@ def rank_0_first():
 def average(tensors):
     """Replace tensors of one dtype by their means over the ranks, in one message."""
     if ranks() > 1:
-        flat = torch.cat([tensor.flatten() for tensor in tensors]) / ranks()
-        dist.all_reduce(flat)
-        means = flat.split([tensor.numel() for tensor in tensors])
-        torch._foreach_copy_(tensors, [mean.view_as(t) for mean, t in zip(means, tensors)])
+        means = nn.utils.parameters_to_vector(tensors) / ranks()
+        dist.all_reduce(means)
+        nn.utils.vector_to_parameters(means, tensors)
 
 
 def parts_of(cfg):
