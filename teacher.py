@@ -500,8 +500,9 @@ class Autoencoder(nn.Module):
                 down += [nn.AvgPool2d(2), nn.Conv2d(widths[level - 1], width, 3, padding=1)]
                 up += [nn.Conv2d(width, widths[level - 1], 3, padding=1),
                        nn.Upsample(scale_factor=2)]
-            down += [Residual(width) for _ in range(num_blocks)]
-            up += [Residual(width) for _ in range(num_blocks)]
+            for part in num_blocks * (down, up):
+                layers = *norm_act_conv(width, width), *norm_act_conv(width, width, scale=0.1)
+                part.append(Residual(*layers))
         self.encoder = nn.Sequential(*down, *norm_act_conv(widths[-1], 2 * latent_channels))
         self.decoder = nn.Sequential(nn.Conv2d(latent_channels, widths[-1], 3, padding=1),
                                      *reversed(up), *norm_act_conv(widths[0], img_channels))
@@ -549,21 +550,16 @@ class Autoencoder(nn.Module):
         return dict(kind="autoencoder", network=self.network, model=self.state_dict())
 
 
-class Residual(nn.Module):
-    """x and what two convolutions make of it."""
-
-    def __init__(self, channels):
-        super().__init__()
-        self.layers = nn.Sequential(*norm_act_conv(channels, channels),
-                                    *norm_act_conv(channels, channels))
-        scaled(self.layers[-1], 0.1)
+class Residual(nn.Sequential):
+    """x and what layers make of it."""
 
     def forward(self, x):
-        return x + self.layers(x)
+        return x + super().forward(x)
 
 
-def norm_act_conv(c_in, c_out):
-    return group_norm(c_in), nn.SiLU(), nn.Conv2d(c_in, c_out, 3, padding=1)
+def norm_act_conv(c_in, c_out, scale=1):
+    conv = nn.Conv2d(c_in, c_out, 3, padding=1)
+    return group_norm(c_in), nn.SiLU(), scaled(conv, scale)
 
 
 def latent_shape(network):
