@@ -1193,9 +1193,8 @@ def prepare(cfg, device, *denoisers):
 
 @contextlib.contextmanager
 def replacing(path, keep=False):
-    """A file to write to, which takes the name `path` when it is whole and on the disk, and with
-    `keep` gives the name last.1.pt, or the like, to what was there; OSError if it can't be written.
-    """
+    """A file to write to, named `path` when it is whole and on the disk; with `keep` what was there
+    is then named last.1.pt, or the like. OSError if it can't be written."""
     path, temporary = Path(path), Path(f"{path}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -1206,11 +1205,9 @@ def replacing(path, keep=False):
         if keep and path.exists():
             os.replace(path, path.with_suffix(f".1{path.suffix}"))
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:
-        reason = error if isinstance(error, OSError) else error.__context__  # so torch.save has it
-        if not isinstance(reason, OSError):
-            raise
-        raise OSError(f"{path}: can't be written ({reason.strerror})") from error
+    except (OSError, RuntimeError) as error:  # torch.save makes the latter of the former
+        reason = error.strerror if isinstance(error, OSError) else error.__context__ or error
+        raise OSError(f"{path}: can't be written ({reason})") from error
     finally:
         temporary.unlink(missing_ok=True)
 
