@@ -1450,11 +1450,9 @@ def device_name(device):
 
 
 def read_log(path):
-    """The lines of a log.jsonl as dictionaries, up to one that a killed process did not finish."""
-    lines = []
-    with contextlib.suppress(ValueError, FileNotFoundError):
-        lines.extend(map(json.loads, path.read_text().splitlines()))
-    return lines
+    """The lines of a log.jsonl as dictionaries, but for one that a killed process did not finish"""
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
 
 
 # ---- pictures -----------------------------------------------------------------------------------
