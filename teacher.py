@@ -714,9 +714,6 @@ def recipe_of(data, given, recipes):
     return f"{name}-cpu" if on_cpu and f"{name}-cpu" in recipes else name
 
 
-PATHS = {"data", "data_dir", "latent", "teacher", "init_from", "resume"}  # options, made absolute
-
-
 def parse(config_class, argv=None, doc="", recipe=lambda given: {}):
     """A config of the command line; every field is a flag, and of training runs --config.
 
@@ -737,8 +734,9 @@ def parse(config_class, argv=None, doc="", recipe=lambda given: {}):
     if trains := issubclass(config_class, TrainingOptions):
         parser.add_argument("--config", metavar="X", help="config.json of a run, for its options")
     given, saved = vars(parser.parse_args(argv)), {}
-    for name in PATHS & given.keys() - {name for name in given if given[name] in KNOWN_DATA}:
-        given[name] = str(Path(given[name]).resolve())
+    for name in given.keys() & {"data", "data_dir", "latent", "teacher", "init_from", "resume"}:
+        if given[name] not in KNOWN_DATA:  # a path, which is kept
+            given[name] = str(Path(given[name]).resolve())
     config = given.pop("config", None)
     source = given.get("resume", config)
     if "resume" in given:
