@@ -453,8 +453,7 @@ class UNet(nn.Module):
 
 
 def halved(side, channel_mult, patch=1):
-    """The side of a network's last level, of a first one of side / patch, each half the one before;
-    ValueError if it can't be."""
+    """The side of the last level, of side / patch halved once a level; ValueError if it can't be"""
     factor = patch * 2 ** (len(channel_mult) - 1)
     if side % factor:
         raise ValueError(f"images of side {side}: {len(channel_mult)} levels of --patch {patch} "
@@ -606,10 +605,8 @@ def codec_of(autoencoder, device="cpu"):
 # ---- options: one frozen dataclass per script, whose fields are its flags -----------------------
 
 def arg(default, help, choices=None, low=-math.inf, high=math.inf, free=False, positional=False):
-    """A dataclass field that is also a flag: one of choices, or a number from low to high.
-
-    A `free` one may change when a run is resumed.
-    """
+    """A dataclass field that is also a flag: one of choices, or a number from low to high; a `free`
+    one may change when a run is resumed."""
     return dataclasses.field(default=default, metadata=dict(
         help=help, choices=choices, low=low, high=high, free=free, positional=positional))
 
@@ -654,8 +651,7 @@ class TrainingOptions(Options):
     profile: bool = arg(False, "time some steps, tell where they go, and stop", free=True)
     log_every: int = arg(50, "steps between lines of log.jsonl", low=1, free=True)
     save_every: int = arg(None, "steps between checkpoints (default: by data)", low=1, free=True)
-    sample_every: int = arg(None, "steps between pictures, 0: none (default: by data)", low=0,
-                            free=True)
+    sample_every: int = arg(None, "between pictures, 0: none (default: by data)", low=0, free=True)
     wandb: bool = arg(False, "log to Weights & Biases, too", free=True)
     resume: str = arg(None, "a run's checkpoint to go on from, with its options", free=True)
 
@@ -1089,8 +1085,7 @@ class Descent:
 
     Gradients reach the optimizer's own parameters only: networks that a loss goes through on its
     way there (a fake score that judges the generator) stay as they are and accumulate nothing.
-    Several processes average theirs in one message after the last part of the batch;
-    DistributedDataParallel would do, too, and is longer.
+    Several processes average theirs in one message after the last part of the batch.
     """
 
     def __init__(self, optimizer, cfg, device, prefix=""):
@@ -1125,8 +1120,7 @@ class Descent:
 
     def load_state_dict(self, state):
         self.optimizer.load_state_dict(state["optimizer"])
-        if state["scaler"]:
-            self.scaler.load_state_dict(state["scaler"])
+        self.scaler.load_state_dict(state["scaler"])
 
 
 def rate_at(update, lr, warmup, decay_after=None):
