@@ -143,7 +143,7 @@ class Denoiser(nn.Module):
 
     def __init__(self, net, prediction="edm"):
         super().__init__()
-        self.net, self.prediction, self.dtype = net, prediction, torch.float32
+        self.net, self.prediction = net, prediction
 
     def forward(self, x, sigma, label):
         """x [B, C, H, W], sigma [B], label [B] int64 -> x0_hat [B, C, H, W] float32"""
@@ -157,8 +157,7 @@ class Denoiser(nn.Module):
         """Both in one pass, x0_hat and features; x0_hat None without decode."""
         x, sigma_ = x.float(), sigma.float().view(-1, 1, 1, 1)
         c_skip, c_out, c_in = PREDICTIONS[self.prediction](sigma_)
-        with autocast(x.device, self.dtype):
-            f, features = self.net(c_in * x, sigma.float().log() / 4, label, decode)
+        f, features = self.net(c_in * x, sigma.float().log() / 4, label, decode)
         return c_skip * x + c_out * f.float() if decode else None, features.float()
 
 
@@ -491,7 +490,6 @@ class Autoencoder(nn.Module):
         self.network = dict(img_resolution=img_resolution, img_channels=img_channels,
                             latent_channels=latent_channels, model_channels=model_channels,
                             channel_mult=channel_mult, num_blocks=num_blocks)
-        self.dtype = torch.float32
         widths = [model_channels * mult for mult in channel_mult]
         down, up = [nn.Conv2d(img_channels, widths[0], 3, padding=1)], []
         for level, width in enumerate(widths):
@@ -512,8 +510,7 @@ class Autoencoder(nn.Module):
 
     def posterior(self, images):
         """images [B, C, H, W] in [-1, 1] -> mean and log of the variance of z, [B, c, h, w]"""
-        with autocast(images.device, self.dtype):
-            mean, log_variance = self.encoder(images).float().chunk(2, dim=1)
+        mean, log_variance = self.encoder(images).float().chunk(2, dim=1)
         return mean, log_variance.clamp(-20, 10)
 
     def forward(self, images, noise):
@@ -523,8 +520,7 @@ class Autoencoder(nn.Module):
         return self.decoded(mean + (log_variance / 2).exp() * noise), kl
 
     def decoded(self, z):
-        with autocast(z.device, self.dtype):
-            return self.decoder(z).float()
+        return self.decoder(z).float()
 
     @torch.no_grad()
     def calibrate(self, images):
@@ -1159,26 +1155,24 @@ def dtype_of(cfg, device):
     return torch.bfloat16 if bfloat16 else torch.float32
 
 
-def autocast(device, dtype):
-    """The context in which networks compute in a dtype, float32 as it is."""
-    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-
-
 def prepare(cfg, device, *denoisers):
     """Set how networks compute, as --dtype, --compile and --checkpointing say."""
     torch.set_float32_matmul_precision("high")  # TF32, where a GPU has it
     torch.backends.cudnn.benchmark = True
     torch._dynamo.config.recompile_limit = 64  # with and without gradients, encoder only...
+    dtype = dtype_of(cfg, device)
     for denoiser in denoisers:
-        denoiser.dtype = dtype_of(cfg, device)
         for layer in denoiser.modules():
             if isinstance(layer, nn.Conv2d) and not layer.weight.requires_grad:
-                layer.to(denoiser.dtype)  # once, and not in every pass as autocast would
+                layer.to(dtype)  # once, and not in every pass as autocast would
             if isinstance(layer, (Block, Residual)) and cfg.checkpointing:
                 layer.forward = functools.partial(recompute, layer.forward, use_reentrant=False,
                                                   preserve_rng_state=False)
-        for part in denoiser.children() if cfg.compile else ():  # an autoencoder has two
-            part.compile(dynamic=False)
+        for part in denoiser.children():  # an autoencoder has two
+            if dtype != torch.float32:
+                part.forward = torch.autocast(device.type, dtype)(part.forward)
+            if cfg.compile:
+                part.compile(dynamic=False)
 
 
 # ---- checkpoints --------------------------------------------------------------------------------
