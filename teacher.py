@@ -718,13 +718,12 @@ def parse(config_class, argv=None, doc="", recipe=lambda given: {}):
     fields = {f.name: f for f in dataclasses.fields(config_class)}
     for f in sorted(fields.values(), key=lambda f: f.name not in config_class.__annotations__):
         told = "" if f.default is None or f.type is bool else f" (default: {f.default})"
-        choices, positional = f.metadata["choices"], f.metadata["positional"]
         kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(
-            type=f.type, choices=choices, metavar=None if choices or positional else "X")
-        parser.add_argument(f.name if positional else flag(f.name),
+            type=f.type, choices=f.metadata["choices"])
+        parser.add_argument(f.name if f.metadata["positional"] else flag(f.name),
                             help=f.metadata["help"] + told, **kind)
     if trains := issubclass(config_class, TrainingOptions):
-        parser.add_argument("--config", metavar="X", help="config.json of a run, for its options")
+        parser.add_argument("--config", help="config.json of a run, for its options")
     given, saved = vars(parser.parse_args(argv)), {}
     for name in given.keys() & {"data", "data_dir", "latent", "teacher", "init_from", "resume"}:
         if given[name] not in KNOWN_DATA:  # a path, which is kept
