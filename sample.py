@@ -138,12 +138,16 @@ class Config(Options):
 # ---- EDM's published checkpoints: pickles, read without executing anything from them ------------
 
 class EDMUnpickler(pickle.Unpickler):
-    """Knows the names in EDM's files as harmless stand-ins, and refuses all others; objects
-    of EDM's own classes, which carry program text, come as their dictionaries."""
+    """Knows the names in EDM's files as harmless stand-ins, and refuses all others."""
+
+    def module(meta):
+        """An object of one of EDM's own classes: a module without its program text."""
+        module = nn.Module()
+        vars(module).update(meta["state"], class_name=meta["class_name"])
+        return module
 
     NAMES = dict(
-        _reconstruct_persistent_obj=lambda meta: meta,
-        ModuleDict=type("ModuleDict", (), {}),
+        _reconstruct_persistent_obj=module, ModuleDict=nn.ModuleDict,
         _load_from_bytes=lambda content: torch.load(io.BytesIO(content), weights_only=True),
         _rebuild_tensor_v2=torch._utils._rebuild_tensor_v2,
         _rebuild_parameter=lambda data, *rest: data,
@@ -167,33 +171,23 @@ EDM_DEFAULTS = {"SongUNet": (0, 128, [1, 2, 2, 2], 4, [16]),
                 "DhariwalUNet": (0, 192, [1, 2, 3, 4], 3, [32, 16, 8])}
 
 
-def edm_weights(module, prefix="net."):
-    """Yield name and float32 tensor of a module's parameters and those within it."""
-    state = module["state"] if isinstance(module, dict) else vars(module)
-    for name, value in state["_parameters"].items():
-        if value is not None:
-            yield prefix + name, value.detach().float()
-    for name, part in state["_modules"].items():
-        yield from edm_weights(part, f"{prefix}{name}.")
-
-
 def load_edm(path):
     """A checkpoint of NVlabs/edm as the dictionary that load() returns, executing nothing from it;
     ValueError if it is of another kind or damaged."""
     content = Path(path).read_bytes()
     try:
         precond = EDMUnpickler(io.BytesIO(content)).load()["ema"]
-        net = precond["state"]["_modules"]["model"]
-        kind, given = net["class_name"], net["state"]["_init_kwargs"]
-        if precond["class_name"] != "EDMPrecond" or kind not in EDM_DEFAULTS:
-            raise ValueError(f"holds {precond['class_name']} of {kind}; it must be EDMPrecond")
+        kind, given = precond.model.class_name, precond.model._init_kwargs
+        if precond.class_name != "EDMPrecond" or kind not in EDM_DEFAULTS:
+            raise ValueError(f"holds {precond.class_name} of {kind}; it must be EDMPrecond")
         for name, fixed in EDM_FIXED.items():
             if given.get(name, fixed) != fixed:
                 raise ValueError(f"its {name} is {given[name]}; only {fixed} is read")
         network = dict(zip(EDM_SIZES, EDM_DEFAULTS[kind]), model_type=kind,
                        img_resolution=given["img_resolution"], img_channels=given["in_channels"])
         network.update({name: given[name] for name in EDM_SIZES if name in given})
-        weights = dict(edm_weights(net))
+        weights = {f"net.{name}": value.detach().float()
+                   for name, value in precond.model.named_parameters()}
     except Exception as error:  # a damaged pickle raises whatever its bytes happen to say
         raise ValueError(f"{path}: no checkpoint of NVlabs/edm, or damaged: {error}") from error
     weights.pop("net.map_augment.weight", None)  # of EDM's augmentations; samples have none
