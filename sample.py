@@ -163,9 +163,7 @@ class EDMUnpickler(pickle.Unpickler):
         return self.NAMES[name]
 
 
-# What both of EDM's networks are made of here, and what each is by default.
-EDM_FIXED = dict(embedding_type="positional", encoder_type="standard", decoder_type="standard",
-                 resample_filter=[1, 1], channel_mult_noise=1, channel_mult_emb=4)
+# The sizes of EDM's two networks, and what they are by default.
 EDM_SIZES = "label_dim", "model_channels", "channel_mult", "num_blocks", "attn_resolutions"
 EDM_DEFAULTS = {"SongUNet": (0, 128, [1, 2, 2, 2], 4, [16]),
                 "DhariwalUNet": (0, 192, [1, 2, 3, 4], 3, [32, 16, 8])}
@@ -180,9 +178,8 @@ def load_edm(path):
         kind, given = precond.model.class_name, precond.model._init_kwargs
         if precond.class_name != "EDMPrecond" or kind not in EDM_DEFAULTS:
             raise ValueError(f"holds {precond.class_name} of {kind}; it must be EDMPrecond")
-        for name, fixed in EDM_FIXED.items():
-            if given.get(name, fixed) != fixed:
-                raise ValueError(f"its {name} is {given[name]}; only {fixed} is read")
+        if given.get("embedding_type") == "fourier":
+            raise ValueError("its embedding_type is fourier: NCSN++, which is not read")
         network = dict(zip(EDM_SIZES, EDM_DEFAULTS[kind]), model_type=kind,
                        img_resolution=given["img_resolution"], img_channels=given["in_channels"])
         network.update({name: given[name] for name in EDM_SIZES if name in given})
