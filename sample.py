@@ -31,7 +31,7 @@ from PIL import Image
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
-from teacher import (FEATURES, HEUN_STEPS, SUBSET, Options, Pixels, arg, build, codec_of, flag,
+from teacher import (FEATURES, HEUN_STEPS, SUBSET, Options, Pixels, arg, build, codec_of,
                      fresh_noise, heun, load, load_data, parse, pick_device, progress, rank,
                      rank_0_first, ranks, replacing, run_script, sampling_sigmas, save, save_grid,
                      seeded, shape_of, tell, to_float, to_uint8)
@@ -122,7 +122,7 @@ class Config(Options):
     labels: str = arg(None, "classes by name or number, such as 3,3,7 (default: all, evenly)")
     sampler: str = arg(None, "of a teacher (default: heun, at EDM's noise levels)", tuple(SAMPLERS))
     steps: int = arg(None, f"its steps (default: {[s[2] for s in SAMPLERS.values()]})", low=1)
-    guidance: float = arg(None, "classifier-free guidance of a teacher (default: 1, none)", low=0)
+    guidance: float = arg(1.0, "classifier-free guidance of a teacher; 1 is none", low=0)
     data: str = arg(None, "what an EDM checkpoint was trained on, or where a folder is now")
     data_dir: str = arg(None, "where the real images are (default: where training found them)")
     seed: int = arg(0, "seed of the noise", low=0)
@@ -238,18 +238,12 @@ def load_sampler(path, device="cpu", cfg=None):
     """The Sampler of a file of any kind; of a teacher, as cfg, a Config, says."""
     cfg, device = cfg or Config(checkpoint=path), torch.device(device)
     if Path(path).suffix == ".onnx":
-        sampler = onnx_sampler(path, device, cfg.data, cfg.data_dir)
-    else:
-        checkpoint = open_checkpoint(path, cfg.data, cfg.data_dir)
-        denoiser = build(checkpoint, device)
-        if checkpoint["kind"] == "teacher":
-            denoiser = guided(denoiser, 1 if cfg.guidance is None else cfg.guidance, checkpoint)
-            return make_sampler(denoiser, checkpoint, device, cfg.sampler, cfg.steps)
-        sampler = make_sampler(denoiser, checkpoint, device)
-    for name in ("sampler", "steps", "guidance"):
-        if getattr(cfg, name) is not None and not cfg.beside:  # where they are for the other
-            raise ValueError(f"{flag(name)} {getattr(cfg, name)}: is for teachers, not {path}")
-    return sampler
+        return onnx_sampler(path, device, cfg.data, cfg.data_dir)
+    checkpoint = open_checkpoint(path, cfg.data, cfg.data_dir)
+    denoiser = build(checkpoint, device)
+    if checkpoint["kind"] == "teacher":
+        denoiser = guided(denoiser, cfg.guidance, checkpoint)
+    return make_sampler(denoiser, checkpoint, device, cfg.sampler, cfg.steps)
 
 
 def make_sampler(denoiser, checkpoint, device, sampler=None, steps=None):
@@ -619,6 +613,9 @@ def main(argv=None):
     device = pick_device("cpu" if onnx else cfg.device)
     sampler, out = load_sampler(cfg.checkpoint, device, cfg), Path(cfg.out)
     classes = tuple(sampler.data["classes"])
+    if not (sampler.name.startswith("teacher") or cfg.beside) and (
+            cfg.sampler or cfg.steps or cfg.guidance != 1):
+        raise ValueError(f"--sampler, --steps, --guidance: are for teachers, not {cfg.checkpoint}")
     if cfg.evaluate:
         reference = load_reference(sampler.data, device)
         n, seeds = cfg.n or EVALUATE_N, range(cfg.seed, cfg.seed + cfg.seeds)

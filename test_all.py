@@ -1499,7 +1499,7 @@ def test_backend(cuda, backend, monkeypatch):
     (dmd2, "--resume GENERATOR --steps 9", "holds no optimizers"),
     (sample, "nowhere.onnx", "nowhere.onnx"),
     (sample, "GENERATOR --labels 3,10", "'10' is no class"),
-    (sample, "GENERATOR --steps 4", "--steps 4: is for teachers"),
+    (sample, "GENERATOR --steps 4", "--guidance: are for teachers"),
     (sample, "ONNX --trajectory", "ONNX file"),
     (sample, "GENERATOR --out x.jpg", "--out x.jpg: must end in .png or .npz"),
     (sample, "GENERATOR --out FOLDER/dmd2", "folder that is not there yet"),
