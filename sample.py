@@ -387,19 +387,17 @@ def load_features(data, facts, device="cpu"):
             if not path.exists():
                 tell(f"training feature networks for {facts['name']}, kept in {path}", sys.stderr)
                 save(train_features(data, device=device).state_dict(), path)
-    trained = nn.ModuleDict(dict(encoder=feature_net(channels, DIMENSIONS),
-                                 classifier=feature_net(channels, len(data.classes))))
-    trained.load_state_dict(torch.load(path, weights_only=True))
-    with torch.random.fork_rng(devices=()):
-        torch.manual_seed(0)
-        random = feature_net(channels, DIMENSIONS)
-    encoder, classifier, random = (net.to(device).eval().requires_grad_(False)
-                                   for net in (*trained.values(), random))
+    nets = nn.ModuleDict(dict(encoder=feature_net(channels, DIMENSIONS),
+                              classifier=feature_net(channels, len(data.classes))))
+    nets.load_state_dict(torch.load(path, weights_only=True))
+    torch.manual_seed(0)
+    nets["random"] = feature_net(channels, DIMENSIONS)
+    nets.to(device).eval().requires_grad_(False)
     pixels = to_float(data.images[:2000]).flatten(1)
     axes = torch.linalg.svd(pixels - pixels.mean(0), full_matrices=False).Vh[:DIMENSIONS].T
     axes = axes.to(device)
-    nets = dict(frechet_distance=encoder, pixel_distance=lambda x: x.flatten(1) @ axes,
-                random_distance=random, classifier=classifier)
+    nets = dict(frechet_distance=nets["encoder"], pixel_distance=lambda x: x.flatten(1) @ axes,
+                random_distance=nets["random"], classifier=nets["classifier"])
     return nets, hashlib.sha256(path.read_bytes()).hexdigest()[:12]
 
 
