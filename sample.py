@@ -420,8 +420,7 @@ def load_reference(facts, device="cpu"):
         raise ValueError(f"{facts['name']}: too few held-out images; try --evaluate-every 0")
     nets, digest = load_features(data, facts, device)
     order = torch.randperm(len(data.images), generator=seeded(SUBSET))  # a prefix is a fair sample
-    parts = [extract(nets, data.images[part]) for part in order.split(1000)]
-    features = {name: torch.cat([part[name] for part in parts]) for name in nets}
+    features = {name: found[order] for name, found in extract(nets, data.images).items()}
     del features["classifier"]
     about = f"reference {len(order)} training images of {facts['name']}, feature networks {digest}"
     reference = Reference(nets, features, data.labels[order], {}, about)
