@@ -465,13 +465,11 @@ def frechet_distance(a, b):
 
         |mu_a - mu_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2))
 
-    in float64. The root's trace is that of the symmetric C_a^(1/2) C_b C_a^(1/2)'s.
+    in float64. The root's trace is the sum of the roots of C_a C_b's eigenvalues.
     """
     a, b = a.double(), b.double()
     cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)
-    values, vectors = torch.linalg.eigh(cov_a)
-    root_a = vectors * values.clamp(min=0).sqrt() @ vectors.T
-    root_trace = torch.linalg.eigvalsh(root_a @ cov_b @ root_a).clamp(min=0).sqrt().sum()
+    root_trace = torch.linalg.eigvals(cov_a @ cov_b).sqrt().real.sum()
     means = (a.mean(0) - b.mean(0)).square().sum()
     return (means + cov_a.trace() + cov_b.trace() - 2 * root_trace).item()
 
