@@ -574,7 +574,6 @@ def save_trajectory(sampler, label, seed, out, columns=10):
 
 def save_map(cfg, sampler):
     """Write images as dots of their features in a plane, by UMAP (McInnes et al. 2018) or PCA."""
-    import matplotlib
     from matplotlib.figure import Figure
     reference, classes = load_reference(sampler.data, sampler.device), sampler.data["classes"]
     label = reference.labels[:cfg.n or MAP_N].clamp(max=len(classes) - 1)  # 0 if unconditional
@@ -588,15 +587,13 @@ def save_map(cfg, sampler):
         u, s, _ = torch.linalg.svd(features - features.mean(0), full_matrices=False)
         kind, points = "PCA", (u * s)[:, :2].numpy()
     figure, few = Figure(figsize=(9.4, 4.4), layout="constrained"), len(classes) <= 10
-    colours = matplotlib.colormaps["tab10" if few else "turbo"].resampled(len(classes))
     panels = figure.subplots(1, 2, sharex=True, sharey=True)
     for panel, name, part in zip(panels, ("real", sampler.name), np.split(points, 2)):
-        for c in label.unique().tolist():
-            x, y = part[(label == c).numpy()].T
-            panel.scatter(x, y, 3, [colours(c)], label=classes[c].replace("$", r"\$"))
+        dots = panel.scatter(*part.T, 3, label, cmap="tab10" if few else "turbo")
         panel.set(title=f"{name} ({kind})", xticks=[], yticks=[])
     if few:
-        panels[1].legend(loc="center left", bbox_to_anchor=(1, 0.5), markerscale=3)
+        panels[1].legend(dots.legend_elements(num=None)[0], [classes[c] for c in label.unique()],
+                         loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(cfg.out, dpi=90)
 
 
