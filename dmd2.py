@@ -248,8 +248,7 @@ def load_pairs(sampler, digest, count, path):
         stored = torch.load(path, weights_only=True) if path.exists() else {}
         if stored.get("origin") != origin:
             parts = list(zip(noise.split(BATCH), label.split(BATCH)))
-            images = [sampler.x0(iter([z.to(device)]), c.to(device)).cpu()
-                      for z, c in progress(parts, "pairs")]
+            images = [sampler.x0(iter([z]), c).cpu() for z, c in progress(parts, "pairs")]
             stored = dict(origin=origin, images=torch.cat(images))
             save(stored, path)
     pairs = [part.to(device) for part in (noise, label, stored["images"])]
@@ -277,12 +276,11 @@ def lpips_distance(device):
 @torch.no_grad()
 def save_estimates(teacher, fake_score, sampler, path, columns=10):
     """The generator's images, the same with noise, and what teacher and fake score make of that."""
-    device = sampler.device
-    noises = (noise.to(device) for noise in fresh_noise(columns, sampler.shape, seed=0))
+    noises, device = fresh_noise(columns, sampler.shape, seed=0), sampler.device
     label = torch.arange(columns, device=device) % len(sampler.data["classes"])
     sigma = sigma_at(torch.linspace(0.15, 0.75, columns, device=device), "karras")
     x0 = sampler.x0(noises, label)
-    x = x0 + sigma.view(-1, 1, 1, 1) * next(noises)
+    x = x0 + sigma.view(-1, 1, 1, 1) * next(noises).to(device)
     rows = {"generated x0": x0, "x0 + sigma noise = x": x, "teacher(x)": teacher(x, sigma, label),
             "fake score(x)": fake_score(x, sigma, label)}
     images = torch.stack([sampler.decode(row) for row in rows.values()])

@@ -262,7 +262,8 @@ def make_sampler(denoiser, checkpoint, device, sampler=None, steps=None):
 
     @torch.no_grad()
     def x0(noises, label):
-        return function(denoiser, sigmas[0] * next(noises), sigmas, label, noises)
+        noises = (noise.to(device) for noise in noises)
+        return function(denoiser, sigmas[0] * next(noises), sigmas, label.to(device), noises)
     codec, shape = codec_of(checkpoint["autoencoder"], device), shape_of(checkpoint["network"])
     return Sampler(x0, codec.decode, shape, name, evaluations, checkpoint["data"], device, denoiser)
 
@@ -311,12 +312,11 @@ def generate(sampler, label, seed, batch=BATCH):
     are filled up to multiples of 16, for at odd sizes kernels add in another order. Several ranks
     share the work, and each gets all images. FloatingPointError if they are not finite."""
     batch, count = batch + -batch % 16, len(label) + -len(label) % 16
-    shape, device = sampler.shape, sampler.device
-    images = torch.zeros(count, *sampler.data["shape"], dtype=torch.uint8, device=device)
+    images = torch.zeros(count, *sampler.data["shape"], dtype=torch.uint8, device=sampler.device)
     for start in progress(range(rank() * batch, count, ranks() * batch), sampler.name):
         part = F.pad(label, (0, count - len(label)))[start:start + batch]
-        noises = (noise.to(device) for noise in fresh_noise(len(part), shape, seed, start))
-        image = sampler.decode(sampler.x0(noises, part.to(device)))
+        noises = fresh_noise(len(part), sampler.shape, seed, start)
+        image = sampler.decode(sampler.x0(noises, part))
         if not image.isfinite().all():
             raise FloatingPointError(f"images are not finite, of the {sampler.name}")
         images[start:start + batch] = to_uint8(image)
@@ -559,8 +559,7 @@ def save_trajectory(sampler, label, seed, out, columns=10):
         raise ValueError("--trajectory: an ONNX file tells its images only; give the generator.pt")
     calls = []
     sampler.denoiser.register_forward_hook(lambda _, args, x0: calls.append((*args[:2], x0)))
-    noises = (noise.to(sampler.device) for noise in fresh_noise(len(label), sampler.shape, seed))
-    sampler.x0(noises, label.to(sampler.device))
+    sampler.x0(fresh_noise(len(label), sampler.shape, seed), label)
     shown = [calls[round(i)] for i in np.linspace(0, len(calls) - 1, min(len(calls), columns))]
     pairs = [(x / (1 + sigma.view(-1, 1, 1, 1)), x0_hat) for x, sigma, x0_hat in shown]
     images = [torch.stack([*map(sampler.decode, pair)], dim=1).flatten(0, 1) for pair in pairs]
