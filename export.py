@@ -37,8 +37,6 @@ BATCHES = (1, 16, 256)  # of the benchmark
 
 @dataclasses.dataclass(frozen=True)
 class Config(Options):
-    """Options of export.py."""
-
     checkpoint: str = arg(None, "generator.pt of dmd2.py", positional=True)
     device: str = arg("cpu", "where the file is checked against PyTorch", ("cpu", "cuda"))
     out: str = arg(None, "the file to write (default: beside the checkpoint, and .onnx)")
@@ -191,8 +189,6 @@ def benchmark(content, exported, checkpoint, device):
             print(f"{batch:5}  {name:22} {1000 * seconds:9.2f} {batch / seconds:10.0f} "
                   f"{found[teacher.name] / seconds:10.1f}", flush=True)
 
-
-# ---- main ---------------------------------------------------------------------------------------
 
 def main(argv=None):
     cfg = parse(Config, argv, __doc__.split("\n\nThe file is")[0])

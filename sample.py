@@ -115,8 +115,6 @@ def guided(denoiser, guidance, checkpoint):
 
 @dataclasses.dataclass(frozen=True)
 class Config(Options):
-    """Options of sample.py."""
-
     checkpoint: str = arg(None, "of teacher.py, dmd2.py or EDM, or a .onnx file", positional=True)
     n: int = arg(None, f"images (default: 10 per class; with --evaluate {EVALUATE_N})", low=1)
     labels: str = arg(None, "classes by name or number, such as 3,3,7 (default: all, evenly)")
@@ -592,8 +590,6 @@ def save_map(cfg, sampler):
                          loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(cfg.out, dpi=90)
 
-
-# ---- main ---------------------------------------------------------------------------------------
 
 def main(argv=None):
     cfg = parse(Config, argv, __doc__.split("\n\nA checkpoint")[0])
