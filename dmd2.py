@@ -28,7 +28,7 @@ from torch import nn
 
 from sample import (BATCH, TITLES, few_step, guided, load_images, load_reference, make_sampler,
                     measure, open_checkpoint, summary)
-from teacher import (GENERATOR, PREDICTIONS, SIGMA_MAX, SIGMA_MIN, TRAINED_STEP, Descent, Draw, Run,
+from teacher import (GENERATOR, SIGMA_MAX, SIGMA_MIN, TRAINED_STEP, Descent, Draw, Run,
                      TrainingOptions, __version__, arg, batch_at, build, codec_of, due, encoded,
                      flag, fresh_noise, group_norm, load, lowest_quantile, parse, parts_of,
                      pick_device, prepare, progress, quantile_of, rank, rank_0_first, rate_at,
@@ -46,15 +46,11 @@ RECIPES = {
                     save_every=5000, sample_every=5000, evaluate_every=5000),
     "folder": dict(batch=64, steps=20000, lr=5e-5, fake_lr=1e-4, fake_steps=5, ema=0.999,
                    save_every=1000, sample_every=1000, evaluate_every=1000),
+    # Whatever the data: an eps network's error counts sigma-fold in x0_hat, so at 80 it is no use.
+    "eps": dict(conditioning_sigma=2.0, dm_range="0.02,0.6"),
 }
 RECIPES["fashion"] = RECIPES["mnist"]
 RECIPES["latents"] = RECIPES["digits"]  # whatever the data
-
-# What depends on the teacher's prediction, where the data don't say otherwise: the level at which
-# generators begin, and those of distribution matching. An eps network's error counts sigma-fold in
-# x0_hat, so at 80 it is no use in one step.
-RANGES = dict.fromkeys(PREDICTIONS, dict(conditioning_sigma=SIGMA_MAX, dm_range="0.02,0.98"))
-RANGES["eps"] = dict(conditioning_sigma=2.0, dm_range="0.02,0.6")
 
 # Other noise than `sample.py --evaluate` takes: to choose the best by, and for the pairs.
 EVALUATION_SEED, PAIRS_SEED = 1_000_000, 2_000_000
@@ -73,13 +69,12 @@ class Config(TrainingOptions):
     lr: float = arg(None, "learning rate of the generator (default: by data)", low=0, high=1)
     fake_lr: float = arg(None, "of the fake score, and of the generator's regression steps "
                                "(default: by data)", low=0, high=1)
-    conditioning_sigma: float = arg(None, "noise level at which it begins (default: 80; eps 2)",
-                                    low=SIGMA_MIN, high=SIGMA_MAX)
+    conditioning_sigma: float = arg(SIGMA_MAX, "noise level it begins at; eps: 2", low=SIGMA_MIN)
     student_steps: int = arg(1, "steps in which the generator makes an image", (1, 2, 4))
     backward_simulation: bool = arg(True, "train later steps on what those before make of noise, "
                                           "not on real images with noise")
     dm_weight: float = arg(1.0, "of the distribution-matching loss; 0 for the GAN only", low=0)
-    dm_range: str = arg(None, "its noise levels, as quantiles of karras (default: by data)")
+    dm_range: str = arg("0.02,0.98", "its noise levels, as karras's quantiles; digits, eps: 0.02,0.6")
     fake_weight: float = arg(1.0, "of the fake score's loss", low=0)
     fake_range: str = arg("0,1", "its noise levels, likewise")
     guidance: float = arg(1.0, "classifier-free guidance of the teacher; 1 is none", low=0)
@@ -334,7 +329,7 @@ def recipe(given):
     chosen = given.get("recipe") or recipe_of(kind, given, RECIPES)
     found = {**dict(regression_steps=0, regression_weight=0.0, pairs=10000, save_every=200,
                     sample_every=500, evaluate_every=200, data_dir=parent["data"]["data_dir"]),
-             **RANGES[parent["prediction"]], **RECIPES[chosen], "recipe": chosen}
+             **RECIPES.get(parent["prediction"], {}), **RECIPES[chosen], "recipe": chosen}
     if given.get("student_steps", 1) > 1 or "init_from" in given:
         found.update(regression_steps=0, regression_weight=0.0)
     found["regression_steps"] = min(found["regression_steps"],
