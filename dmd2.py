@@ -66,32 +66,25 @@ class Config(TrainingOptions):
     out: str = arg("runs/dmd2", "folder of the run")
     recipe: str = arg(None, "row of RECIPES (default: by data and device)", tuple(RECIPES))
     fake_steps: int = arg(None, "fake score's updates per generator's (default: by data)", low=1)
-    lr: float = arg(None, "learning rate of the generator (default: by data)", low=0, high=1)
-    fake_lr: float = arg(None, "of the fake score, and of the generator's regression steps "
-                               "(default: by data)", low=0, high=1)
+    lr: float = arg(None, "learning rate of the generator (default: by data)", low=0)
+    fake_lr: float = arg(None, "of fake score and regression steps (default: by data)", low=0)
     conditioning_sigma: float = arg(SIGMA_MAX, "noise level it begins at; eps: 2", low=SIGMA_MIN)
     student_steps: int = arg(1, "steps in which the generator makes an image", (1, 2, 4))
-    backward_simulation: bool = arg(True, "train later steps on what those before make of noise, "
-                                          "not on real images with noise")
+    backward_simulation: bool = arg(True, "train later steps on earlier ones' images, not on real")
     dm_weight: float = arg(1.0, "of the distribution-matching loss; 0 for the GAN only", low=0)
-    dm_range: str = arg("0.02,0.98", "its noise levels, as karras's quantiles; digits, eps: 0.02,0.6")
+    dm_range: str = arg("0.02,0.98", "its noise levels, karras's quantiles; digits, eps: 0.02,0.6")
     fake_weight: float = arg(1.0, "of the fake score's loss", low=0)
     fake_range: str = arg("0,1", "its noise levels, likewise")
     guidance: float = arg(1.0, "classifier-free guidance of the teacher; 1 is none", low=0)
     gan_weight: float = arg(0.001, "of the generator's GAN loss; 0 turns the GAN off", low=0)
-    gan_features: str = arg("fake", "whose encoder the discriminator sees by: the fake score's, "
-                                    "which it trains, or the teacher's", ("fake", "teacher"))
+    gan_features: str = arg("fake", "whose encoder the discriminator sees by", ("fake", "teacher"))
     gan_noise: bool = arg(True, "show the discriminator images with noise (diffusion GAN)")
     gan_range: str = arg("0,1", "noise levels of the discriminator's images, likewise")
     discriminator_weight: float = arg(0.01, "of its loss beside the fake score's", low=0)
-    regression_steps: int = arg(None, "first steps, which train the generator by DMD's regression "
-                                      "loss alone, on pairs of noise and the teacher's image of it "
-                                      "(default: by data)", low=0)
-    regression_weight: float = arg(None, "of that loss in later steps (default: by data)", low=0)
-    regression_distance: str = arg("mse", "its distance; lpips needs that package",
-                                   ("mse", "lpips"))
-    pairs: int = arg(None, "for that loss, made before training and kept in the run's folder "
-                           "(default: by data)", low=1)
+    regression_steps: int = arg(None, "first steps, by regression alone (default: by data)", low=0)
+    regression_weight: float = arg(None, "of its loss in later steps (default: by data)", low=0)
+    regression_distance: str = arg("mse", "in it; lpips needs that package", ("mse", "lpips"))
+    pairs: int = arg(None, "of noise and the teacher's image, for it (default: by data)", low=1)
     init_from: str = arg(None, "generator.pt to start from, with its fake score: a second stage")
     evaluate_every: int = arg(None, "steps between evaluations, 0: none (default: by data)", low=0)
     evaluate_n: int = arg(2000, "images per evaluation", low=100)
