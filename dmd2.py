@@ -197,10 +197,8 @@ def generator_sigmas(steps, highest=SIGMA_MAX):
 
 
 def trained_step(count, seed, step):
-    """Which of a generator's `count` steps a training step is about, from 0.
-
-    One for the whole batch and on every GPU (DMD2's backward simulation, with and without).
-    """
+    """Which of a generator's `count` steps a training step is about, from 0: one for the whole
+    batch and on every GPU."""
     return torch.randint(count, (), generator=seeded(TRAINED_STEP, seed, step)).item()
 
 
@@ -331,10 +329,8 @@ def recipe(given):
 
 
 def initial(cfg, parent, sigmas, device):
-    """Generator and fake score to begin with: two copies of the teacher, or --init-from's.
-
-    Of these the generator is the EMA. Raises ValueError if they are not of this teacher's kind.
-    """
+    """Generator and fake score to begin with: two copies of the teacher, or --init-from's, of which
+    the generator is the EMA; ValueError if they are not of this teacher's kind."""
     source, names = parent, ("model", "model")
     if cfg.init_from and not cfg.resume:
         source, names = load(cfg.init_from, "generator"), ("model", "fake_score")
