@@ -92,8 +92,6 @@ class Config(TrainingOptions):
     def __post_init__(self):
         super().__post_init__()
         regresses = self.regression_steps or self.regression_weight
-        if not (self.dm_weight or self.gan_weight or regresses):
-            raise ValueError("--dm-weight 0: nothing is left to train the generator by")
         if regresses and (self.student_steps > 1 or self.pairs < self.batch):
             raise ValueError("--regression-steps, --regression-weight: are for generators of one "
                              "step, and --pairs of a batch or more")
