@@ -97,13 +97,14 @@ class Config(TrainingOptions):
                              "step, and --pairs of a batch or more")
 
 
-def interval(cfg, name):
-    """The two numbers of an option such as --dm-range 0.02,0.98; ValueError if they are none."""
+def interval(cfg, name, lowest):
+    """The two numbers of an option such as --dm-range 0.02,0.98, or `lowest` where that is more;
+    ValueError if they are none."""
     found = re.fullmatch(r"([\d.]+),([\d.]+)", getattr(cfg, name))
-    if not found or not 0 <= float(found[1]) <= float(found[2]) <= 1:
+    if not found or not float(found[1]) <= float(found[2]) <= 1:
         raise ValueError(f"{flag(name)} {getattr(cfg, name)}: needs two numbers from 0 to 1, the "
                          "smaller one first, such as 0.02,0.98")
-    return float(found[1]), float(found[2])
+    return [max(lowest, float(u)) for u in found.groups()]
 
 
 # ---- distribution matching ----------------------------------------------------------------------
@@ -345,9 +346,8 @@ def train(cfg):
     parent = open_checkpoint(cfg.teacher, cfg.data, cfg.data_dir)
     sigmas = generator_sigmas(cfg.student_steps, cfg.conditioning_sigma)
     num_classes, shape = len(parent["data"]["classes"]), shape_of(parent["network"])
-    dm_range, fake_range, gan_range = (
-        [max(lowest_quantile(parent["schedule"]), u) for u in interval(cfg, name)]
-        for name in ("dm_range", "fake_range", "gan_range"))
+    dm_range, fake_range, gan_range = (interval(cfg, name, lowest_quantile(parent["schedule"]))
+                                       for name in ("dm_range", "fake_range", "gan_range"))
     gan_range = gan_range if cfg.gan_noise else None
     # The discriminator may see the generator's images in the pass by which the fake score learns.
     shares_pass = cfg.gan_features == "fake" and gan_range == fake_range
