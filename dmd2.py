@@ -282,24 +282,23 @@ class Best:
     """
 
     def __init__(self, cfg, facts, sampler, teacher):
-        self.cfg, self.facts, self.sampler = cfg, facts, sampler
-        self.path, self.best, self.reference = Path(cfg.out, "generator.pt"), None, None
+        self.facts, self.sampler, self.path = facts, sampler, Path(cfg.out, "generator.pt")
+        self.best = self.measure = None
         if cfg.evaluate_every:
-            self.reference = load_reference(facts["data"], sampler.device)
-            self.facts["teacher_figures"] = self.figures(teacher)
+            reference = load_reference(facts["data"], sampler.device)
+            self.measure = functools.partial(measure, reference=reference, n=cfg.evaluate_n,
+                                             seed=EVALUATION_SEED)
+            facts["teacher_figures"] = self.measure(teacher)
         if cfg.resume and self.path.exists():  # it may be of a later step, and is not to be lost
             self.best = load(self.path, "generator")["figures"]
-
-    def figures(self, sampler):
-        return measure(sampler, self.reference, self.cfg.evaluate_n, EVALUATION_SEED)
 
     def consider(self, step, run, fake_score):
         """Keep the generator after a step, and the fake score for a second stage, if it is best; if
         nothing is measured, it is."""
         run.write(step)  # which raises if the run diverged
         figures = None
-        if self.reference:
-            figures = dict(run.measure(step, lambda: self.figures(self.sampler)), step=step + 1)
+        if self.measure:
+            figures = dict(run.measure(step, lambda: self.measure(self.sampler)), step=step + 1)
         if not self.best or figures["frechet_distance"] < self.best["frechet_distance"]:
             self.best = figures
             if rank() == 0:
@@ -392,7 +391,7 @@ def train(cfg):
         batches = training_batches(real_data, start, cfg, parts, device)
     tell(f"{parent['data']['name']}: {num_classes} classes; on {device}; recipe {cfg.recipe}; "
          f"{cfg.steps} steps", sys.stderr)
-    if best.reference:
+    if best.measure:
         tell(f"teacher: {summary(facts['teacher_figures'])}", sys.stderr)
         if not cfg.resume:
             run.write(-1, **{f"teacher_{name}": facts["teacher_figures"][name] for name in TITLES})
