@@ -340,7 +340,7 @@ def initial(cfg, parent, sigmas, device):
 
 
 def train(cfg):
-    """Distil; returns the path of the generator's checkpoint."""
+    """Distil a teacher into a generator, kept as generator.pt in the run's folder."""
     device, parts = pick_device(cfg.device), parts_of(cfg)
     parent = open_checkpoint(cfg.teacher, cfg.data, cfg.data_dir)
     sigmas = generator_sigmas(cfg.student_steps, cfg.conditioning_sigma)
@@ -460,14 +460,12 @@ def train(cfg):
             run.draw(step, lambda path: save_estimates(teacher, fake_score, best.sampler, path))
     if best.best:
         tell(f"{best.path}: the best, of step {best.best['step']}: {summary(best.best)}")
-    return best.path
+    if not cfg.profile:
+        tell(f"next: python sample.py {best.path}   or   python export.py {best.path}")
 
 
 def main(argv=None):
-    cfg = parse(Config, argv, __doc__.split("\n\nTwo copies")[0], recipe)
-    path = train(cfg)
-    if not cfg.profile:
-        tell(f"next: python sample.py {path}   or   python export.py {path}")
+    train(parse(Config, argv, __doc__.split("\n\nTwo copies")[0], recipe))
 
 
 if __name__ == "__main__":
