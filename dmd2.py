@@ -256,7 +256,7 @@ def lpips_distance(device):
                               for x in (a, b))).mean()
 
 
-# ---- pictures -----------------------------------------------------------------------------------
+# ---- pictures, and the best generator of a run --------------------------------------------------
 
 @torch.no_grad()
 def save_estimates(teacher, fake_score, sampler, path, columns=10):
@@ -271,8 +271,6 @@ def save_estimates(teacher, fake_score, sampler, path, columns=10):
     images = torch.stack([sampler.decode(row) for row in rows.values()])
     save_grid(to_uint8(images), list(rows), path, [f"{s:.2g}" for s in sigma.tolist()])
 
-
-# ---- the best generator of a run ----------------------------------------------------------------
 
 class Best:
     """Measures generators as the teacher was measured, and keeps in generator.pt the one with the
