@@ -135,19 +135,6 @@ def facts_of(checkpoint, path, cfg):
 
 # ---- benchmark ----------------------------------------------------------------------------------
 
-def bound(content, noise, label, image, device):
-    """A call that runs the file on inputs and into an output that lie on the device already."""
-    from onnxruntime import OrtValue
-    session, _ = onnx_session(content, device.type)
-    binding = session.io_binding()
-    noise, label, image = (OrtValue.ortvalue_from_numpy(tensor.cpu().numpy(), device.type, 0)
-                           for tensor in (noise, label, image))
-    binding.bind_ortvalue_input("noise", noise)
-    binding.bind_ortvalue_input("label", label)
-    binding.bind_ortvalue_output("image", image)
-    return lambda: session.run_with_iobinding(binding)
-
-
 def medians(calls, device, rounds=5, budget=0.4):
     """Median seconds of each of the calls, by name. They take turns, as a machine's speed drifts,
     each for `budget` seconds or 3 calls, of which the first is to warm up and does not count."""
@@ -168,20 +155,23 @@ def benchmark(content, exported, checkpoint, device):
     where the generator's network stands in for the teacher's, which is of its size."""
     print(f"{device_name(device)}, torch {torch.__version__}; medians of calls that take turns\n"
           f"{'batch':>5}  {'':22} {'ms':>9} {'images/s':>10} {'x teacher':>10}")
-    exported = exported.to(device)
+    exported, (session, _) = exported.to(device), onnx_session(content, device.type)
     teacher = make_sampler(exported.generator, dict(checkpoint, kind="teacher"), device)
     for batch in BATCHES:
         noise = exported.example(batch, teacher.shape).to(device)
         label = torch.arange(batch, device=device) % len(checkpoint["data"]["classes"])
-        inputs, noises = (noise, label), noise.view(-1, batch, *teacher.shape)
+        noises, binding = noise.view(-1, batch, *teacher.shape), session.io_binding()
+        binding.bind_cpu_input("noise", noise.cpu().numpy())  # and lies on the device from then on
+        binding.bind_cpu_input("label", label.cpu().numpy())
+        binding.bind_output("image", device.type)
         torch.compiler.reset()
         calls = {teacher.name: lambda: teacher.decode(teacher.x0(iter(noises), label)),
-                 "PyTorch": lambda: exported(*inputs),
-                 "onnxruntime": bound(content, *inputs, exported(*inputs), device)}
+                 "PyTorch": lambda: exported(noise, label),
+                 "onnxruntime": lambda: session.run_with_iobinding(binding)}
         compiled = torch.compile(exported, dynamic=False)
         try:
-            compiled(*inputs)
-            calls["torch.compile"] = lambda: compiled(*inputs)
+            compiled(noise, label)
+            calls["torch.compile"] = lambda: compiled(noise, label)
         except RuntimeError as error:  # no compiler
             print(f"torch.compile: {str(error).splitlines()[0]}")
         found = medians(calls, device)
