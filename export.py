@@ -14,7 +14,6 @@ The file is written only after onnx.checker passed it and onnxruntime gave PyTor
 import copy
 import dataclasses
 import hashlib
-import itertools
 import json
 import math
 import statistics
@@ -28,8 +27,8 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 from sample import exported_noise, few_step, onnx_session, make_sampler, open_checkpoint
-from teacher import (Options, Pixels, __version__, arg, build, clock, codec_of, device_name,
-                     fresh_noise, parse, pick_device, replacing, run_script, shape_of, to_uint8)
+from teacher import (Options, Pixels, __version__, arg, build, codec_of, device_name, fresh_noise,
+                     parse, pick_device, replacing, run_script, shape_of, to_uint8)
 
 OPSET = 18  # the fewest nodes at run time, and read by every onnxruntime since 1.14
 BATCHES = (1, 16, 256)  # of the benchmark
@@ -135,18 +134,14 @@ def facts_of(checkpoint, path, cfg):
 
 # ---- benchmark ----------------------------------------------------------------------------------
 
-def medians(calls, device, rounds=5, budget=0.4):
-    """Median seconds of each of the calls, by name. They take turns, as a machine's speed drifts,
-    each for `budget` seconds or 3 calls, of which the first is to warm up and does not count."""
-    seconds = {name: [] for name in calls}
-    for _ in range(rounds):
-        for name, call in calls.items():
-            ends = [clock(device)]
-            while len(ends) < 4 or ends[-1] - ends[0] < budget:
-                call()
-                ends.append(clock(device))
-            seconds[name] += [end - start for start, end in itertools.pairwise(ends)][1:]
-    return {name: statistics.median(times) for name, times in seconds.items()}
+def medians(calls, rounds=5):
+    """Median seconds of each of the calls by name; they take turns, as a machine's speed drifts."""
+    from torch.utils.benchmark import Timer
+    timers = {name: Timer("call()", globals=dict(call=call), num_threads=torch.get_num_threads())
+              for name, call in calls.items()}
+    found = [{name: timer.blocked_autorange(min_run_time=0.4).median
+              for name, timer in timers.items()} for _ in range(rounds)]
+    return {name: statistics.median(times[name] for times in found) for name in calls}
 
 
 @torch.no_grad()
@@ -174,7 +169,7 @@ def benchmark(content, exported, checkpoint, device):
             calls["torch.compile"] = lambda: compiled(noise, label)
         except RuntimeError as error:  # no compiler
             print(f"torch.compile: {str(error).splitlines()[0]}")
-        found = medians(calls, device)
+        found = medians(calls)
         for name, seconds in found.items():
             print(f"{batch:5}  {name:22} {1000 * seconds:9.2f} {batch / seconds:10.0f} "
                   f"{found[teacher.name] / seconds:10.1f}", flush=True)

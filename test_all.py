@@ -1618,7 +1618,7 @@ def test_export_that_differs_leaves_no_file(spoil, tiny, tmp_path, monkeypatch, 
 
 
 def test_benchmark_prints_all_rows(tiny, exported, monkeypatch, capsys):
-    def medians(calls, device):
+    def medians(calls):
         return {name: 1 if "teacher" in name else [call(), 0.5][1] for name, call in calls.items()}
     monkeypatch.setattr(export, "BATCHES", (1, 3))
     monkeypatch.setattr(export, "medians", medians)
