@@ -195,12 +195,6 @@ def generator_sigmas(steps, highest=SIGMA_MAX):
     return sigma_at(u, "karras").tolist()
 
 
-def trained_step(count, seed, step):
-    """Which of a generator's `count` steps a training step is about, from 0: one for the whole
-    batch and on every GPU."""
-    return torch.randint(count, (), generator=seeded(TRAINED_STEP, seed, step)).item()
-
-
 def step_input(generator, sigmas, k, label, draw, real=None):
     """What to train step k of a generator on, counted from 0.
 
@@ -399,7 +393,8 @@ def train(cfg):
         distilled = step - cfg.regression_steps
         update, rest = (step, 0) if regresses else divmod(distilled, cfg.fake_steps)
         update_generator = rest == 0  # DMD2's two time-scale update rule
-        k = trained_step(len(sigmas), cfg.seed, step)
+        # Which of the generator's steps is trained: one for the whole batch and on every GPU.
+        k = torch.randint(len(sigmas), (), generator=seeded(TRAINED_STEP, cfg.seed, step)).item()
         for part in parts:
             if regresses:
                 losses = dict(regression_loss=regression(update, part))
