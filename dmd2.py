@@ -235,10 +235,8 @@ def load_pairs(sampler, digest, count, path):
 
 
 def regression_loss(generator, sigma, noise, label, images, distance=F.mse_loss):
-    """Distance of one-step images from those a teacher's sampler made of the same noise (DMD).
-
-    noise, images [B, C, H, W], label [B] int64; sigma, a float, the generator's noise level
-    """
+    """Distance of one-step images, at noise level sigma, a float, from `images` [B, C, H, W] that
+    a teacher's sampler made of the same noise and label (DMD)."""
     return distance(few_step(generator, sigma * noise, [sigma], label), images)
 
 
