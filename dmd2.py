@@ -26,8 +26,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sample import (BATCH, TITLES, few_step, guided, load_images, load_reference, make_sampler,
-                    measure, open_checkpoint, summary)
+from sample import (BATCH, few_step, guided, load_images, load_reference, make_sampler, measure,
+                    open_checkpoint, summary)
 from teacher import (GENERATOR, SIGMA_MAX, SIGMA_MIN, TRAINED_STEP, Descent, Draw, Run,
                      TrainingOptions, __version__, arg, batch_at, build, codec_of, due, encoded,
                      flag, fresh_noise, group_norm, load, lowest_quantile, parse, parts_of,
@@ -379,12 +379,10 @@ def train(cfg):
     if real_data:
         start = max(run.start, cfg.regression_steps)
         batches = training_batches(real_data, start, cfg, parts, device)
-    tell(f"{parent['data']['name']}: {num_classes} classes; on {device}; recipe {cfg.recipe}; "
-         f"{cfg.steps} steps", sys.stderr)
-    if best.measure:
-        tell(f"teacher: {summary(facts['teacher_figures'])}", sys.stderr)
-        if not cfg.resume:
-            run.write(-1, **{f"teacher_{name}": facts["teacher_figures"][name] for name in TITLES})
+    tell(f"distilling on {device}: recipe {cfg.recipe}, {cfg.steps} steps", sys.stderr)
+    if best.measure and not cfg.resume:
+        run.measure(-1, lambda: {f"teacher_{name}": figure
+                                 for name, figure in facts["teacher_figures"].items()})
 
     for step in run.steps(lambda: dict(facts, figures=None, model=ema.state_dict())):
         regresses = step < cfg.regression_steps  # at first, so that no kind of image is missing
