@@ -8,7 +8,6 @@
     python sample.py edm-cifar10-32x32-cond-vp.pkl --sampler ddim --steps 50
 
 A checkpoint of teacher.py, dmd2.py or NVlabs/edm, or a file of export.py: its path is enough.
-In reading order: samplers, options, EDM's pickles, any checkpoint, features, quality, pictures.
 """
 
 import dataclasses
@@ -323,7 +322,7 @@ def generate(sampler, label, seed, batch=BATCH):
     return images[:len(label)].cpu()
 
 
-# ---- features: the spaces that quality is measured in -------------------------------------------
+# ---- quality, and the features that it is measured by -------------------------------------------
 
 def feature_net(channels, outputs):
     """A network of images [B, C, H, W] of any size -> [B, outputs]"""
@@ -398,8 +397,6 @@ def load_features(data, facts, device="cpu"):
                 random_distance=nets["random"], classifier=nets["classifier"])
     return nets, hashlib.sha256(path.read_bytes()).hexdigest()[:12]
 
-
-# ---- quality ------------------------------------------------------------------------------------
 
 class Reference(NamedTuple):
     """What images are measured against."""
