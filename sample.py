@@ -180,11 +180,10 @@ def load_edm(path):
         network = dict(zip(EDM_SIZES, EDM_DEFAULTS[kind]), model_type=kind,
                        img_resolution=given["img_resolution"], img_channels=given["in_channels"])
         network.update({name: given[name] for name in EDM_SIZES if name in given})
-        weights = {f"net.{name}": value.detach().float()
-                   for name, value in precond.model.named_parameters()}
+        weights = {f"net.{name}": value.detach().float() for name, value in
+                   precond.model.named_parameters() if "augment" not in name}  # samples have none
     except Exception as error:  # a damaged pickle raises whatever its bytes happen to say
         raise ValueError(f"{path}: no checkpoint of NVlabs/edm, or damaged: {error}") from error
-    weights.pop("net.map_augment.weight", None)  # of EDM's augmentations; samples have none
     classes = tuple(map(str, range(network["label_dim"]))) or ("all",)
     return dict(kind="teacher", step=None, config={}, network=network, prediction="edm",
                 schedule="lognormal", model=weights, autoencoder=None,
@@ -390,9 +389,8 @@ def load_features(data, facts, device="cpu"):
     torch.manual_seed(0)
     nets["random"] = feature_net(channels, DIMENSIONS)
     nets.to(device).eval().requires_grad_(False)
-    pixels = to_float(data.images[:2000]).flatten(1)
+    pixels = to_float(data.images[:2000]).to(device).flatten(1)
     axes = torch.linalg.svd(pixels - pixels.mean(0), full_matrices=False).Vh[:DIMENSIONS].T
-    axes = axes.to(device)
     nets = dict(frechet_distance=nets["encoder"], pixel_distance=lambda x: x.flatten(1) @ axes,
                 random_distance=nets["random"], classifier=nets["classifier"])
     return nets, hashlib.sha256(path.read_bytes()).hexdigest()[:12]
