@@ -423,14 +423,11 @@ def load_reference(facts, device="cpu"):
 
 
 @torch.no_grad()
-def extract(nets, images, batch=1000):
+def extract(nets, images):
     """What each network, by its name, makes of images uint8 [N, C, H, W]: [N, D], on the CPU."""
-    device, found = next(nets["classifier"].parameters()).device, {name: [] for name in nets}
-    for part in images.split(batch):
-        part = to_float(part.to(device))
-        for name, net in nets.items():
-            found[name].append(net(part).cpu())
-    return {name: torch.cat(parts) for name, parts in found.items()}
+    device, parts = next(nets["classifier"].parameters()).device, images.split(1000)
+    return {name: torch.cat([net(to_float(part.to(device))).cpu() for part in parts])
+            for name, net in nets.items()}
 
 
 def evaluate(images, label, reference):
