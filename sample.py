@@ -167,8 +167,7 @@ EDM_DEFAULTS = {"SongUNet": (0, 128, [1, 2, 2, 2], 4, [16]),
 
 
 def load_edm(path):
-    """A checkpoint of NVlabs/edm as the dictionary that load() returns, executing nothing from it;
-    ValueError if it is of another kind or damaged."""
+    """A checkpoint of NVlabs/edm, as load() returns ours and with its promises."""
     content = Path(path).read_bytes()
     try:
         precond = EDMUnpickler(io.BytesIO(content)).load()["ema"]
