@@ -26,8 +26,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sample import (BATCH, few_step, guided, load_images, load_reference, make_sampler, measure,
-                    open_checkpoint, summary)
+from sample import (BATCH, TITLES, few_step, guided, load_images, load_reference, make_sampler,
+                    measure, open_checkpoint)
 from teacher import (GENERATOR, SIGMA_MAX, SIGMA_MIN, TRAINED_STEP, Descent, Draw, Run,
                      TrainingOptions, __version__, arg, batch_at, build, codec_of, due, encoded,
                      flag, fresh_noise, group_norm, load, lowest_quantile, parse, parts_of,
@@ -448,7 +448,8 @@ def train(cfg):
         if due(step, cfg.sample_every, cfg.steps):
             run.draw(step, lambda path: save_estimates(teacher, fake_score, best.sampler, path))
     if best.best:
-        tell(f"{best.path}: the best, of step {best.best['step']}: {summary(best.best)}")
+        figures = ", ".join(f"{title} {best.best[name]:.3f}" for name, title in TITLES.items())
+        tell(f"{best.path}: the best, of step {best.best['step']}: {figures}")
     if not cfg.profile:
         tell(f"next: python sample.py {best.path}   or   python export.py {best.path}")
 

@@ -480,11 +480,6 @@ def measure(sampler, reference, n, seed, batch=BATCH):
     return evaluate(generate(sampler, label, seed, batch), label, reference)
 
 
-def summary(figures):
-    """Figures of evaluate() in a line."""
-    return ", ".join(f"{title} {figures[name]:.3f}" for name, title in TITLES.items())
-
-
 def report(runs, reference, of_what):
     """Print mean and spread of figures of evaluate() beside the floor, then all as JSON."""
     mean, spread, floor = {}, {}, reference.floor
