@@ -376,8 +376,7 @@ def load_features(data, facts, device="cpu"):
     path, channels = ASSETS / f"features_{facts['name']}.pt", data.images.shape[1]
     if facts["name"] not in ("digits", "mnist"):
         content = data.images[:1000].numpy().tobytes() + data.labels.numpy().tobytes()
-        key = hashlib.sha256(repr(data.shape).encode() + content).hexdigest()[:16]
-        path = Path(facts["data_dir"], f"networks_{key}.pt")
+        path = Path(facts["data_dir"], f"networks_{hashlib.sha256(content).hexdigest()[:16]}.pt")
         with rank_0_first():
             if not path.exists():
                 tell(f"training feature networks for {facts['name']}, kept in {path}", sys.stderr)
