@@ -384,8 +384,9 @@ def load_features(data, facts, device="cpu"):
     nets = nn.ModuleDict(dict(encoder=feature_net(channels, DIMENSIONS),
                               classifier=feature_net(channels, len(data.classes))))
     nets.load_state_dict(torch.load(path, weights_only=True))
-    torch.manual_seed(0)
-    nets["random"] = feature_net(channels, DIMENSIONS)
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(0)
+        nets["random"] = feature_net(channels, DIMENSIONS)
     nets.to(device).eval().requires_grad_(False)
     pixels = to_float(data.images[:2000]).to(device).flatten(1)
     axes = torch.linalg.svd(pixels - pixels.mean(0), full_matrices=False).Vh[:DIMENSIONS].T
