@@ -700,7 +700,7 @@ def recipe(given):
 
 
 def recipe_of(data, given, recipes):
-    """The row of recipes for data of a name: that of its name, or "folder", or on a CPU "...-cpu"."""
+    """The name of the row for data: its name or "folder", on a CPU with "-cpu" if there is one."""
     name = data if data in recipes else "folder"
     on_cpu = pick_device(given.get("device", "auto")).type == "cpu"
     return f"{name}-cpu" if on_cpu and f"{name}-cpu" in recipes else name
