@@ -42,6 +42,9 @@ RECIPES = {
                    dm_range="0.02,0.6", evaluate_every=400),
     "mnist": dict(batch=256, steps=20000, lr=2e-4, fake_lr=4e-4, fake_steps=2, ema=0.999,
                   save_every=2000, sample_every=2000, evaluate_every=2000),
+    "mnist-cpu": dict(batch=64, pairs=3000, regression_steps=800, regression_weight=1.0, steps=2000,
+                      lr=2e-4, decay_after=180, fake_lr=1e-3, fake_steps=4, ema=0.99,
+                      dm_range="0.02,0.6", evaluate_every=1000),
     "cifar10": dict(batch=256, steps=100000, lr=5e-5, fake_lr=1e-4, fake_steps=5, ema=0.999,
                     save_every=5000, sample_every=5000, evaluate_every=5000),
     "folder": dict(batch=64, steps=20000, lr=5e-5, fake_lr=1e-4, fake_steps=5, ema=0.999,
@@ -49,8 +52,8 @@ RECIPES = {
     # Whatever the data: an eps network's error counts sigma-fold in x0_hat, so at 80 it is no use.
     "eps": dict(conditioning_sigma=2.0, dm_range="0.02,0.6"),
 }
-RECIPES["fashion"] = RECIPES["mnist"]
-RECIPES["latents"] = RECIPES["digits"]  # whatever the data
+RECIPES.update({"fashion": RECIPES["mnist"], "fashion-cpu": RECIPES["mnist-cpu"],
+                "latents": RECIPES["digits"]})  # of whatever data
 
 # Other noise than `sample.py --evaluate` takes: to choose the best by, and for the pairs.
 EVALUATION_SEED, PAIRS_SEED = 1_000_000, 2_000_000

@@ -57,6 +57,8 @@ RECIPES = {
     "digits": dict(width=32, mults="1,2", blocks=1, batch=128, steps=1200, lr=2e-3, ema=0.99),
     "mnist": dict(width=32, mults="1,2,2", blocks=2, batch=256, steps=20000, lr=1e-3, ema=0.999,
                   save_every=2000, sample_every=2000),
+    "mnist-cpu": dict(width=32, mults="1,2", blocks=1, patch=2, batch=64, steps=3600, lr=2e-3,
+                      decay_after=2000, ema=0.995, schedule="cosine", sample_every=1200),
     "cifar10": dict(width=96, mults="1,2,2", blocks=3, batch=256, steps=100000, lr=5e-4, ema=0.999,
                     flip=True, save_every=5000, sample_every=5000),
     "folder": dict(width=64, mults="1,2,2", blocks=2, batch=64, steps=20000, lr=5e-4, ema=0.999,
@@ -68,7 +70,7 @@ RECIPES = {
     "latents": dict(recipe="latents", width=64, blocks=2, patch=1, batch=128, steps=5000, lr=1e-3,
                     ema=0.999, decay_after=3000, save_every=200, sample_every=500),
 }
-RECIPES["fashion"] = RECIPES["mnist"]
+RECIPES.update({"fashion": RECIPES["mnist"], "fashion-cpu": RECIPES["mnist-cpu"]})
 
 
 # ---- noise levels -------------------------------------------------------------------------------

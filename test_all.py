@@ -1197,6 +1197,14 @@ def test_resumed_run_is_the_uninterrupted(name, flags, tiny, latent, photos):
         assert equal(last["model"], generator["model"]) and generator["step"] == 7
 
 
+@pytest.mark.parametrize("flags, name", [
+    ([], "digits"), (["--data", "mnist"], "mnist-cpu"), (["--data", "photos"], "folder"),
+    (["--data", "mnist", "--recipe", "mnist"], "mnist"), (["--autoencoder"], "autoencoder")])
+def test_recipe_is_by_data_and_device_unless_named(flags, name):
+    found = vars(options("--device", "cpu", *flags))
+    assert found == {**found, **teacher.RECIPES[name], "recipe": name, "out": "/nowhere"}
+
+
 @pytest.mark.parametrize("name", ["teacher", "dmd2"])
 def test_config_is_the_run_s_options(name, tiny, tmp_path):
     first, again = tiny.folder / name / "config.json", tmp_path / "config.json"
