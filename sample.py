@@ -525,7 +525,10 @@ def write_images(images, label, classes, out):
 
 def compare(cfg, sampler, columns=5):
     """The picture real | second checkpoint | first checkpoint, a row per class (the first 10)."""
-    other, real = load_sampler(cfg.beside, sampler.device, cfg), load_images(sampler.data, "train")
+    other, data = load_sampler(cfg.beside, sampler.device, cfg), sampler.data
+    if any(tuple(other.data[key]) != tuple(data[key]) for key in ("shape", "classes")):
+        raise ValueError(f"--beside {cfg.beside}: has images of other shape or classes")
+    real = load_images(data, "train")
     names = real.classes[:10]
     label = torch.arange(len(names)).repeat_interleave(columns)
     rows = [real.images[(real.labels == c).nonzero()[:columns, 0]] for c in range(len(names))]
