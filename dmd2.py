@@ -49,11 +49,12 @@ RECIPES = {
                     save_every=5000, sample_every=5000, evaluate_every=5000),
     "folder": dict(batch=64, steps=20000, lr=5e-5, fake_lr=1e-4, fake_steps=5, ema=0.999,
                    save_every=1000, sample_every=1000, evaluate_every=1000),
-    # Whatever the data: an eps network's error counts sigma-fold in x0_hat, so at 80 it is no use.
-    "eps": dict(conditioning_sigma=2.0, dm_range="0.02,0.6"),
 }
 RECIPES.update({"fashion": RECIPES["mnist"], "fashion-cpu": RECIPES["mnist-cpu"],
                 "latents": RECIPES["digits"]})  # of whatever data
+
+# Of eps teachers, whatever the data: their error counts sigma-fold in x0_hat, so 80 is no use.
+EPS = dict(conditioning_sigma=2.0, dm_range="0.02,0.6")
 
 # Other noise than `sample.py --evaluate` takes: to choose the best by, and for the pairs.
 EVALUATION_SEED, PAIRS_SEED = 1_000_000, 2_000_000
@@ -71,11 +72,12 @@ class Config(TrainingOptions):
     fake_steps: int = arg(None, "fake score's updates per generator's (default: by data)", low=1)
     lr: float = arg(None, "learning rate of the generator (default: by data)", low=0)
     fake_lr: float = arg(None, "of fake score and regression steps (default: by data)", low=0)
-    conditioning_sigma: float = arg(SIGMA_MAX, "noise level it begins at; eps: 2", low=SIGMA_MIN)
+    conditioning_sigma: float = arg(SIGMA_MAX, "noise level that the generator begins at",
+                                    low=SIGMA_MIN, high=SIGMA_MAX)
     student_steps: int = arg(1, "steps in which the generator makes an image", (1, 2, 4))
     backward_simulation: bool = arg(True, "train later steps on earlier ones' images, not on real")
     dm_weight: float = arg(1.0, "of the distribution-matching loss; 0 for the GAN only", low=0)
-    dm_range: str = arg("0.02,0.98", "its noise levels, karras's quantiles; digits, eps: 0.02,0.6")
+    dm_range: str = arg("0.02,0.98", "its noise levels, as quantiles of karras")
     fake_weight: float = arg(1.0, "of the fake score's loss", low=0)
     fake_range: str = arg("0,1", "its noise levels, likewise")
     guidance: float = arg(1.0, "classifier-free guidance of the teacher; 1 is none", low=0)
@@ -85,9 +87,9 @@ class Config(TrainingOptions):
     gan_range: str = arg("0,1", "noise levels of the discriminator's images, likewise")
     discriminator_weight: float = arg(0.01, "of its loss beside the fake score's", low=0)
     regression_steps: int = arg(None, "first steps, by regression alone (default: by data)", low=0)
-    regression_weight: float = arg(None, "of its loss in later steps (default: by data)", low=0)
-    regression_distance: str = arg("mse", "in it; lpips needs that package", ("mse", "lpips"))
-    pairs: int = arg(None, "of noise and the teacher's image, for it (default: by data)", low=1)
+    regression_weight: float = arg(None, "of this loss in later steps (default: by data)", low=0)
+    regression_distance: str = arg("mse", "of this loss; lpips is a package", ("mse", "lpips"))
+    pairs: int = arg(None, "noise and teacher's image, for it (default: by data)", low=1)
     init_from: str = arg(None, "generator.pt to start from, with its fake score: a second stage")
     evaluate_every: int = arg(None, "steps between evaluations, 0: none (default: by data)", low=0)
     evaluate_n: int = arg(2000, "images per evaluation", low=100)
@@ -95,6 +97,8 @@ class Config(TrainingOptions):
     def __post_init__(self):
         super().__post_init__()
         regresses = self.regression_steps or self.regression_weight
+        if not (self.dm_weight or self.gan_weight or regresses):
+            raise ValueError("--dm-weight 0: nothing is left to train the generator by")
         if regresses and (self.student_steps > 1 or self.pairs < self.batch):
             raise ValueError("--regression-steps, --regression-weight: are for generators of one "
                              "step, and --pairs of a batch or more")
@@ -311,7 +315,7 @@ def recipe(given):
     chosen = given.get("recipe") or recipe_of(kind, given, RECIPES)
     found = {**dict(regression_steps=0, regression_weight=0.0, pairs=10000, save_every=200,
                     sample_every=500, evaluate_every=200, data_dir=parent["data"]["data_dir"]),
-             **RECIPES.get(parent["prediction"], {}), **RECIPES[chosen], "recipe": chosen}
+             **(EPS if parent["prediction"] == "eps" else {}), **RECIPES[chosen], "recipe": chosen}
     if given.get("student_steps", 1) > 1 or "init_from" in given:
         found.update(regression_steps=0, regression_weight=0.0)
     found["regression_steps"] = min(found["regression_steps"],

@@ -60,15 +60,14 @@ RECIPES = {
     "mnist-cpu": dict(width=32, mults="1,2", blocks=1, patch=2, batch=64, steps=3600, lr=2e-3,
                       decay_after=2000, ema=0.995, schedule="cosine", sample_every=1200),
     "cifar10": dict(width=96, mults="1,2,2", blocks=3, batch=256, steps=100000, lr=5e-4, ema=0.999,
-                    flip=True, save_every=5000, sample_every=5000),
+                    save_every=5000, sample_every=5000),
     "folder": dict(width=64, mults="1,2,2", blocks=2, batch=64, steps=20000, lr=5e-4, ema=0.999,
-                   size=32, save_every=1000, sample_every=1000),
+                   save_every=1000, sample_every=1000),
     # Of any data: an autoencoder, and a teacher of its latents.
-    "autoencoder": dict(recipe="autoencoder", out="runs/autoencoder", width=16, mults="1,2,4",
-                        blocks=1, batch=128, steps=1500, lr=2e-3, ema=0.99, decay_after=900,
-                        save_every=200, sample_every=500),
-    "latents": dict(recipe="latents", width=64, blocks=2, patch=1, batch=128, steps=5000, lr=1e-3,
-                    ema=0.999, decay_after=3000, save_every=200, sample_every=500),
+    "autoencoder": dict(width=16, mults="1,2,4", blocks=1, batch=128, steps=1500, lr=2e-3, ema=0.99,
+                        decay_after=900, out="runs/autoencoder"),
+    "latents": dict(width=64, blocks=2, batch=128, steps=5000, lr=1e-3, ema=0.999,
+                    decay_after=3000),
 }
 RECIPES.update({"fashion": RECIPES["mnist"], "fashion-cpu": RECIPES["mnist-cpu"]})
 
@@ -454,7 +453,8 @@ class UNet(nn.Module):
 
 
 def halved(side, channel_mult, patch=1):
-    """The side of the last level, of side / patch halved once a level; ValueError if it can't be"""
+    """The last level's side: side / patch, halved once for each level but the first; ValueError if
+    it can't be."""
     factor = patch * 2 ** (len(channel_mult) - 1)
     if side % factor:
         raise ValueError(f"images of side {side}: {len(channel_mult)} levels of --patch {patch} "
@@ -499,9 +499,8 @@ class Autoencoder(nn.Module):
                 down += [nn.AvgPool2d(2), nn.Conv2d(widths[level - 1], width, 3, padding=1)]
                 up += [nn.Conv2d(width, widths[level - 1], 3, padding=1),
                        nn.Upsample(scale_factor=2)]
-            for part in num_blocks * (down, up):
-                layers = *norm_act_conv(width, width), *norm_act_conv(width, width, scale=0.1)
-                part.append(Residual(*layers))
+            down += [residual(width) for _ in range(num_blocks)]
+            up += [residual(width) for _ in range(num_blocks)]
         self.encoder = nn.Sequential(*down, *norm_act_conv(widths[-1], 2 * latent_channels))
         self.decoder = nn.Sequential(nn.Conv2d(latent_channels, widths[-1], 3, padding=1),
                                      *reversed(up), *norm_act_conv(widths[0], img_channels))
@@ -557,6 +556,10 @@ class Residual(nn.Sequential):
 def norm_act_conv(c_in, c_out, scale=1):
     conv = nn.Conv2d(c_in, c_out, 3, padding=1)
     return group_norm(c_in), nn.SiLU(), scaled(conv, scale)
+
+
+def residual(width):
+    return Residual(*norm_act_conv(width, width), *norm_act_conv(width, width, scale=0.1))
 
 
 def latent_shape(network):
@@ -649,7 +652,7 @@ class TrainingOptions(Options):
     profile: bool = arg(False, "time some steps, tell where they go, and stop", free=True)
     log_every: int = arg(50, "steps between lines of log.jsonl", low=1, free=True)
     save_every: int = arg(None, "steps between checkpoints (default: by data)", low=1, free=True)
-    sample_every: int = arg(None, "between pictures, 0: none (default: by data)", low=0, free=True)
+    sample_every: int = arg(None, "steps between pictures (default: by data)", low=0, free=True)
     wandb: bool = arg(False, "log to Weights & Biases, too", free=True)
     resume: str = arg(None, "a run's checkpoint to go on from, with its options", free=True)
 
@@ -662,7 +665,7 @@ class Config(TrainingOptions):
     recipe: str = arg(None, "row of RECIPES (default: by data and device)", tuple(RECIPES))
     data: str = arg(None, f"{', '.join(KNOWN_DATA)} (default: digits) or a folder that holds a "
                           "folder of images for each class", free=True)
-    size: int = arg(None, "side of a folder's images, scaled and cropped (default: 32)", low=4)
+    size: int = arg(32, "side of a folder's images, scaled and cropped", low=4)
     flip: bool = arg(None, "show images mirrored, half of the time (default: only for cifar10)")
     autoencoder: bool = arg(False, "train no teacher but an autoencoder, for --latent")
     latent_channels: int = arg(4, "of --autoencoder: channels of its latents", low=1)
@@ -686,18 +689,18 @@ class Config(TrainingOptions):
 
 
 def recipe(given):
-    """Options that were not given: by the data, --autoencoder and --latent."""
-    found = RECIPES["autoencoder"] if given.get("autoencoder") else {}
+    """Options that were not given: by data and device, or --autoencoder or --latent."""
+    kind, found = "autoencoder" if given.get("autoencoder") else None, {}
     if "latent" in given:
         source = load(given["latent"], "autoencoder")
         side, facts = latent_shape(source["network"])[-1], source["data"]
         levels = next(n for n in itertools.count(1) if side % 2**n or side >> n < 4)
-        found = dict(RECIPES["latents"], mults="1" + ",2" * (levels - 1), data=facts["name"],
-                     size=facts["size"], data_dir=facts["data_dir"])
+        kind, found = "latents", dict(mults="1" + ",2" * (levels - 1), data=facts["name"],
+                                      size=facts["size"], data_dir=facts["data_dir"])
     data = given.get("data", found.get("data", "digits"))
-    base = dict(out="runs/teacher", flip=False, save_every=200, sample_every=500,
-                data_dir=str(Path("data").resolve()))
-    chosen = given.get("recipe") or recipe_of(data, given, RECIPES)
+    base = dict(out="runs/teacher", data_dir=str(Path("data").resolve()), flip=data == "cifar10",
+                save_every=200, sample_every=500)
+    chosen = given.get("recipe") or recipe_of(kind or data, given, RECIPES)
     return {**base, **RECIPES[chosen], "recipe": chosen, **found, "data": data}
 
 
@@ -757,7 +760,7 @@ def parse(config_class, argv=None, doc="", recipe=lambda given: {}):
     return cfg
 
 
-# What the user can mend: the error, words in it, the exit status and what is told.
+# What the user can mend: the error, a pattern in it, the exit status and what is told.
 MISTAKES = (
     (ModuleNotFoundError, "", 2, "the package {0.name} is not installed; pip install {0.name}"),
     ((ValueError, OSError), "", 2, "{0}"),
@@ -771,7 +774,7 @@ MISTAKES = (
 
 
 def run_script(main):
-    """Call main; what the user can mend is one line and exit status 2."""
+    """Call main; what the user can mend is one line and the exit status of MISTAKES."""
     if dist.is_torchelastic_launched():  # rank 0 may have to download for long
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
                                 timeout=datetime.timedelta(hours=3))
@@ -908,15 +911,17 @@ def load_folder(folder, size, data_dir):
         if not index.exists():
             labels, count, colour, damaged = [], 0, False, []
             with ThreadPoolExecutor() as pool, replacing(pixels) as file:
-                images = pool.map(lambda entry: decoded(entry[0], size), files)
-                for (path, label, held_out), image in zip(progress(files, "images"), images):
-                    if isinstance(image, Exception):
-                        damaged.append(f"{path} ({image})")
-                        continue
-                    file.write(image.tobytes())
-                    labels.append(label)
-                    count += not held_out
-                    colour = colour or bool((image != image[:1]).any())
+                for start in progress(range(0, len(files), 256), "images"):
+                    part = files[start:start + 256]
+                    images = pool.map(lambda entry: decoded(entry[0], size), part)
+                    for (path, label, held_out), image in zip(part, images):
+                        if isinstance(image, Exception):
+                            damaged.append(f"{path} ({image})")
+                            continue
+                        file.write(image.tobytes())
+                        labels.append(label)
+                        count += not held_out
+                        colour = colour or bool((image != image[:1]).any())
             with replacing(index) as file:
                 file.write(json.dumps([labels, count, colour]).encode())
             tell(f"{folder}: {len(labels)} images, kept decoded as {pixels} "
@@ -1193,8 +1198,10 @@ def replacing(path, keep=False):
             os.replace(path, path.with_suffix(f".1{path.suffix}"))
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save makes the latter of the former
-        reason = error.strerror if isinstance(error, OSError) else error.__context__ or error
-        raise OSError(f"{path}: can't be written ({reason})") from error
+        reason = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(reason, OSError):
+            raise
+        raise OSError(f"{path}: can't be written ({reason.strerror})") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -1483,8 +1490,6 @@ def save_grid(rows, names, path, titles=()):
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path)
 
-
-# ---- main ---------------------------------------------------------------------------------------
 
 def main(argv=None):
     cfg = parse(Config, argv, __doc__.split("\n\nAfter this file")[0], recipe)
