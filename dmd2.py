@@ -37,19 +37,21 @@ from teacher import (GENERATOR, SIGMA_MAX, SIGMA_MIN, TRAINED_STEP, Descent, Dra
 
 # What of dmd2.py depends on the data: it fills the options that were not given.
 RECIPES = {
-    "digits": dict(batch=64, pairs=6000, regression_steps=1200, regression_weight=1.0, steps=2800,
-                   lr=2e-4, decay_after=240, fake_lr=1e-3, fake_steps=4, ema=0.99,
-                   dm_range="0.02,0.6", evaluate_every=400),
+    "digits": dict(batch=64, pairs=5000, regression_steps=1000, regression_weight=1.0, steps=2000,
+                   lr=2e-4, decay_after=150, fake_lr=1e-3, fake_steps=4, ema=0.99, gan_weight=0.0,
+                   dm_range="0.02,0.6", evaluate_every=1000),
     "mnist": dict(batch=256, steps=20000, lr=2e-4, fake_lr=4e-4, fake_steps=2, ema=0.999,
                   save_every=2000, sample_every=2000, evaluate_every=2000),
-    "mnist-cpu": dict(batch=64, pairs=3000, regression_steps=800, regression_weight=1.0, steps=2000,
-                      lr=2e-4, decay_after=180, fake_lr=1e-3, fake_steps=4, ema=0.99,
-                      dm_range="0.02,0.6", evaluate_every=1000),
+    "mnist-cpu": dict(batch=64, pairs=4000, regression_steps=1000, regression_weight=1.0,
+                      steps=2600, lr=2e-4, decay_after=240, fake_lr=1e-3, fake_steps=4, ema=0.99,
+                      gan_weight=0.0, dm_range="0.02,0.6", evaluate_every=1300),
     "cifar10": dict(batch=256, steps=100000, lr=5e-5, fake_lr=1e-4, fake_steps=5, ema=0.999,
                     save_every=5000, sample_every=5000, evaluate_every=5000),
     "folder": dict(batch=64, steps=20000, lr=5e-5, fake_lr=1e-4, fake_steps=5, ema=0.999,
                    save_every=1000, sample_every=1000, evaluate_every=1000),
 }
+RECIPES["digits-best"] = dict(RECIPES["digits"], pairs=8000, regression_steps=1800, steps=4000,
+                              decay_after=330)
 RECIPES.update({"fashion": RECIPES["mnist"], "fashion-cpu": RECIPES["mnist-cpu"],
                 "latents": RECIPES["digits"]})  # of whatever data
 
@@ -318,6 +320,7 @@ def recipe(given):
              **(EPS if parent["prediction"] == "eps" else {}), **RECIPES[chosen], "recipe": chosen}
     if given.get("student_steps", 1) > 1 or "init_from" in given:
         found.update(regression_steps=0, regression_weight=0.0)
+        found.pop("gan_weight", None)  # which only a start by regression makes dispensable
     found["regression_steps"] = min(found["regression_steps"],
                                     given.get("steps", found["steps"]) // 2)
     return found

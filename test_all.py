@@ -46,7 +46,7 @@ SHARED = ROOT.parent / "shared"
 README = (ROOT / "README.md").read_text()
 TINY = "--device cpu --steps 4 --batch 16 --width 8 --sample-every 0 --log-every 1".split()
 TINY_DMD = TINY[:6] + ("--evaluate-n 100 --sample-every 0 --log-every 1 --regression-steps 0 "
-                       "--regression-weight 0 --fake-steps 2").split()
+                       "--regression-weight 0 --fake-steps 2 --gan-weight 0.001").split()
 
 with warnings.catch_warnings(action="ignore"):  # that nobody registered the mark
     gpu = pytest.mark.gpu
