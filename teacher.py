@@ -662,7 +662,8 @@ class Config(TrainingOptions):
     """Options of teacher.py."""
 
     out: str = arg(None, "folder of the run (default: runs/teacher, or runs/autoencoder)")
-    recipe: str = arg(None, "row of RECIPES (default: by data and device)", tuple(RECIPES))
+    recipe: str = arg(None, "row of RECIPES (default: by data and device)",
+                      sorted(RECIPES.keys() - {"autoencoder", "latents"}))  # which have flags
     data: str = arg(None, f"{', '.join(KNOWN_DATA)} (default: digits) or a folder that holds a "
                           "folder of images for each class", free=True)
     size: int = arg(32, "side of a folder's images, scaled and cropped", low=4)
