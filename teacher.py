@@ -55,8 +55,9 @@ FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "PPM")  # PIL would run a progr
 # What depends on the data, and on a CPU on "...-cpu": it fills the options that were not given.
 RECIPES = {
     "digits": dict(width=32, mults="1,2", blocks=1, batch=128, steps=1200, lr=2e-3, ema=0.99),
-    "mnist": dict(width=32, mults="1,2,2", blocks=2, batch=256, steps=20000, lr=1e-3, ema=0.999,
-                  save_every=2000, sample_every=2000),
+    "mnist": dict(width=64, mults="1,2", blocks=1, patch=2, batch=256, steps=3600, lr=2e-3,
+                  decay_after=2000, ema=0.998, schedule="cosine", save_every=1200,
+                  sample_every=1200),
     "mnist-cpu": dict(width=32, mults="1,2", blocks=1, patch=2, batch=64, steps=3600, lr=2e-3,
                       decay_after=2000, ema=0.995, schedule="cosine", sample_every=1200),
     "cifar10": dict(width=96, mults="1,2,2", blocks=3, batch=256, steps=100000, lr=5e-4, ema=0.999,
@@ -1096,7 +1097,7 @@ class Descent:
         self.prefix = prefix  # of the names of what is logged
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.scaler = torch.amp.GradScaler(  # of small gradients, which would vanish in float16
-            device.type, enabled=dtype_of(cfg, device) == torch.float16)
+            device.type, init_scale=2.0**10, enabled=dtype_of(cfg, device) == torch.float16)
 
     def add(self, loss):
         """Add the gradient of the loss of a part of the batch, of --accumulate such parts."""
