@@ -1,6 +1,7 @@
 """Distil a teacher into a generator of one or a few steps by distribution matching (DMD2).
 
     python dmd2.py --teacher runs/teacher/teacher.pt
+    python dmd2.py --teacher stable-diffusion-v1-5 --prompts prompts.txt --lora 64
 
 Two copies of the teacher are trained. One is the generator, which maps noise to an image in one
 step. The other is the fake score: as the teacher is a denoiser of the real images, it is kept a
@@ -16,7 +17,6 @@ to find kinds of images that it does not make at first.
 import copy
 import dataclasses
 import functools
-import hashlib
 import itertools
 import re
 import sys
@@ -26,14 +26,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sample import (BATCH, TITLES, few_step, guided, load_images, load_reference, make_sampler,
-                    measure, open_checkpoint)
-from teacher import (GENERATOR, SIGMA_MAX, SIGMA_MIN, TRAINED_STEP, Descent, Draw, Run,
-                     TrainingOptions, __version__, arg, batch_at, build, codec_of, due, encoded,
-                     flag, fresh_noise, group_norm, load, lowest_quantile, parse, parts_of,
-                     pick_device, prepare, progress, quantile_of, rank, rank_0_first, rate_at,
-                     recipe_of, run_script, save, save_grid, seeded, shape_of, sigma_at, tell,
-                     to_uint8, training_batches, unit_error, update_ema)
+from sample import (BATCH, TITLES, add_roles, build_any, codec_any, digest_of, few_step,
+                    generator_sigmas, guided, load_captioned, load_images, load_reference,
+                    make_sampler, measure, open_checkpoint, read_prompts, recompute_by_role,
+                    write_student)
+from teacher import (GENERATOR, SIGMA_MAX, SIGMA_MIN, TRAINED_STEP, Data, Descent, Draw, Run,
+                     TrainingOptions, __version__, arg, batch_at, due, encoded, flag, fresh_noise,
+                     group_norm, load, lowest_quantile, parse, parts_of, pick_device, prepare,
+                     progress, ranges_of, rank, rank_0_first, rate_at, recipe_of, run_script, save,
+                     save_grid, seeded, shape_of, sigma_at, start_scale, tell, to_uint8,
+                     training_batches, unit_error, update_ema)
 
 # What of dmd2.py depends on the data: it fills the options that were not given.
 RECIPES = {
@@ -53,6 +55,12 @@ RECIPES = {
 }
 RECIPES["digits-best"] = dict(RECIPES["digits"], pairs=8000, regression_steps=1800, steps=4000,
                               decay_after=330)
+# The official settings of Stable Diffusion, of whole networks; without EMA.
+RECIPES["sd15"] = dict(batch=2048, steps=40000, lr=1e-5, fake_lr=1e-5, fake_steps=10, guidance=1.75,
+                       ema=0.0, save_every=500, sample_every=500, evaluate_every=0)
+RECIPES["sdxl"] = dict(RECIPES["sd15"], batch=128, steps=20000, lr=5e-7, fake_lr=5e-7, fake_steps=5,
+                       guidance=8.0, gan_weight=5e-3)
+RECIPES["sdxl-lora"] = dict(RECIPES["sdxl"], lr=5e-5, fake_lr=5e-5)
 RECIPES.update({"fashion": RECIPES["mnist"], "fashion-cpu": RECIPES["mnist-cpu"],
                 "latents": RECIPES["digits"]})  # of whatever data
 
@@ -68,8 +76,16 @@ INHERITED = ("network", "prediction", "schedule", "autoencoder", "data")  # from
 class Config(TrainingOptions):
     """Options of dmd2.py; recipe() gives those that are left at None."""
 
-    teacher: str = arg(None, "checkpoint to distil, of teacher.py or NVlabs/edm (.pkl)", free=True)
-    data: str = arg(None, "what an EDM .pkl was trained on, or where a folder is now", free=True)
+    teacher: str = arg(None, "checkpoint to distil, of teacher.py or NVlabs/edm (.pkl), or a folder "
+                             "of diffusers", free=True)
+    data: str = arg(None, "what an EDM .pkl was trained on, or where a folder is now; of a pipeline "
+                          "a folder of images and captions", free=True)
+    prompts: str = arg(None, "of a pipeline: a file of prompts, one a line", free=True)
+    lora: int = arg(0, "of a pipeline: rank of adapters, for one UNet to play all roles", low=0)
+    lora_alpha: int = arg(8, "their alpha: they count alpha / rank", low=1)
+    fake_lora: int = arg(None, "0 for a whole fake score beside a LoRA generator", (0,))
+    first_timestep: int = arg(999, "of a pipeline: where the generator begins", low=249, high=999)
+    half: bool = arg(False, "write a pipeline's student in float16", free=True)
     out: str = arg("runs/dmd2", "folder of the run")
     recipe: str = arg(None, "row of RECIPES (default: by data and device)", tuple(RECIPES))
     fake_steps: int = arg(None, "fake score's updates per generator's (default: by data)", low=1)
@@ -170,16 +186,16 @@ class Discriminator(nn.Module):
         return self.head(self.denoiser.features(x, sigma, label))
 
 
-def diffused(x0, draw, quantiles):
+def diffused(x0, draw, quantiles, schedule="karras"):
     """Images with noise, drawn anew, as fake score and discriminator see them (diffusion GAN).
 
     x0         [B, C, H, W]
-    quantiles  the range of the levels, of the karras schedule; None for images without noise
+    quantiles  the range of the levels, of a schedule; None for images without noise
     returns x [B, C, H, W] and its noise level sigma [B]
     """
     if quantiles is None:
         return x0, x0.new_full(x0.shape[:1], SIGMA_MIN)
-    sigma = sigma_at(draw.uniform(*quantiles), "karras")
+    sigma = sigma_at(draw.uniform(*quantiles), schedule)
     return x0 + sigma.view(-1, 1, 1, 1) * draw.normal(), sigma
 
 
@@ -196,26 +212,18 @@ def discriminator_loss(real_logits, fake_logits):
 
 # ---- the steps of a generator --------------------------------------------------------------------
 
-def generator_sigmas(steps, highest=SIGMA_MAX):
-    """Noise levels at evenly spread quantiles of the karras schedule up to `highest`.
-
-    Of 4 up to 80: 80, 17.5, 2.52, 0.170, as DMD2 spreads its timesteps, 999, 749, 499, 249.
-    """
-    u = quantile_of(highest) * torch.linspace(1, 1 / steps, steps, dtype=torch.float64)
-    return sigma_at(u, "karras").tolist()
-
-
-def step_input(generator, sigmas, k, label, draw, real=None):
+def step_input(generator, sigmas, start, k, label, draw, real=None):
     """What to train step k of a generator on, counted from 0.
 
     The first step is trained on noise. Any other on what it will see when images are sampled: the
     result of the steps before it, with fresh noise (DMD2's backward simulation; no gradient reaches
     those steps). Given real images [B, C, H, W] in [-1, 1], on these with noise.
 
+    start  the start_scale() of the first noise
     returns x [B, C, H, W] and its noise level [B], sigmas[k]
     """
     first, *noises = (draw.normal() for _ in range(k + 1))
-    x = sigmas[0] * first
+    x = start * first
     if k > 0:
         with torch.no_grad():
             x0 = few_step(generator, x, sigmas[:k], label, noises[:-1]) if real is None else real
@@ -244,10 +252,10 @@ def load_pairs(sampler, digest, count, path):
     return lambda index: [part[index] for part in pairs]
 
 
-def regression_loss(generator, sigma, noise, label, images, distance=F.mse_loss):
-    """Distance of one-step images, at noise level sigma, a float, from `images` [B, C, H, W] that
-    a teacher's sampler made of the same noise and label (DMD)."""
-    return distance(few_step(generator, sigma * noise, [sigma], label), images)
+def regression_loss(generator, sigma, x, label, images, distance=F.mse_loss):
+    """Distance of one-step images of x, noise of a level sigma, a float, from `images` [B, C, H, W]
+    that a teacher's sampler made of the same noise and label (DMD)."""
+    return distance(few_step(generator, x, [sigma], label), images)
 
 
 def lpips_distance(device):
@@ -261,11 +269,11 @@ def lpips_distance(device):
 # ---- pictures, and the best generator of a run --------------------------------------------------
 
 @torch.no_grad()
-def save_estimates(teacher, fake_score, sampler, path, columns=10):
+def save_estimates(teacher, fake_score, sampler, schedule, path, columns=10):
     """The generator's images, the same with noise, and what teacher and fake score make of that."""
     noises, device = fresh_noise(columns, sampler.shape, seed=0), sampler.device
     label = torch.arange(columns, device=device) % len(sampler.data["classes"])
-    sigma = sigma_at(torch.linspace(0.15, 0.75, columns, device=device), "karras")
+    sigma = sigma_at(torch.linspace(0.15, 0.75, columns, device=device), schedule)
     x0 = sampler.x0(noises, label)
     x = x0 + sigma.view(-1, 1, 1, 1) * next(noises).to(device)
     rows = {"generated x0": x0, "x0 + sigma noise = x": x, "teacher(x)": teacher(x, sigma, label),
@@ -283,6 +291,7 @@ class Best:
 
     def __init__(self, cfg, facts, sampler, teacher):
         self.facts, self.sampler, self.path = facts, sampler, Path(cfg.out, "generator.pt")
+        self.half = cfg.half
         self.best = self.measure = None
         if cfg.evaluate_every:
             reference = load_reference(facts["data"], sampler.device)
@@ -305,6 +314,8 @@ class Best:
                 save(dict(self.facts, step=step + 1, figures=figures,
                           model=self.sampler.denoiser.state_dict(),
                           fake_score=fake_score.state_dict()), self.path)
+                if "pipeline" in self.facts["network"]:
+                    write_student(self.sampler.denoiser, self.path.parent, self.half)
 
 
 # ---- training -----------------------------------------------------------------------------------
@@ -315,11 +326,18 @@ def recipe(given):
         raise ValueError("--teacher is missing: give one, such as runs/teacher/teacher.pt")
     parent = open_checkpoint(given["teacher"], given.get("data"), kind="teacher")
     kind = "latents" if parent["autoencoder"] else parent["data"]["name"]
+    pipeline = parent["network"].get("pipeline")
+    if pipeline:
+        xl = Path(pipeline, "text_encoder_2").is_dir()
+        kind = f"sdxl{'-lora' * bool(given.get('lora'))}" if xl else "sd15"
     chosen = given.get("recipe") or recipe_of(kind, given, RECIPES)
     found = {**dict(regression_steps=0, regression_weight=0.0, pairs=10000, save_every=200,
                     sample_every=500, evaluate_every=200, data_dir=parent["data"]["data_dir"]),
-             **(EPS if parent["prediction"] == "eps" else {}), **RECIPES[chosen], "recipe": chosen}
-    if given.get("student_steps", 1) > 1 or "init_from" in given:
+             **(EPS if parent["prediction"] == "eps" and not pipeline else {}), **RECIPES[chosen],
+             "recipe": chosen}
+    if pipeline and "data" not in given:
+        found["gan_weight"] = 0.0  # which is what real images are for
+    if not pipeline and given.get("student_steps", 1) > 1 or "init_from" in given:
         found.update(regression_steps=0, regression_weight=0.0)
         found.pop("gan_weight", None)  # which only a start by regression makes dispensable
     found["regression_steps"] = min(found["regression_steps"],
@@ -328,23 +346,53 @@ def recipe(given):
 
 
 def initial(cfg, parent, sigmas, device):
-    """Generator and fake score to begin with: two copies of the teacher, or --init-from's, of which
-    the generator is the EMA; ValueError if they are not of this teacher's kind."""
-    source, names = parent, ("model", "model")
+    """Teacher, generator and fake score to begin with: the two are copies of the teacher, or by
+    --lora adapters of it, or --init-from's, of which the generator is the EMA; ValueError if they
+    are not of this teacher's kind."""
+    teacher = build_any(parent, device)
+    if cfg.checkpointing and "pipeline" in parent["network"]:
+        recompute_by_role(teacher.net.unet)
+    count = 0 if not cfg.lora else 1 if cfg.fake_lora == 0 else 2  # of adapters
+    whole = [copy.deepcopy(teacher) for _ in range(2 - count)]
+    roles = ["generator", "fake_score"][:count]
+    generator, fake_score = students = add_roles(teacher, roles, cfg.lora, cfg.lora_alpha) + whole
     if cfg.init_from and not cfg.resume:
-        source, names = load(cfg.init_from, "generator"), ("model", "fake_score")
+        source = load(cfg.init_from, "generator")
         for name, wanted in dict(parent, sigmas=sigmas).items():
             if name in ("network", "prediction", "sigmas") and source[name] != wanted:
                 raise ValueError(f"--init-from {cfg.init_from}: its {name} is {source[name]}, not "
                                  f"{wanted}; give a generator.pt of this teacher's kind and steps")
-    return [build(dict(source, model=source[name]), device).requires_grad_(True) for name in names]
+        generator.load_state_dict(source["model"])
+        fake_score.load_state_dict(source["fake_score"])
+    return teacher, *(student.to(device).requires_grad_(True) for student in students)
+
+
+def load_real(parent, codec, prompts, device):
+    """The real images of a pipeline's GAN, as latents, whose captions' rows follow the prompts."""
+    facts = parent["data"]
+    if not facts["name"]:
+        raise ValueError("--data is missing: the GAN needs real images with captions; --gan-weight "
+                         "0 does without")
+    latents, captions = load_captioned(facts["name"], codec, facts["size"], facts["data_dir"],
+                                       device)
+    rows = len(prompts.table) + torch.arange(len(captions), device=device)
+    prompts.table = torch.cat([prompts.table, prompts.tokens(captions)])
+    return Data(latents.to(device), rows, facts["classes"])
 
 
 def train(cfg):
     """Distil a teacher into a generator, kept as generator.pt in the run's folder."""
     device, parts = pick_device(cfg.device), parts_of(cfg)
-    parent = open_checkpoint(cfg.teacher, cfg.data, cfg.data_dir)
-    sigmas = generator_sigmas(cfg.student_steps, cfg.conditioning_sigma)
+    texts = read_prompts(cfg.prompts) if cfg.prompts else ()
+    parent = open_checkpoint(cfg.teacher, cfg.data, cfg.data_dir, prompts=texts)
+    pipeline, schedule = parent["network"].get("pipeline"), ranges_of(parent["schedule"])
+    if pipeline and not texts:
+        raise ValueError("--prompts is missing: give a file of prompts, one a line")
+    if pipeline and cfg.lora:
+        parent["network"].update(lora=cfg.lora, lora_alpha=cfg.lora_alpha)
+    sigmas = generator_sigmas(cfg.student_steps, cfg.conditioning_sigma,
+                              cfg.first_timestep if pipeline else None)
+    start = start_scale(parent["schedule"], sigmas[0])
     num_classes, shape = len(parent["data"]["classes"]), shape_of(parent["network"])
     dm_range, fake_range, gan_range = (interval(cfg, name, lowest_quantile(parent["schedule"]))
                                        for name in ("dm_range", "fake_range", "gan_range"))
@@ -355,8 +403,9 @@ def train(cfg):
                    discriminator_loss=cfg.discriminator_weight,
                    regression_loss=cfg.regression_weight)
 
-    teacher, (generator, fake_score) = build(parent, device), initial(cfg, parent, sigmas, device)
-    ema = copy.deepcopy(generator).eval().requires_grad_(False)
+    teacher, generator, fake_score = initial(cfg, parent, sigmas, device)
+    # A pipeline's generator has no average: a second UNet would cost more than it gives.
+    ema = generator if pipeline else copy.deepcopy(generator).eval().requires_grad_(False)
     guide = guided(teacher, cfg.guidance, parent)
     torch.manual_seed(cfg.seed)
     discriminator = Discriminator(teacher if cfg.gan_features == "teacher" else fake_score)
@@ -368,12 +417,17 @@ def train(cfg):
 
     real_data, batches = None, itertools.repeat((None, None))
     if cfg.gan_weight or not cfg.backward_simulation:
-        real_data = load_images(parent["data"], "train")._replace(flip=parent["data"]["flip"])
-        real_data = encoded(real_data, codec_of(parent["autoencoder"], device), device)
-    digest = hashlib.sha256(Path(cfg.teacher).read_bytes()).hexdigest()
-    run = Run(cfg, "last.pt", dict(generator=generator, fake_score=fake_score, ema=ema,
+        codec = codec_any(parent["autoencoder"], device)
+        if pipeline:
+            real_data = load_real(parent, codec, teacher.net.prompts, device)
+        else:
+            real_data = load_images(parent["data"], "train")._replace(flip=parent["data"]["flip"])
+            real_data = encoded(real_data, codec, device)
+    digest = digest_of(cfg.teacher)
+    run = Run(cfg, "last.pt", dict(generator=generator, fake_score=fake_score,
                                    head=discriminator.head, descent=descent,
-                                   fake_descent=fake_descent),
+                                   fake_descent=fake_descent,
+                                   **dict(ema=ema) if ema is not generator else {}),
               dict(parent["data"], teacher=digest, count=real_data and len(real_data.labels)))
     facts = dict({name: parent[name] for name in INHERITED}, kind="generator", sigmas=sigmas,
                  version=__version__, config=dataclasses.asdict(cfg), teacher_figures=None)
@@ -385,11 +439,11 @@ def train(cfg):
 
         def regression(update, part):
             pairs = pairs_at(batch_at(update, cfg.pairs, cfg.batch, cfg.seed, device)[part])
-            return regression_loss(generator, sigmas[0], *pairs, distance)
+            return regression_loss(generator, sigmas[0], start * pairs[0], *pairs[1:], distance)
     prepare(cfg, device, teacher, generator, fake_score)  # only now: so far all was in float32
     if real_data:
-        start = max(run.start, cfg.regression_steps)
-        batches = training_batches(real_data, start, cfg, parts, device)
+        first = max(run.start, cfg.regression_steps)
+        batches = training_batches(real_data, first, cfg, parts, device)
     tell(f"distilling on {device}: recipe {cfg.recipe}, {cfg.steps} steps", sys.stderr)
     if best.measure and not cfg.resume:
         run.measure(-1, lambda: {f"teacher_{name}": figure
@@ -412,7 +466,7 @@ def train(cfg):
             real, real_label = next(batches)
             label = draw.label(num_classes)
             given, label = (None, label) if cfg.backward_simulation else (real, real_label)
-            x, sigma = step_input(generator, sigmas, k, label, draw, given)
+            x, sigma = step_input(generator, sigmas, start, k, label, draw, given)
             with torch.set_grad_enabled(update_generator):
                 x0 = generator(x, sigma, label)
 
@@ -422,10 +476,10 @@ def train(cfg):
             if update_generator:
                 losses = {}
                 if cfg.dm_weight:
-                    sigma, noise = sigma_at(draw.uniform(*dm_range), "karras"), draw.normal()
+                    sigma, noise = sigma_at(draw.uniform(*dm_range), schedule), draw.normal()
                     losses["dmd_loss"] = dmd_loss(guide, fake_score, x0, sigma, label, noise)
                 if cfg.gan_weight:
-                    logits = discriminator(*diffused(x0, draw, gan_range), label)
+                    logits = discriminator(*diffused(x0, draw, gan_range, schedule), label)
                     losses["gan_loss"] = generator_loss(logits)
                 if cfg.regression_weight:
                     losses["regression_loss"] = regression(update, part)
@@ -435,13 +489,13 @@ def train(cfg):
             # Fake score: a teacher's loss, on the generator's samples, at every step.
             # Discriminator: real images from generated ones.
             x0 = x0.detach()
-            x, sigma = diffused(x0, draw, fake_range)
+            x, sigma = diffused(x0, draw, fake_range, schedule)
             x0_hat, features = fake_score.estimate(x, sigma, label)
             losses = dict(fake_loss=unit_error(fake_score.prediction, x0_hat, x0, sigma))
             if cfg.gan_weight:
-                real_logits = discriminator(*diffused(real, draw, gan_range), real_label)
+                real_logits = discriminator(*diffused(real, draw, gan_range, schedule), real_label)
                 fake_logits = (discriminator.head(features) if shares_pass else
-                               discriminator(*diffused(x0, draw, gan_range), label))
+                               discriminator(*diffused(x0, draw, gan_range, schedule), label))
                 losses["discriminator_loss"] = discriminator_loss(real_logits, fake_logits)
             fake_descent.add(sum(weights[name] * loss for name, loss in losses.items()))
             run.note(**losses)
@@ -450,14 +504,16 @@ def train(cfg):
             lr = (rate_at(update, cfg.fake_lr, cfg.warmup, cfg.regression_steps / 2) if regresses
                   else rate_at(update, cfg.lr, cfg.warmup, cfg.decay_after))
             run.note(**descent.step(lr))
-            update_ema(ema, generator, cfg.ema, update)
+            if ema is not generator:
+                update_ema(ema, generator, cfg.ema, update)
         if not regresses:
             run.note(**fake_descent.step(rate_at(distilled, cfg.fake_lr, cfg.warmup)))
 
         if due(step, cfg.evaluate_every or cfg.steps, cfg.steps) and not cfg.profile:
             best.consider(step, run, fake_score)
         if due(step, cfg.sample_every, cfg.steps):
-            run.draw(step, lambda path: save_estimates(teacher, fake_score, best.sampler, path))
+            run.draw(step, lambda path: save_estimates(teacher, fake_score, best.sampler, schedule,
+                                                       path))
     if best.best:
         figures = ", ".join(f"{title} {best.best[name]:.3f}" for name, title in TITLES.items())
         tell(f"{best.path}: the best, of step {best.best['step']}: {figures}")

@@ -10,15 +10,19 @@
 A checkpoint of teacher.py, dmd2.py or NVlabs/edm, or a file of export.py: its path is enough.
 """
 
+import copy
 import dataclasses
 import functools
 import hashlib
 import io
 import itertools
 import json
+import math
 import pickle
+import re
 import statistics
 import sys
+import warnings
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -29,11 +33,13 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint as recompute
 
-from teacher import (FEATURES, HEUN_STEPS, SUBSET, Options, Pixels, arg, build, codec_of,
-                     fresh_noise, heun, load, load_data, parse, pick_device, progress, rank,
-                     rank_0_first, ranks, replacing, run_script, sampling_sigmas, save, save_grid,
-                     seeded, shape_of, tell, to_float, to_uint8)
+from teacher import (ENDINGS, FEATURES, HEUN_STEPS, SIGMA_MAX, SUBSET, Denoiser, Options, Pixels,
+                     arg, build, codec_of, decoded, fresh_noise, heun, load, load_data, parse,
+                     pick_device, progress, quantile_of, rank, rank_0_first, ranks, replacing,
+                     run_script, sampling_sigmas, save, save_grid, seeded, shape_of, sigma_at,
+                     start_scale, tell, timestep_sigmas, to_float, to_uint8)
 
 ASSETS = Path(__file__).resolve().parent / "assets"
 DIMENSIONS = 64  # of each space in which quality is measured
@@ -88,6 +94,20 @@ def few_step(generator, x, sigmas, label, noises=()):
     return x0
 
 
+def generator_sigmas(steps, highest=SIGMA_MAX, first=None):
+    """The noise levels of a generator of so many steps, falling.
+
+    At evenly spread quantiles of the karras schedule up to `highest`. Of 4 up to 80: 80, 17.5,
+    2.52, 0.170, as DMD2 spreads Stable Diffusion's timesteps: of the first one, of 4 steps 999,
+    749, 499, 249.
+    """
+    if first is not None:
+        levels = timestep_sigmas("scaled_linear")
+        return [levels[first - k * 1000 // steps].item() for k in range(steps)]
+    u = quantile_of(highest) * torch.linspace(1, 1 / steps, steps, dtype=torch.float64)
+    return sigma_at(u, "karras").tolist()
+
+
 class Guided(nn.Module):
     """A denoiser with classifier-free guidance (Ho and Salimans 2022): none + g (label - none)."""
 
@@ -106,7 +126,7 @@ def guided(denoiser, guidance, checkpoint):
     """The denoiser with guidance, or itself for 1; ValueError if it can't do without labels."""
     if guidance != 1 and not checkpoint["config"].get("label_dropout"):
         raise ValueError(f"--guidance {guidance:g}: the teacher had no --label-dropout")
-    no_label = checkpoint["network"]["label_dim"]
+    no_label = checkpoint["network"].get("label_dim", len(checkpoint["data"]["classes"]))
     return denoiser if guidance == 1 else Guided(denoiser, guidance, no_label)
 
 
@@ -122,6 +142,11 @@ class Config(Options):
     guidance: float = arg(1.0, "classifier-free guidance of a teacher; 1 is none", low=0)
     data: str = arg(None, "what an EDM checkpoint was trained on, or where a folder is now")
     data_dir: str = arg(None, "where the real images are (default: where training found them)")
+    prompt: str = arg(None, "what a text-to-image model is to show")
+    prompts: str = arg(None, "a file of prompts, one a line, instead")
+    weights: str = arg(None, "of a pipeline's generator: its UNet's or LoRA, .safetensors or .bin")
+    student_steps: int = arg(1, "of --weights: the steps of that generator", (1, 2, 4))
+    first_timestep: int = arg(999, "of --weights: where it begins", low=249, high=999)
     seed: int = arg(0, "seed of the noise", low=0)
     out: str = arg("samples.png", "a .png (grid), .npz (images [N, H, W, C], labels) or new folder")
     evaluate: bool = arg(False, "print Fréchet distance, precision and recall")
@@ -190,6 +215,306 @@ def load_edm(path):
                           shape=shape_of(network), classes=classes))
 
 
+# ---- Stable Diffusion: a folder of diffusers as one more teacher, whose labels are prompts -------
+
+class Prompts:
+    """A pipeline's tokenizers and frozen text encoders, shared by all copies of a network.
+
+    A label is the row of a prompt in `table`, int64 [rows, 77], of SDXL [rows, 2, 77]: the prompts,
+    then "no prompt" for guidance, then captions of real images. Tokens may stand for the label.
+    """
+
+    def __init__(self, folder, texts, device="cpu"):
+        from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+        index = json.loads((folder / "model_index.json").read_text())
+        self.xl, self.device = "text_encoder_2" in index, device
+        kinds = [("", CLIPTextModel), ("_2", CLIPTextModelWithProjection)][:1 + self.xl]
+        self.tokenizers = [CLIPTokenizer.from_pretrained(folder / f"tokenizer{part}")
+                           for part, _ in kinds]
+        self.encoders = nn.ModuleList(
+            kind.from_pretrained(folder / f"text_encoder{part}", use_safetensors=True)
+            for part, kind in kinds).float().to(device).eval().requires_grad_(False)
+        none = self.tokens([""])
+        if index.get("force_zeros_for_empty_prompt"):  # SDXL's is an embedding of zeros
+            none = torch.full_like(none, -1)
+        self.table = torch.cat([*([self.tokens(texts)] if texts else []), none])
+
+    def __deepcopy__(self, memo):
+        return self
+
+    def tokens(self, texts):
+        """B texts -> int64 [B, 77], of SDXL [B, 2, 77]; longer ones are cut."""
+        ids = [tokenizer(list(texts), padding="max_length", truncation=True, max_length=77,
+                         return_tensors="pt").input_ids for tokenizer in self.tokenizers]
+        return torch.stack(ids, dim=1).to(self.device) if self.xl else ids[0].to(self.device)
+
+    def encoded(self, label):
+        """Rows [B] or tokens -> embeddings [B, 77, D] and, of SDXL, the pooled one [B, P]; of -1
+        zeros. In float32, whatever the UNet computes in."""
+        label = self.table[label] if label.ndim == 1 else label
+        tokens = label.clamp(min=0)
+        with torch.autocast(self.table.device.type, enabled=False), torch.no_grad():
+            if not self.xl:
+                return self.encoders[0](tokens).last_hidden_state, None
+            one, two = (encoder(ids, output_hidden_states=True)
+                        for encoder, ids in zip(self.encoders, tokens.unbind(1)))
+        given = (label >= 0).all(dim=(1, 2)).float()[:, None]
+        text = torch.cat([one.hidden_states[-2], two.hidden_states[-2]], dim=2)
+        return text * given[:, :, None], two.text_embeds * given
+
+
+class TextUNet(nn.Module):
+    """A UNet of diffusers as Denoiser calls its network: timesteps for noise levels.
+
+    role  of a UNet that plays several, by LoRA: the name of its adapter, whose parameters are the
+          only ones of this module, or None for none; "" of a UNet that plays one
+    """
+
+    def __init__(self, unet, prompts, network, role=""):
+        super().__init__()
+        self.prompts, self.network, self.role = prompts, network, role
+        if role == "":
+            self.unet = unet
+        else:  # not registered: it has no parameters of its own
+            self.__dict__["unet"] = unet
+            self.adapter = nn.ParameterList(adapter_of(unet, role))
+        channels, side = unet.config.block_out_channels, network["pixels"]
+        self.bottleneck = channels[-1], network["img_resolution"] >> len(channels) - 1
+        self.sizes = [side, side, 0, 0, side, side]  # SDXL is told: before the crop, corner, after
+
+    def forward(self, x, c_noise, label, decode=True):
+        """x [B, 4, h, w], c_noise [B], label as of Prompts, or what it encodes to -> F (None
+        without decode), and the output of the middle block, the bottleneck"""
+        unet, added = self.unet, None
+        play(unet, self.role)
+        text, pooled = label if isinstance(label, tuple) else self.prompts.encoded(label)
+        # Timesteps stay float32 until they are waves: in bfloat16 999 is 1000.
+        emb = unet.time_embedding(unet.get_time_embed(x, timestep_of(4 * c_noise)))
+        if pooled is not None:
+            sizes = pooled.new_tensor(self.sizes).expand(len(pooled), 6)
+            added = dict(text_embeds=pooled, time_ids=sizes)
+            emb = emb + unet.get_aug_embed(emb, text, added)
+
+        def run(block, *args):
+            return block(*args, **dict(encoder_hidden_states=text) if hasattr(block, "attentions")
+                         else {})
+
+        h = unet.conv_in(x)
+        skips = [h]
+        for block in unet.down_blocks:
+            h, outputs = run(block, h, emb)
+            skips += outputs
+        features = h = run(unet.mid_block, h, emb)
+        for block in unet.up_blocks if decode else ():
+            count = len(block.resnets)
+            h = run(block, h, tuple(skips[-count:]), emb)
+            del skips[-count:]
+        return unet.conv_out(F.silu(unet.conv_norm_out(h))) if decode else None, features
+
+
+def timestep_of(level):
+    """ln(sigma) [B] -> the timestep, 0 to 999, float32; whole where it all but is."""
+    levels = timestep_sigmas("scaled_linear", level.device).log().float()
+    above = (levels < level[:, None]).sum(dim=1).clamp(1, 999)
+    low, high = levels[above - 1], levels[above]
+    timestep = (above - 1 + (level - low) / (high - low)).clamp(0, 999)
+    return torch.where((timestep - timestep.round()).abs() < 1e-2, timestep.round(), timestep)
+
+
+class VAE:
+    """A pipeline's autoencoder as a codec, in float32, for SDXL's overflows in float16."""
+
+    def __init__(self, folder, device="cpu"):
+        from diffusers import AutoencoderKL
+        self.vae = AutoencoderKL.from_pretrained(Path(folder, "vae"), use_safetensors=True)
+        self.vae.float().to(device).eval().requires_grad_(False)
+        self.facts = dict(kind="vae", pipeline=str(folder))
+
+    @torch.no_grad()
+    def encode(self, images):
+        return self.vae.encode(images).latent_dist.mean * self.vae.config.scaling_factor
+
+    def decode(self, x0):
+        return self.vae.decode(x0 / self.vae.config.scaling_factor).sample
+
+    def checkpoint(self):
+        return self.facts
+
+
+# The layers that DMD2's LoRA of SDXL adapts.
+LORA_LAYERS = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj",
+               "ff.net.2", "conv1", "conv2", "conv_shortcut", "downsamplers.0.conv",
+               "upsamplers.0.conv", "time_emb_proj"]
+
+
+def add_roles(denoiser, roles, rank, alpha):
+    """Denoisers of a denoiser's UNet, by LoRA an adapter of rank and alpha for each of the roles;
+    if there are any, it is itself without one from then on."""
+    if not roles:
+        return []
+    from peft import LoraConfig
+    net = denoiser.net
+    net.role = None
+    net.unet.requires_grad_(False)
+    with warnings.catch_warnings(action="ignore"):  # that there is more than one
+        for role in roles:
+            config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=LORA_LAYERS)
+            net.unet.add_adapter(config, role)
+    for role in roles:  # of which the next one froze the one before
+        for p in adapter_of(net.unet, role):
+            p.requires_grad_(True)
+    return [Denoiser(TextUNet(net.unet, net.prompts, net.network, role), denoiser.prediction)
+            for role in roles]
+
+
+def adapter_of(unet, role):
+    return [p for name, p in unet.named_parameters() if f".{role}." in name]
+
+
+def play(unet, role):
+    """Let a UNet play a role. set_adapter() would freeze the other roles' parameters."""
+    if role != "" and getattr(unet, "role", "") != role:
+        from peft.tuners.tuners_utils import BaseTunerLayer
+        for layer in unet.modules():
+            if isinstance(layer, BaseTunerLayer):
+                layer._disable_adapters, layer._active_adapter = role is None, [role]
+        unet.role = role
+
+
+def recompute_by_role(unet):
+    """Gradient checkpointing that computes anew in the role of the first time: with diffusers' own
+    the generator's gradient would be of whatever role is played by then."""
+    def call(block, *args):
+        role = getattr(unet, "role", "")
+
+        def again(*args):
+            play(unet, role)
+            return block(*args)
+        return recompute(again, *args, use_reentrant=False)
+    unet.enable_gradient_checkpointing(call)
+
+
+def open_pipeline(folder, texts):
+    """A folder of diffusers, or org/name on the Hub, as load() returns a teacher, without weights.
+
+    texts  the prompts, which take the place of classes; ValueError if it is no Stable Diffusion
+    """
+    if not Path(folder).is_dir():
+        from huggingface_hub import snapshot_download
+        folder = snapshot_download(folder, allow_patterns=["model_index.json", "*/*.json",
+                                                           "*/*.txt", "*/*.safetensors"],
+                                   ignore_patterns=["*.fp16.*", "*.non_ema.*"])
+    from diffusers import DDPMScheduler
+    try:
+        unet, vae = (json.loads(Path(folder, part, "config.json").read_text())
+                     for part in ("unet", "vae"))
+        scheduler = DDPMScheduler.from_pretrained(Path(folder, "scheduler"))
+        prediction = dict(epsilon="eps", v_prediction="v")[scheduler.config.prediction_type]
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{folder}: no diffusers folder of SD1.5, SD2 or SDXL: {error}") from error
+    sigmas = (1 / scheduler.alphas_cumprod.double() - 1).sqrt()
+    if not torch.allclose(sigmas, timestep_sigmas("scaled_linear")):
+        raise ValueError(f"{folder}: its noise levels are not Stable Diffusion's; zero terminal SNR "
+                         "has none at the last timestep")
+    side = unet["sample_size"]
+    pixels = side * 2 ** (len(vae["block_out_channels"]) - 1)
+    network = dict(pipeline=str(folder), img_channels=unet["in_channels"], img_resolution=side,
+                   pixels=pixels)
+    return dict(kind="teacher", step=None, config=dict(label_dropout=0.1), network=network,
+                prediction=prediction, schedule="scaled_linear", model=None,
+                autoencoder=dict(kind="vae", pipeline=str(folder)),
+                data=dict(name=None, data_dir="data", size=pixels, flip=False,
+                          shape=(3, pixels, pixels), classes=tuple(texts)))
+
+
+def build_pipeline(checkpoint, device):
+    """The denoiser of a pipeline: its own, or of a generator with the weights that it holds."""
+    from diffusers import UNet2DConditionModel
+    from transformers.utils import logging
+    logging.disable_progress_bar()
+    network, device = checkpoint["network"], torch.device(device)
+    folder = Path(network["pipeline"])
+    unet = UNet2DConditionModel.from_pretrained(folder / "unet", use_safetensors=True).float()
+    prompts = Prompts(folder, checkpoint["data"]["classes"], device)
+    if network.get("weights"):
+        load_weights(unet, network["weights"], prompts.xl)
+    denoiser = Denoiser(TextUNet(unet, prompts, network), checkpoint["prediction"])
+    if network.get("lora") and checkpoint["model"]:
+        denoiser, = add_roles(denoiser, ["generator"], network["lora"], network["lora_alpha"])
+        denoiser.net.unet.to(device)
+    if checkpoint["model"]:
+        denoiser.load_state_dict(checkpoint["model"])
+    return denoiser.to(device).eval().requires_grad_(False)
+
+
+def load_weights(unet, path, xl):
+    """Load a UNet's weights, or a LoRA, of a .safetensors or .bin file, as DMD2's releases are."""
+    from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+    from safetensors.torch import load_file
+    try:
+        state = load_file(path) if Path(path).suffix == ".safetensors" else torch.load(
+            path, map_location="cpu", weights_only=True)
+        if any("lora" in name for name in state):
+            kind = StableDiffusionXLPipeline if xl else StableDiffusionPipeline
+            state, alphas, metadata = kind.lora_state_dict(path, unet_config=unet.config,
+                                                           return_lora_metadata=True)
+            kind.load_lora_into_unet(state, alphas, unet, metadata=metadata)
+        else:
+            unet.load_state_dict(state)
+    except Exception as error:  # of a dozen kinds
+        raise ValueError(f"--weights {path}: no weights of this UNet, or damaged: {error}") from error
+
+
+def write_student(generator, folder, half=False):
+    """The generator as diffusers reads it, beside its checkpoint: pytorch_lora_weights.safetensors,
+    its alpha included, or unet/; in float16 if `half`."""
+    from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+    net = generator.net
+    if net.role:
+        from peft import get_peft_model_state_dict
+        state = get_peft_model_state_dict(net.unet, adapter_name=net.role)
+        state = {name: value.half() if half else value for name, value in state.items()}
+        kind = StableDiffusionXLPipeline if net.prompts.xl else StableDiffusionPipeline
+        kind.save_lora_weights(folder, state, unet_lora_adapter_metadata=net.unet.peft_config[
+            net.role].to_dict())
+    else:
+        unet = copy.deepcopy(net.unet).half() if half else net.unet
+        unet.save_pretrained(Path(folder, "unet"))
+
+
+def load_captioned(folder, codec, size, data_dir, device):
+    """Latents of a folder's images, made once and kept in data_dir, and their captions: x.jpg with
+    x.txt, or metadata.jsonl's lines of file_name and text. ValueError if there are none."""
+    folder, listed = Path(folder), Path(folder, "metadata.jsonl")
+    if listed.exists():
+        lines = map(json.loads, listed.read_text().splitlines())
+        found = [(folder / line["file_name"], line["text"]) for line in lines]
+    else:
+        paths = [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in ENDINGS]
+        found = [(path, path.with_suffix(".txt").read_text().strip()) for path in paths
+                 if path.with_suffix(".txt").exists()]
+    if not found:
+        raise ValueError(f"--data {folder}: has no image with a caption, as x.jpg with x.txt")
+    stamp = [(str(path), path.stat().st_size, text) for path, text in found]
+    key = hashlib.sha256(json.dumps([stamp, size, codec.checkpoint()]).encode()).hexdigest()[:16]
+    path = Path(data_dir, f"{folder.name}-latents-{key}.pt")
+    with rank_0_first():
+        if not path.exists():
+            latents, captions = [], []
+            for image, text in progress(found, "latents"):
+                pixels = decoded(image, size)
+                if isinstance(pixels, Exception):
+                    tell(f"{image}: left out, {pixels}", sys.stderr)
+                    continue
+                x0 = codec.encode(to_float(torch.from_numpy(pixels)[None]).to(device))
+                latents.append(x0.cpu())
+                captions.append(text)
+            save(dict(latents=torch.cat(latents), captions=captions), path)
+            tell(f"{folder}: latents of {len(captions)} images, kept as {path}", sys.stderr)
+    stored = torch.load(path, weights_only=True, mmap=True)
+    return stored["latents"], stored["captions"]
+
+
 # ---- any checkpoint as one function -------------------------------------------------------------
 
 class Sampler(NamedTuple):
@@ -205,13 +530,19 @@ class Sampler(NamedTuple):
     denoiser: nn.Module | None = None  # what x0 calls; none of an ONNX file
 
 
-def open_checkpoint(path, data=None, data_dir=None, kind=None):
-    """load() or, of a .pkl, load_edm(); not of autoencoders. Its data may have moved meanwhile."""
-    checkpoint = load_edm(path) if Path(path).suffix == ".pkl" else load(path, kind)
+def open_checkpoint(path, data=None, data_dir=None, kind=None, prompts=()):
+    """load(), or of a .pkl load_edm(), or of a folder or a name on the Hub open_pipeline(); not of
+    autoencoders. Its data may have moved meanwhile; prompts may take the place of a pipeline's."""
+    if Path(path).is_dir() or re.fullmatch(r"[\w-]+/[\w.-]+", path) and not Path(path).suffix:
+        checkpoint = open_pipeline(path, prompts)
+    else:
+        checkpoint = load_edm(path) if Path(path).suffix == ".pkl" else load(path, kind)
     if checkpoint["kind"] == "autoencoder":
         raise ValueError(f"{path}: holds an autoencoder; next: python teacher.py --latent {path}")
     facts = checkpoint["data"]
     facts.update(name=data or facts["name"], data_dir=data_dir or facts["data_dir"])
+    if "pipeline" in checkpoint["network"] and prompts:
+        facts["classes"] = tuple(prompts)
     if Path(path).suffix == ".pkl" and data:  # which does not tell the names of its classes
         found = load_data(data, "train", facts["data_dir"], facts["size"]).classes
         facts["classes"] = found if len(found) == len(facts["classes"]) else facts["classes"]
@@ -221,7 +552,8 @@ def open_checkpoint(path, data=None, data_dir=None, kind=None):
 def load_images(facts, split):
     """load_data() of the images that a checkpoint tells of; ValueError if they are others now."""
     if facts["name"] is None:
-        raise ValueError("--data is missing: an EDM checkpoint does not tell its data, as cifar10")
+        raise ValueError("--data is missing: neither EDM's checkpoints nor pipelines tell their "
+                         "data, as cifar10")
     data = load_data(facts["name"], split, facts["data_dir"], facts["size"])
     for now, before in ((data.shape, facts["shape"]), (data.classes, facts["classes"])):
         if now != tuple(before) != ("all",):
@@ -234,11 +566,49 @@ def load_sampler(path, device="cpu", cfg=None):
     cfg, device = cfg or Config(checkpoint=path), torch.device(device)
     if Path(path).suffix == ".onnx":
         return onnx_sampler(path, device, cfg.data, cfg.data_dir)
-    checkpoint = open_checkpoint(path, cfg.data, cfg.data_dir)
-    denoiser = build(checkpoint, device)
+    texts = [cfg.prompt] if cfg.prompt else read_prompts(cfg.prompts) if cfg.prompts else ()
+    checkpoint = open_checkpoint(path, cfg.data, cfg.data_dir, prompts=texts)
+    if "pipeline" in checkpoint["network"]:
+        shown = checkpoint["data"]["classes"][:10]  # of a generator: of those it was trained on
+        if not shown:
+            raise ValueError('--prompt is missing: say what to show, such as --prompt "a red dog"')
+        checkpoint["data"]["classes"] = tuple(texts or shown)
+    if cfg.weights:
+        checkpoint["network"]["weights"] = cfg.weights
+        checkpoint.update(kind="generator", sigmas=generator_sigmas(cfg.student_steps,
+                                                                    first=cfg.first_timestep))
+    denoiser = build_any(checkpoint, device)
     if checkpoint["kind"] == "teacher":
         denoiser = guided(denoiser, cfg.guidance, checkpoint)
     return make_sampler(denoiser, checkpoint, device, cfg.sampler, cfg.steps)
+
+
+def read_prompts(path):
+    """The lines of a file that are not empty."""
+    texts = [line.strip() for line in Path(path).read_text().splitlines() if line.strip()]
+    if not texts:
+        raise ValueError(f"--prompts {path}: has no line")
+    return texts
+
+
+def build_any(checkpoint, device="cpu"):
+    """build(), or of a pipeline build_pipeline()."""
+    of_pipeline = "pipeline" in checkpoint["network"]
+    return (build_pipeline if of_pipeline else build)(checkpoint, device)
+
+
+def codec_any(autoencoder, device="cpu"):
+    """codec_of(), or of a pipeline its VAE."""
+    of_pipeline = autoencoder and "pipeline" in autoencoder
+    return VAE(autoencoder["pipeline"], device) if of_pipeline else codec_of(autoencoder, device)
+
+
+def digest_of(path):
+    """SHA-256 of a checkpoint; of a pipeline's folder, of its files' names and sizes."""
+    if Path(path).is_file():
+        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    files = [(str(f.relative_to(path)), f.stat().st_size) for f in sorted(Path(path).rglob("*.*"))]
+    return hashlib.sha256(json.dumps(files).encode()).hexdigest()
 
 
 def make_sampler(denoiser, checkpoint, device, sampler=None, steps=None):
@@ -258,8 +628,9 @@ def make_sampler(denoiser, checkpoint, device, sampler=None, steps=None):
     @torch.no_grad()
     def x0(noises, label):
         noises = (noise.to(device) for noise in noises)
-        return function(denoiser, sigmas[0] * next(noises), sigmas, label.to(device), noises)
-    codec, shape = codec_of(checkpoint["autoencoder"], device), shape_of(checkpoint["network"])
+        x = start_scale(checkpoint["schedule"], sigmas[0]) * next(noises)
+        return function(denoiser, x, sigmas, label.to(device), noises)
+    codec, shape = codec_any(checkpoint["autoencoder"], device), shape_of(checkpoint["network"])
     return Sampler(x0, codec.decode, shape, name, evaluations, checkpoint["data"], device, denoiser)
 
 
@@ -304,9 +675,12 @@ def onnx_session(source, device="cpu", **provider_options):
 
 def generate(sampler, label, seed, batch=BATCH):
     """Images uint8 [N, C, H, W] of label [N]; image i is made of seed, i and label[i] only: batches
-    are filled up to multiples of 16, for at odd sizes kernels add in another order. Several ranks
-    share the work, and each gets all images. FloatingPointError if they are not finite."""
-    batch, count = batch + -batch % 16, len(label) + -len(label) % 16
+    are filled up to multiples of 16, for at odd sizes kernels add in another order (large images
+    are not: that costs more than it gives). Several ranks share the work, and each gets all images.
+    FloatingPointError if they are not finite."""
+    size = math.prod(sampler.data["shape"])
+    fill, batch = 16 if size < 2**17 else 1, min(batch, max(1, 2**23 // size))
+    batch, count = batch + -batch % fill, len(label) + -len(label) % fill
     images = torch.zeros(count, *sampler.data["shape"], dtype=torch.uint8, device=sampler.device)
     for start in progress(range(rank() * batch, count, ranks() * batch), sampler.name):
         part = F.pad(label, (0, count - len(label)))[start:start + batch]

@@ -82,6 +82,7 @@ SCHEDULES = {
     "lognormal": lambda u: torch.exp(-1.2 + 1.2 * 2**0.5 * torch.erfinv(2 * u - 1)),  # EDM Table 1
     "karras": lambda u: (LOW + u * (HIGH - LOW)) ** RHO,                              # EDM Eq. 5
     "linear": lambda u: timestep_sigma(u, "linear"),        # DDPM, Ho et al. 2020
+    "scaled_linear": lambda u: timestep_sigma(u, "scaled_linear"),  # Rombach et al. 2022
     "cosine": lambda u: timestep_sigma(u, "cosine"),        # Nichol and Dhariwal 2021
     "sigmoid": lambda u: timestep_sigma(u, "sigmoid"),      # Jabri et al. 2022
     "flow": lambda u: (0.001 + 0.998 * u) / (0.999 - 0.998 * u),  # t / (1 - t), 0.001 <= t <= 0.999
@@ -114,11 +115,13 @@ def timestep_sigmas(schedule, device="cpu", dtype=torch.float64):
     t = torch.linspace(0, 1, 1001, dtype=torch.float64)
     if schedule == "linear":
         betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
+    elif schedule == "scaled_linear":  # Stable Diffusion's, in float32 as diffusers has it
+        betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
     else:  # given by alpha_bar, but for a factor
         signal = {"cosine": torch.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2,
                   "sigmoid": torch.sigmoid(torch.full_like(t, 3)) - torch.sigmoid(6 * t - 3)}
         betas = (1 - signal[schedule][1:] / signal[schedule][:-1]).clamp(max=0.999)
-    return (1 / (1 - betas).cumprod(0) - 1).sqrt().to(device, dtype)
+    return (1 / (1 - betas).cumprod(0).double() - 1).sqrt().to(device, dtype)
 
 
 def timestep_sigma(u, schedule):
@@ -128,13 +131,27 @@ def timestep_sigma(u, schedule):
     return torch.lerp(log_sigmas[below], log_sigmas[below + 1], timestep - below).exp()
 
 
+def ranges_of(schedule):
+    """The schedule whose quantiles say which noise levels a teacher of one is asked for: karras, or
+    Stable Diffusion's own, beyond whose timesteps its networks know nothing."""
+    return schedule if schedule == "scaled_linear" else "karras"
+
+
+def start_scale(schedule, sigma):
+    """What unit noise is multiplied by to be a sampler's first input, at noise level sigma, a
+    float. Stable Diffusion's networks, which see x / sqrt(1 + sigma^2), are told it as it is."""
+    return (1 + sigma**2) ** 0.5 if schedule == "scaled_linear" else sigma
+
+
 def quantile_of(sigma):
     """The quantile of karras, in [0, 1], at which a noise level, a float, lies."""
     return min(max((sigma ** (1 / RHO) - LOW) / (HIGH - LOW), 0.0), 1.0)
 
 
 def lowest_quantile(schedule):
-    """The quantile of karras where a schedule's range of noise levels begins."""
+    """The quantile of its ranges_of() where a schedule's range of noise levels begins."""
+    if ranges_of(schedule) == schedule:
+        return 0.0
     return quantile_of(sigma_at(torch.zeros((), dtype=torch.float64), schedule).item())
 
 
@@ -196,11 +213,15 @@ def unit_error(prediction, x0_hat, x0, sigma, min_snr_gamma=None):
 def sampling_sigmas(steps, schedule, own=False):
     """Levels for a sampler, falling, and then 0: karras's, which are good for any denoiser, within
     the schedule's range, or the schedule's own, all of its range (lognormal has karras's)."""
-    if own and schedule != "lognormal":
+    if schedule == "scaled_linear" and own:  # of timesteps 999, 899, ..., of 10 ("trailing")
+        timestep = torch.arange(1000, 0, -1000 / steps, dtype=torch.float64).round() - 1
+        sigmas = sigma_at(timestep / 999, schedule)
+    elif own and schedule != "lognormal":
         sigmas = sigma_at(torch.linspace(1, 0, steps, dtype=torch.float64), schedule)
     else:
-        u = torch.linspace(1, lowest_quantile(schedule), steps, dtype=torch.float64)
-        sigmas = sigma_at(u, "karras")
+        low, high = (quantile_of(sigma_at(torch.tensor(u, dtype=torch.float64), schedule).item())
+                     for u in (0.0, 1.0))
+        sigmas = sigma_at(torch.linspace(high, low, steps, dtype=torch.float64), "karras")
     return [*sigmas.tolist(), 0.0]
 
 
@@ -257,7 +278,8 @@ class DiffusionTask:
         label = torch.arange(min(len(self.classes), 10), device=x0.device).repeat_interleave(8)
         noise = next(fresh_noise(len(label), self.shape, 0)).to(x0.device)
         sigmas = sampling_sigmas(HEUN_STEPS, self.cfg.schedule)
-        images = to_uint8(self.codec.decode(heun(denoiser, sigmas[0] * noise, sigmas, label)))
+        start = start_scale(self.cfg.schedule, sigmas[0])
+        images = to_uint8(self.codec.decode(heun(denoiser, start * noise, sigmas, label)))
         save_grid(images.unflatten(0, (-1, 8)), self.classes[:10], path)
 
 
@@ -733,8 +755,8 @@ def parse(config_class, argv=None, doc="", recipe=lambda given: {}):
         parser.add_argument("--config", help="config.json of a run, for its options")
     given, saved = vars(parser.parse_args(argv)), {}
     for name in given.keys() & {"data", "data_dir", "latent", "teacher", "init_from", "resume"}:
-        if given[name] not in KNOWN_DATA:  # a path, which is kept
-            given[name] = str(Path(given[name]).resolve())
+        if given[name] not in KNOWN_DATA and (name == "data_dir" or Path(given[name]).exists()):
+            given[name] = str(Path(given[name]).resolve())  # a path, which is kept
     config = given.pop("config", None)
     source = given.get("resume", config)
     if "resume" in given:
@@ -1171,7 +1193,7 @@ def prepare(cfg, device, *denoisers):
     dtype = dtype_of(cfg, device)
     for denoiser in denoisers:
         for layer in denoiser.modules():
-            if isinstance(layer, nn.Conv2d) and not layer.weight.requires_grad:
+            if isinstance(layer, (nn.Conv2d, nn.Linear)) and not layer.weight.requires_grad:
                 layer.to(dtype)  # once, and not in every pass as autocast would
             if isinstance(layer, (Block, Residual)) and cfg.checkpointing:
                 layer.forward = functools.partial(recompute, layer.forward, use_reentrant=False,

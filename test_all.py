@@ -57,7 +57,8 @@ def vectors(name):
     path = SHARED / "vectors" / f"{name}.npz"
     if not path.exists():
         pytest.skip(f"needs {path.name}, numbers of the reference implementations")
-    return {key: torch.from_numpy(value) for key, value in np.load(path).items()}
+    return {key: torch.from_numpy(value) for key, value in np.load(path).items()
+            if value.dtype.kind in "fib"}
 
 
 class Gaussian(nn.Module):
@@ -592,7 +593,7 @@ def test_distilled_gaussian_has_its_teacher_s_moments(kind, steps, lr, fake_lr):
     for i in range(updates):
         draw, decay = teacher.Draw(teacher.GENERATOR, 0, i, 64, (1, 8, 8), CPU), 1 - i / updates
         k = torch.randint(steps, (), generator=teacher.seeded(teacher.TRAINED_STEP, 0, i)).item()
-        x0 = generator(*dmd2.step_input(generator, sigmas, k, None, draw), None)
+        x0 = generator(*dmd2.step_input(generator, sigmas, 80.0, k, None, draw), None)
         noise, u = draw.normal(), draw.uniform()
         sigma, fake_sigma = teacher.sigma_at(torch.stack([0.02 + 0.96 * u, u]), "karras")
         if i % 2 == 0:
@@ -602,7 +603,7 @@ def test_distilled_gaussian_has_its_teacher_s_moments(kind, steps, lr, fake_lr):
                 loss = dmd2.generator_loss(discriminator(*dmd2.diffused(x0, draw, (0, 0.5))))
             else:
                 image = 0.3 + flow * (80 * noise - 0.3)  # the exact probability flow's
-                loss = dmd2.regression_loss(generator, sigmas[0], noise, None, image)
+                loss = dmd2.regression_loss(generator, sigmas[0], 80 * noise, None, image)
             step.add(loss)
             step.step(lr * decay)
             teacher.update_ema(ema, weights, 0.99, i // 2)
@@ -641,8 +642,8 @@ def test_discriminator_sees_noise_of_its_range_or_none():
 def test_input_of_a_step_is_what_sampling_gives_it(k, real, expected):
     draws, tenth, size = itertools.count(1), nn.Parameter(torch.tensor(0.1)), (2, 1, 4, 4)
     draw = types.SimpleNamespace(normal=lambda: torch.full(size, float(next(draws))))
-    x, sigma = dmd2.step_input(lambda x, sigma, label: x * tenth, [80.0, 4.0, 2.0], k, None, draw,
-                               real and torch.full(size, real))
+    x, sigma = dmd2.step_input(lambda x, sigma, label: x * tenth, [80.0, 4.0, 2.0], 80.0, k, None,
+                               draw, real and torch.full(size, real))
     assert (sigma == (80, 4, 2)[k]).all() and not x.requires_grad  # only the last step is trained
     close(x, torch.full(size, float(expected)))
 
@@ -736,15 +737,15 @@ def test_losses_draw_levels_from_their_range(flags, name, quantiles, distil, spy
 def test_steps_that_take_a_loss(flags, passes, logged, distil, spy, tiny, monkeypatch):
     """Passes per step: generator 1, its losses 2 + 1; fake score 1, discriminator 1, or 2 if its
     levels or its features are its own. Pairs take 35."""
-    built, before = spy(dmd2, "build"), teacher.load(tiny.teacher)["model"]
+    begun, before = spy(dmd2, "initial"), teacher.load(tiny.teacher)["model"]
     calls, inputs = spy(teacher.Denoiser, "estimate"), spy(dmd2, "step_input")
     if flags == "--gan-weight 0":
         monkeypatch.setattr(dmd2, "load_images", None)  # no image is read
     lines = log_of(distil(flags))
     assert len(calls) == passes
-    assert {args[2] for args, _ in inputs} == ({0, 1} if "--student-steps 2" in flags else {0})
+    assert {args[3] for args, _ in inputs} == ({0, 1} if "--student-steps 2" in flags else {0})
     assert logged == {name: [line["step"] for line in lines if name in line] for name in logged}
-    assert [equal(net.state_dict(), before) for _, net in built] == [True, False, False]
+    assert [equal(net.state_dict(), before) for net in begun[0][1]] == [True, False, False]
 
 
 def test_two_steps_with_patches_are_one_onnx_file(distil, tmp_path):
@@ -1637,6 +1638,269 @@ def test_benchmark_prints_all_rows(tiny, exported, monkeypatch, capsys):
     names = ["teacher, 18 Heun steps", "PyTorch", "onnxruntime", "torch.compile"]
     assert [row[:2] for row in rows] == [(batch, name) for batch in "13" for name in names]
     assert [rows[i][2].split() for i in (4, 5)] == [["1000.00", "3", "1.0"], ["500.00", "6", "2.0"]]
+
+
+# ---- Stable Diffusion: tiny pipelines, made here, against diffusers -----------------------------
+
+def make_pipeline(folder, xl):
+    """A tiny random SD1.5 or SDXL, saved as a folder; its pipeline."""
+    diffusers, transformers = map(pytest.importorskip, ("diffusers", "transformers"))
+    schedule = diffusers.DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
+        set_alpha_to_one=True, steps_offset=1, timestep_spacing="trailing")
+    torch.manual_seed(xl)
+
+    def tokenizer(name, pad):  # CLIP's, of bytes
+        bytes_ = [chr(b) for b in (*range(33, 127), *range(161, 173), *range(174, 256))]
+        bytes_ += [chr(256 + i) for i in range(256 - len(bytes_))]
+        words = [*bytes_, *(b + "</w>" for b in bytes_), "<|startoftext|>", "<|endoftext|>"]
+        (folder / name).mkdir(parents=True)
+        (folder / name / "vocab.json").write_text(json.dumps({w: i for i, w in enumerate(words)}))
+        (folder / name / "merges.txt").write_text("#version: 0.2\n")
+        return transformers.CLIPTokenizer.from_pretrained(folder / name, model_max_length=77,
+                                                          pad_token=pad)
+
+    def text(kind):
+        return kind(transformers.CLIPTextConfig(
+            vocab_size=514, hidden_size=32, intermediate_size=64, num_hidden_layers=3,
+            num_attention_heads=4, bos_token_id=512, eos_token_id=513, pad_token_id=513,
+            projection_dim=32)).eval()
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=(16, 16), down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4, norm_num_groups=8,
+        scaling_factor=0.13025 if xl else 0.18215)
+    blocks = ("CrossAttn{}Block2D", "{}Block2D")[::-1 if xl else 1]
+    more = dict(
+        attention_head_dim=(2, 4), transformer_layers_per_block=(1, 2), cross_attention_dim=64,
+        use_linear_projection=True, addition_embed_type="text_time", addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=6 * 8 + 32) if xl else dict(
+        attention_head_dim=4, cross_attention_dim=32)
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=8, layers_per_block=1, norm_num_groups=8, block_out_channels=(16, 32), **more,
+        down_block_types=[name.format("Down") for name in blocks],
+        up_block_types=[name.format("Up") for name in blocks[::-1]])
+    encoders, first = text(transformers.CLIPTextModel), tokenizer("tokenizer", "<|endoftext|>")
+    if xl:
+        pipe = diffusers.StableDiffusionXLPipeline(
+            vae, encoders, text(transformers.CLIPTextModelWithProjection), first,
+            tokenizer("tokenizer_2", "!"), unet, schedule)
+    else:
+        pipe = diffusers.StableDiffusionPipeline(
+            vae, encoders, first, unet, schedule, None, None, requires_safety_checker=False)
+    pipe.save_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+PROMPTS = ["a cat of red", "the sea"]
+
+
+@pytest.fixture(scope="session", params=["sd15", "sdxl"])
+def pipeline(request, tmp_path_factory):
+    """A tiny pipeline: its folder, diffusers' object, our denoiser, a file of prompts."""
+    folder = tmp_path_factory.mktemp("pipeline") / request.param
+    with warnings.catch_warnings(action="ignore"):
+        pipe = make_pipeline(folder, request.param == "sdxl")
+    (texts := folder.with_name("prompts.txt")).write_text("\n".join(PROMPTS))
+    checkpoint = sample.open_checkpoint(str(folder), prompts=PROMPTS)
+    return types.SimpleNamespace(folder=str(folder), pipe=pipe, checkpoint=checkpoint,
+                                 prompts=str(texts), build=lambda: sample.build_any(checkpoint))
+
+
+@pytest.fixture
+def distil_text(pipeline, tmp_path):
+    """Distil it in four steps with more flags; returns the run's folder."""
+    def run(flags="", name="run"):
+        dmd2.main(["--teacher", pipeline.folder, "--prompts", pipeline.prompts,
+                   *("--device cpu --batch 2 --steps 4 --fake-steps 2 --warmup 0 --lr 1e-3 "
+                     "--fake-lr 1e-3 --log-every 1 --sample-every 0").split(), *flags.split(),
+                   "--data-dir", str(tmp_path / "data"), "--out", str(tmp_path / name)])
+        return tmp_path / name
+    return run
+
+
+def near(a, b, tolerance):
+    """Whether a is b within a tolerance of b's largest value."""
+    assert (a - b).abs().max() <= tolerance * b.abs().max(), (a - b).abs().max() / b.abs().max()
+
+
+def test_pipeline_is_a_denoiser(pipeline):
+    """Its x0_hat is the scheduler's, its prompts the pipeline's to the last bit."""
+    denoiser, scheduler = pipeline.build(), pipeline.pipe.scheduler
+    timesteps, noise = (0, 1, 20, 249, 399, 499, 749, 980, 999), torch.randn(9, 4, 8, 8)
+    sigma = teacher.timestep_sigmas("scaled_linear")[list(timesteps)].float()
+    label = torch.arange(9) % 3  # the third is no prompt
+    text, pooled = denoiser.net.prompts.encoded(label)
+    theirs = pipeline.pipe.encode_prompt(PROMPTS, torch.device("cpu"), 1, True)
+    assert torch.equal(text[:2], theirs[0]) and torch.equal(text[2:3], theirs[1][:1])
+    added = None
+    if pooled is not None:
+        assert torch.equal(pooled[:2], theirs[2]) and torch.equal(pooled[2], theirs[3][0])
+        added = dict(text_embeds=pooled, time_ids=torch.tensor([[16.0, 16, 0, 0, 16, 16]] * 9))
+    with torch.no_grad():
+        x0_hat = denoiser(noise * (1 + sigma.view(-1, 1, 1, 1) ** 2).sqrt(), sigma, label)
+        eps = pipeline.pipe.unet(noise, torch.tensor(timesteps), text, added_cond_kwargs=added)
+    scheduler.set_timesteps(1000)
+    for i, t in enumerate(timesteps):
+        found = scheduler.step(eps.sample[i:i + 1], t, noise[i:i + 1]).pred_original_sample
+        near(x0_hat[i:i + 1], found, 1e-6)
+
+
+def test_guided_ddim_is_the_pipelines(pipeline):
+    cfg = sample.Config(checkpoint=pipeline.folder, prompts=pipeline.prompts, sampler="ddim",
+                        steps=10, guidance=5.0)
+    sampler, noise = sample.load_sampler(pipeline.folder, "cpu", cfg), torch.randn(2, 4, 8, 8)
+    x0 = sampler.x0(iter([noise]), torch.arange(2))
+    latents = pipeline.pipe(PROMPTS, num_inference_steps=10, guidance_scale=5.0, latents=noise,
+                            output_type="latent").images
+    near(x0, latents, 2e-6)
+    images = sampler.decode(x0)
+    with torch.no_grad():
+        near(images, pipeline.pipe.vae.decode(latents / pipeline.pipe.vae.config.scaling_factor)[0],
+             1e-5)
+
+
+@pytest.mark.parametrize("flags, timesteps", [
+    ("", [999]), ("--lora 4", [999]), ("--lora 4 --first-timestep 399", [399]),
+    ("--lora 4 --fake-lora 0 --student-steps 4", [999, 749, 499, 249]), ("--half", [999])])
+def test_diffusers_makes_our_images_of_the_file(flags, timesteps, distil_text, pipeline):
+    diffusers, out = pytest.importorskip("diffusers"), distil_text(flags)
+    sampler = sample.load_sampler(str(out / "generator.pt"))
+    before = sample.load_sampler(pipeline.folder, "cpu", sample.Config(
+        checkpoint=pipeline.folder, prompt="x"))
+    steps, lora = len(timesteps), "--lora" in flags
+    noises, label = torch.randn(steps, 2, 4, 8, 8), torch.arange(2)
+    x0 = sampler.x0(iter(noises), label)
+    with warnings.catch_warnings(action="ignore"):
+        pipe = type(pipeline.pipe).from_pretrained(pipeline.folder)
+        if lora:
+            pipe.load_lora_weights(out)
+        else:
+            pipe.unet = diffusers.UNet2DConditionModel.from_pretrained(
+                out / "unet", torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = diffusers.LCMScheduler.from_config(pipe.scheduler.config)
+    fresh = iter(noises[1:])
+    diffusers.schedulers.scheduling_lcm.randn_tensor = lambda *args, **more: next(fresh)
+
+    def theirs():
+        return pipe(PROMPTS, timesteps=timesteps, guidance_scale=0.0, latents=noises[0],
+                    output_type="latent").images
+    near(x0, theirs(), 2e-3 if "--half" in flags else 3e-6)
+    weights = out / ("pytorch_lora_weights.safetensors" if lora else
+                     "unet/diffusion_pytorch_model.safetensors")
+    cfg = sample.Config(checkpoint=pipeline.folder, prompts=pipeline.prompts, student_steps=steps,
+                        weights=str(weights), first_timestep=timesteps[0])
+    again = sample.load_sampler(pipeline.folder, "cpu", cfg)
+    near(again.x0(iter(noises), label), x0, 2e-3 if "--half" in flags else 3e-6)
+    assert (x0 - before.x0(iter(noises), label * 0)).abs().max() > 0.01
+    if lora:
+        pipe.fuse_lora()
+        fresh = iter(noises[1:])
+        near(x0, theirs(), 3e-6)
+
+
+def test_roles_of_one_unet(pipeline):
+    """An adapter does not see the others, nor the teacher any."""
+    denoiser = pipeline.build()
+    x, sigma, label = torch.randn(2, 4, 8, 8), torch.tensor([10.0, 1.0]), torch.arange(2)
+    plain = denoiser(x, sigma, label).detach()
+    roles = sample.add_roles(denoiser, ["generator", "fake_score"], 4, 8)
+    with torch.no_grad():
+        for role in roles:
+            for p in role.parameters():
+                p += 0.1 * torch.randn(p.shape)
+        first = [role(x, sigma, label) for role in (denoiser, *roles)]
+        assert equal([role(x, sigma, label) for role in (*roles, denoiser)],
+                     [*first[1:], first[0]]) and torch.equal(first[0], plain)
+    assert (first[1] - first[2]).abs().max() > 0.1
+    names = [name for name, p in denoiser.net.unet.named_parameters() if p.requires_grad]
+    assert len(names) == sum(len([*role.parameters()]) for role in roles)
+
+
+def test_checkpointing_computes_in_the_role_of_the_first_pass(pipeline):
+    def gradients(recompute):
+        torch.manual_seed(0)
+        denoiser = pipeline.build()
+        if recompute:
+            sample.recompute_by_role(denoiser.net.unet)
+        generator, fake_score = sample.add_roles(denoiser, ["generator", "fake_score"], 4, 8)
+        denoiser.net.unet.train()
+        with torch.no_grad():
+            for p in (*generator.parameters(), *fake_score.parameters()):
+                p += 0.1 * torch.randn(p.shape)
+        x, sigma, label = torch.randn(2, 4, 8, 8), torch.tensor([10.0, 1.0]), torch.arange(2)
+        x0 = generator(x, sigma, label)
+        fake_score(x0, sigma / 2, label).square().mean().backward()
+        return [p.grad for p in generator.parameters()]
+    for one, other in zip(gradients(True), gradients(False), strict=True):
+        close(one, other)
+
+
+@pytest.mark.parametrize("flags", ["", "--lora 4"])
+def test_text_run_goes_on_with_the_same_bits(flags, distil_text, captioned):
+    flags += f" --data {captioned} --save-every 2"
+    whole, parts = distil_text(flags), distil_text(flags, "parts")
+    torch.save(torch.load(parts / "last.1.pt", weights_only=True), parts / "last.pt")
+    dmd2.main(["--resume", str(parts / "last.pt")])
+    assert log_of(whole) == log_of(parts)
+    assert "discriminator_loss" in log_of(whole)[0]
+    same_end(whole, parts)
+
+
+@pytest.fixture
+def captioned(tmp_path):
+    """A folder of images with captions."""
+    (folder := tmp_path / "photos").mkdir()
+    for i, text in enumerate(("a dog", "the sea")):
+        pixels = np.random.RandomState(i).randint(0, 256, (20, 24, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(text + "\n")
+    return folder
+
+
+def test_captions_beside_images_or_in_one_file(captioned, pipeline, tmp_path, capsys):
+    codec = sample.VAE(pipeline.folder)
+    latents, captions = sample.load_captioned(captioned, codec, 16, tmp_path, "cpu")
+    assert latents.shape == (2, 4, 8, 8) and captions == ["a dog", "the sea"]
+    lines = [dict(file_name=f"{i}.png", text=text) for i, text in enumerate(captions)]
+    (captioned / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    again, same = sample.load_captioned(captioned, codec, 16, tmp_path, "cpu")
+    assert torch.equal(again, latents) and same == captions
+
+
+def check_turn(v, name, teacher_, fake, x0, sigma, label, noise, tolerance=2e-5):
+    """Distribution matching of x0 is the official code's."""
+    near(dmd2.dmd_gradient(teacher_, fake, x0, sigma, label, noise), v[f"{name}/gradient"],
+         tolerance)
+    loss = dmd2.dmd_loss(teacher_, fake, x0, sigma, label, noise)
+    near(loss.detach(), v.get(f"{name}/loss", v.get(f"{name}/loss_dm")), 5e-6)
+    return loss
+
+
+@pytest.mark.parametrize("kind, guidance", [("sd15", 1.75), ("sdxl", 8.0)])
+def test_official_distribution_matching_of_text(kind, guidance):
+    v, sigmas = vectors("sd_vectors"), teacher.timestep_sigmas("scaled_linear")
+    close(sigmas, (1 / v["alphas_cumprod"].double() - 1).sqrt(), rtol=1e-6, atol=0)
+    name = f"closed_{kind}"
+    text = torch.cat([v[f"{name}/text"], v[f"{name}/uncond"][:1]]).mean((1, 2))
+
+    class Closed(nn.Module):
+        def forward(self, x, c_noise, label, decode=True):
+            t, label = sample.timestep_of(4 * c_noise), text[label].view(-1, 1, 1, 1)
+            return self.a * x + self.b * torch.sin(t / 100).view(-1, 1, 1, 1) + label, x
+
+    def closed(a, b):
+        net = Closed()
+        net.a, net.b = a, b
+        return teacher.Denoiser(net, "eps")
+    fake, guide = closed(0.8, 0.1), sample.Guided(closed(0.9, 0.2), guidance, 3)
+    sigma, x0 = sigmas[v[f"{name}/timesteps"]].float(), v[f"{name}/latents"].requires_grad_(True)
+    check_turn(v, name, guide, fake, x0, sigma, torch.arange(3), v[f"{name}/noise"]).backward()
+    near(x0.grad, v[f"{name}/latents_grad"], 2e-5)
+    sigma, x0 = sigmas[v[f"{name}_fake/timesteps"]].float(), x0.detach()
+    x0_hat = fake(x0 + sigma.view(-1, 1, 1, 1) * v[f"{name}_fake/noise"], sigma, torch.arange(3))
+    near(teacher.unit_error("eps", x0_hat, x0, sigma), v[f"{name}_fake/loss"], 3e-6)
 
 
 # ---- gpu ----------------------------------------------------------------------------------------
