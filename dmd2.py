@@ -26,10 +26,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sample import (BATCH, TITLES, add_roles, build_any, codec_any, digest_of, few_step,
-                    generator_sigmas, guided, load_captioned, load_images, load_reference,
-                    make_sampler, measure, open_checkpoint, read_prompts, recompute_by_role,
-                    write_student)
+from sample import (TITLES, add_roles, batch_of, build_any, codec_any, digest_of, few_step,
+                    folder_of, generator_sigmas, guided, load_captioned, load_images,
+                    load_reference, make_sampler, measure, open_checkpoint, read_prompts,
+                    recompute_by_role, write_student)
 from teacher import (GENERATOR, SIGMA_MAX, SIGMA_MIN, TRAINED_STEP, Data, Descent, Draw, Run,
                      TrainingOptions, __version__, arg, batch_at, due, encoded, flag, fresh_noise,
                      group_norm, load, lowest_quantile, parse, parts_of, pick_device, prepare,
@@ -61,6 +61,7 @@ RECIPES["sd15"] = dict(batch=2048, steps=40000, lr=1e-5, fake_lr=1e-5, fake_step
 RECIPES["sdxl"] = dict(RECIPES["sd15"], batch=128, steps=20000, lr=5e-7, fake_lr=5e-7, fake_steps=5,
                        guidance=8.0, gan_weight=5e-3)
 RECIPES["sdxl-lora"] = dict(RECIPES["sdxl"], lr=5e-5, fake_lr=5e-5)
+RECIPES["sd15-lora"] = dict(RECIPES["sd15"], lr=5e-5, fake_lr=5e-5)  # which is not official
 RECIPES.update({"fashion": RECIPES["mnist"], "fashion-cpu": RECIPES["mnist-cpu"],
                 "latents": RECIPES["digits"]})  # of whatever data
 
@@ -76,16 +77,16 @@ INHERITED = ("network", "prediction", "schedule", "autoencoder", "data")  # from
 class Config(TrainingOptions):
     """Options of dmd2.py; recipe() gives those that are left at None."""
 
-    teacher: str = arg(None, "checkpoint to distil, of teacher.py or NVlabs/edm (.pkl), or a folder "
-                             "of diffusers", free=True)
-    data: str = arg(None, "what an EDM .pkl was trained on, or where a folder is now; of a pipeline "
-                          "a folder of images and captions", free=True)
-    prompts: str = arg(None, "of a pipeline: a file of prompts, one a line", free=True)
-    lora: int = arg(0, "of a pipeline: rank of adapters, for one UNet to play all roles", low=0)
-    lora_alpha: int = arg(8, "their alpha: they count alpha / rank", low=1)
+    teacher: str = arg(None, "checkpoint to distil, of teacher.py or NVlabs/edm (.pkl), or Stable "
+                             "Diffusion: a folder of diffusers", free=True)
+    data: str = arg(None, "what an EDM .pkl was trained on, or where a folder is now; of Stable "
+                          "Diffusion: images with captions, for the GAN", free=True)
+    prompts: str = arg(None, "file of prompts, one a line; for Stable Diffusion", free=True)
+    lora: int = arg(0, "rank of adapters, for one UNet in all three roles; 0: three", low=0)
+    lora_alpha: int = arg(8, "the adapters' weight, times their rank", low=1)
     fake_lora: int = arg(None, "0 for a whole fake score beside a LoRA generator", (0,))
-    first_timestep: int = arg(999, "of a pipeline: where the generator begins", low=249, high=999)
-    half: bool = arg(False, "write a pipeline's student in float16", free=True)
+    first_timestep: int = arg(999, "the generator's first, of Stable Diffusion", low=249, high=999)
+    half: bool = arg(False, "write the files for diffusers in float16", free=True)
     out: str = arg("runs/dmd2", "folder of the run")
     recipe: str = arg(None, "row of RECIPES (default: by data and device)", tuple(RECIPES))
     fake_steps: int = arg(None, "fake score's updates per generator's (default: by data)", low=1)
@@ -96,7 +97,7 @@ class Config(TrainingOptions):
     student_steps: int = arg(1, "steps in which the generator makes an image", (1, 2, 4))
     backward_simulation: bool = arg(True, "train later steps on earlier ones' images, not on real")
     dm_weight: float = arg(1.0, "of the distribution-matching loss; 0 for the GAN only", low=0)
-    dm_range: str = arg("0.02,0.98", "its noise levels, as quantiles of karras")
+    dm_range: str = arg("0.02,0.98", "its noise levels, as quantiles of karras, or of timesteps")
     fake_weight: float = arg(1.0, "of the fake score's loss", low=0)
     fake_range: str = arg("0,1", "its noise levels, likewise")
     guidance: float = arg(1.0, "classifier-free guidance of the teacher; 1 is none", low=0)
@@ -244,7 +245,8 @@ def load_pairs(sampler, digest, count, path):
     with rank_0_first():
         stored = torch.load(path, weights_only=True) if path.exists() else {}
         if stored.get("origin") != origin:
-            parts = list(zip(noise.split(BATCH), label.split(BATCH)))
+            size = batch_of(sampler)
+            parts = list(zip(noise.split(size), label.split(size)))
             images = [sampler.x0(iter([z]), c).cpu() for z, c in progress(parts, "pairs")]
             stored = dict(origin=origin, images=torch.cat(images))
             save(stored, path)
@@ -328,8 +330,8 @@ def recipe(given):
     kind = "latents" if parent["autoencoder"] else parent["data"]["name"]
     pipeline = parent["network"].get("pipeline")
     if pipeline:
-        xl = Path(pipeline, "text_encoder_2").is_dir()
-        kind = f"sdxl{'-lora' * bool(given.get('lora'))}" if xl else "sd15"
+        xl = Path(folder_of(pipeline), "text_encoder_2").is_dir()
+        kind = ("sdxl" if xl else "sd15") + "-lora" * bool(given.get("lora"))
     chosen = given.get("recipe") or recipe_of(kind, given, RECIPES)
     found = {**dict(regression_steps=0, regression_weight=0.0, pairs=10000, save_every=200,
                     sample_every=500, evaluate_every=200, data_dir=parent["data"]["data_dir"]),
@@ -337,7 +339,7 @@ def recipe(given):
              "recipe": chosen}
     if pipeline and "data" not in given:
         found["gan_weight"] = 0.0  # which is what real images are for
-    if not pipeline and given.get("student_steps", 1) > 1 or "init_from" in given:
+    if not pipeline and (given.get("student_steps", 1) > 1 or "init_from" in given):
         found.update(regression_steps=0, regression_weight=0.0)
         found.pop("gan_weight", None)  # which only a start by regression makes dispensable
     found["regression_steps"] = min(found["regression_steps"],
@@ -350,6 +352,7 @@ def initial(cfg, parent, sigmas, device):
     --lora adapters of it, or --init-from's, of which the generator is the EMA; ValueError if they
     are not of this teacher's kind."""
     teacher = build_any(parent, device)
+    torch.manual_seed(cfg.seed)  # of adapters, the same on every rank
     if cfg.checkpointing and "pipeline" in parent["network"]:
         recompute_by_role(teacher.net.unet)
     count = 0 if not cfg.lora else 1 if cfg.fake_lora == 0 else 2  # of adapters
@@ -377,7 +380,8 @@ def load_real(parent, codec, prompts, device):
                                        device)
     rows = len(prompts.table) + torch.arange(len(captions), device=device)
     prompts.table = torch.cat([prompts.table, prompts.tokens(captions)])
-    return Data(latents.to(device), rows, facts["classes"])
+    latents = latents.to(device) if latents.nbytes < 2**32 else latents  # or mapped from the file
+    return Data(latents, rows, facts["classes"])
 
 
 def train(cfg):
@@ -391,7 +395,7 @@ def train(cfg):
     if pipeline and cfg.lora:
         parent["network"].update(lora=cfg.lora, lora_alpha=cfg.lora_alpha)
     sigmas = generator_sigmas(cfg.student_steps, cfg.conditioning_sigma,
-                              cfg.first_timestep if pipeline else None)
+                              cfg.first_timestep if schedule == "scaled_linear" else None)
     start = start_scale(parent["schedule"], sigmas[0])
     num_classes, shape = len(parent["data"]["classes"]), shape_of(parent["network"])
     dm_range, fake_range, gan_range = (interval(cfg, name, lowest_quantile(parent["schedule"]))
@@ -406,6 +410,7 @@ def train(cfg):
     teacher, generator, fake_score = initial(cfg, parent, sigmas, device)
     # A pipeline's generator has no average: a second UNet would cost more than it gives.
     ema = generator if pipeline else copy.deepcopy(generator).eval().requires_grad_(False)
+    kept_every = cfg.save_every if pipeline else cfg.steps  # if nothing is measured
     guide = guided(teacher, cfg.guidance, parent)
     torch.manual_seed(cfg.seed)
     discriminator = Discriminator(teacher if cfg.gan_features == "teacher" else fake_score)
@@ -509,7 +514,7 @@ def train(cfg):
         if not regresses:
             run.note(**fake_descent.step(rate_at(distilled, cfg.fake_lr, cfg.warmup)))
 
-        if due(step, cfg.evaluate_every or cfg.steps, cfg.steps) and not cfg.profile:
+        if due(step, cfg.evaluate_every or kept_every, cfg.steps) and not cfg.profile:
             best.consider(step, run, fake_score)
         if due(step, cfg.sample_every, cfg.steps):
             run.draw(step, lambda path: save_estimates(teacher, fake_score, best.sampler, schedule,

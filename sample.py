@@ -97,13 +97,13 @@ def few_step(generator, x, sigmas, label, noises=()):
 def generator_sigmas(steps, highest=SIGMA_MAX, first=None):
     """The noise levels of a generator of so many steps, falling.
 
-    At evenly spread quantiles of the karras schedule up to `highest`. Of 4 up to 80: 80, 17.5,
-    2.52, 0.170, as DMD2 spreads Stable Diffusion's timesteps: of the first one, of 4 steps 999,
-    749, 499, 249.
+    At evenly spread quantiles of the karras schedule up to `highest`: of 4 up to 80, 80, 17.5,
+    2.52, 0.170. With `first`, a timestep, at evenly spread ones of Stable Diffusion's up to it: of
+    4 up to 999, 999, 749, 499, 249.
     """
     if first is not None:
         levels = timestep_sigmas("scaled_linear")
-        return [levels[first - k * 1000 // steps].item() for k in range(steps)]
+        return [levels[(first + 1) * k // steps - 1].item() for k in range(steps, 0, -1)]
     u = quantile_of(highest) * torch.linspace(1, 1 / steps, steps, dtype=torch.float64)
     return sigma_at(u, "karras").tolist()
 
@@ -147,6 +147,7 @@ class Config(Options):
     weights: str = arg(None, "of a pipeline's generator: its UNet's or LoRA, .safetensors or .bin")
     student_steps: int = arg(1, "of --weights: the steps of that generator", (1, 2, 4))
     first_timestep: int = arg(999, "of --weights: where it begins", low=249, high=999)
+    clip: str = arg(None, "print the CLIP score by this folder of transformers, or name on the Hub")
     seed: int = arg(0, "seed of the noise", low=0)
     out: str = arg("samples.png", "a .png (grid), .npz (images [N, H, W, C], labels) or new folder")
     evaluate: bool = arg(False, "print Fréchet distance, precision and recall")
@@ -221,7 +222,7 @@ class Prompts:
     """A pipeline's tokenizers and frozen text encoders, shared by all copies of a network.
 
     A label is the row of a prompt in `table`, int64 [rows, 77], of SDXL [rows, 2, 77]: the prompts,
-    then "no prompt" for guidance, then captions of real images. Tokens may stand for the label.
+    then "no prompt" for guidance, then captions of real images. Tokens may be given instead.
     """
 
     def __init__(self, folder, texts, device="cpu"):
@@ -278,6 +279,8 @@ class TextUNet(nn.Module):
         else:  # not registered: it has no parameters of its own
             self.__dict__["unet"] = unet
             self.adapter = nn.ParameterList(adapter_of(unet, role))
+        levels = timestep_sigmas("scaled_linear").log().float()
+        self.register_buffer("levels", levels, persistent=False)
         channels, side = unet.config.block_out_channels, network["pixels"]
         self.bottleneck = channels[-1], network["img_resolution"] >> len(channels) - 1
         self.sizes = [side, side, 0, 0, side, side]  # SDXL is told: before the crop, corner, after
@@ -288,10 +291,11 @@ class TextUNet(nn.Module):
         unet, added = self.unet, None
         play(unet, self.role)
         text, pooled = label if isinstance(label, tuple) else self.prompts.encoded(label)
+        text = text.to(x.dtype)
         # Timesteps stay float32 until they are waves: in bfloat16 999 is 1000.
-        emb = unet.time_embedding(unet.get_time_embed(x, timestep_of(4 * c_noise)))
+        emb = unet.time_embedding(unet.get_time_embed(x, timestep_of(4 * c_noise, self.levels)))
         if pooled is not None:
-            sizes = pooled.new_tensor(self.sizes).expand(len(pooled), 6)
+            sizes = pooled.new_tensor(self.sizes).expand(pooled.shape[0], 6)
             added = dict(text_embeds=pooled, time_ids=sizes)
             emb = emb + unet.get_aug_embed(emb, text, added)
 
@@ -312,21 +316,24 @@ class TextUNet(nn.Module):
         return unet.conv_out(F.silu(unet.conv_norm_out(h))) if decode else None, features
 
 
-def timestep_of(level):
-    """ln(sigma) [B] -> the timestep, 0 to 999, float32; whole where it all but is."""
-    levels = timestep_sigmas("scaled_linear", level.device).log().float()
+def timestep_of(level, levels):
+    """ln(sigma) [B], and that of the timesteps [1000] -> timestep [B], 0 to 999, float32; whole
+    where it all but is."""
     above = (levels < level[:, None]).sum(dim=1).clamp(1, 999)
     low, high = levels[above - 1], levels[above]
     timestep = (above - 1 + (level - low) / (high - low)).clamp(0, 999)
     return torch.where((timestep - timestep.round()).abs() < 1e-2, timestep.round(), timestep)
 
 
-class VAE:
-    """A pipeline's autoencoder as a codec, in float32, for SDXL's overflows in float16."""
+class VAE(nn.Module):
+    """A pipeline's autoencoder as a codec, kept in float32, because SDXL's overflows in float16."""
 
     def __init__(self, folder, device="cpu"):
         from diffusers import AutoencoderKL
-        self.vae = AutoencoderKL.from_pretrained(Path(folder, "vae"), use_safetensors=True)
+        super().__init__()
+        self.vae = AutoencoderKL.from_pretrained(Path(folder_of(folder), "vae"),
+                                                 use_safetensors=True)
+        self.vae.enable_slicing()  # images one by one, for less memory
         self.vae.float().to(device).eval().requires_grad_(False)
         self.facts = dict(kind="vae", pipeline=str(folder))
 
@@ -335,7 +342,8 @@ class VAE:
         return self.vae.encode(images).latent_dist.mean * self.vae.config.scaling_factor
 
     def decode(self, x0):
-        return self.vae.decode(x0 / self.vae.config.scaling_factor).sample
+        z = x0 / self.vae.config.scaling_factor
+        return self.vae.decode(z.to(self.vae.dtype)).sample.float()
 
     def checkpoint(self):
         return self.facts
@@ -349,7 +357,7 @@ LORA_LAYERS = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.ne
 
 def add_roles(denoiser, roles, rank, alpha):
     """Denoisers of a denoiser's UNet, by LoRA an adapter of rank and alpha for each of the roles;
-    if there are any, it is itself without one from then on."""
+    from then on the given denoiser computes without any."""
     if not roles:
         return []
     from peft import LoraConfig
@@ -360,9 +368,6 @@ def add_roles(denoiser, roles, rank, alpha):
         for role in roles:
             config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=LORA_LAYERS)
             net.unet.add_adapter(config, role)
-    for role in roles:  # of which the next one froze the one before
-        for p in adapter_of(net.unet, role):
-            p.requires_grad_(True)
     return [Denoiser(TextUNet(net.unet, net.prompts, net.network, role), denoiser.prediction)
             for role in roles]
 
@@ -381,6 +386,17 @@ def play(unet, role):
         unet.role = role
 
 
+def fused(denoiser):
+    """The denoiser, of a generator by LoRA with the adapter added to the UNet's own weights."""
+    if not getattr(denoiser.net, "role", ""):
+        return denoiser
+    net = denoiser.net
+    play(net.unet, net.role)
+    net.unet.fuse_lora(adapter_names=[net.role])
+    net.unet.unload_lora()
+    return Denoiser(TextUNet(net.unet, net.prompts, net.network), denoiser.prediction)
+
+
 def recompute_by_role(unet):
     """Gradient checkpointing that computes anew in the role of the first time: with diffusers' own
     the generator's gradient would be of whatever role is played by then."""
@@ -394,17 +410,25 @@ def recompute_by_role(unet):
     unet.enable_gradient_checkpointing(call)
 
 
+def folder_of(pipeline):
+    """Where a pipeline is: a folder, or of org/name on the Hub what was downloaded of it."""
+    if Path(pipeline).is_dir():
+        return pipeline
+    if Path(pipeline).is_absolute():
+        raise ValueError(f"{pipeline}: this pipeline is not there any more; where it is now, "
+                         "sample.py takes it with --weights and the student's unet/ or LoRA")
+    from huggingface_hub import snapshot_download
+    return snapshot_download(pipeline, ignore_patterns=["*.fp16.*", "*.non_ema.*"], allow_patterns=[
+        "model_index.json", "*/*.json", "*/*.txt", "*/*.safetensors"])
+
+
 def open_pipeline(folder, texts):
     """A folder of diffusers, or org/name on the Hub, as load() returns a teacher, without weights.
 
     texts  the prompts, which take the place of classes; ValueError if it is no Stable Diffusion
     """
-    if not Path(folder).is_dir():
-        from huggingface_hub import snapshot_download
-        folder = snapshot_download(folder, allow_patterns=["model_index.json", "*/*.json",
-                                                           "*/*.txt", "*/*.safetensors"],
-                                   ignore_patterns=["*.fp16.*", "*.non_ema.*"])
     from diffusers import DDPMScheduler
+    name, folder = str(folder), folder_of(folder)
     try:
         unet, vae = (json.loads(Path(folder, part, "config.json").read_text())
                      for part in ("unet", "vae"))
@@ -414,15 +438,15 @@ def open_pipeline(folder, texts):
         raise ValueError(f"{folder}: no diffusers folder of SD1.5, SD2 or SDXL: {error}") from error
     sigmas = (1 / scheduler.alphas_cumprod.double() - 1).sqrt()
     if not torch.allclose(sigmas, timestep_sigmas("scaled_linear")):
-        raise ValueError(f"{folder}: its noise levels are not Stable Diffusion's; zero terminal SNR "
-                         "has none at the last timestep")
+        raise ValueError(f"{folder}: its noise levels are not Stable Diffusion's; with zero "
+                         "terminal SNR it has none at the last timestep")
     side = unet["sample_size"]
     pixels = side * 2 ** (len(vae["block_out_channels"]) - 1)
-    network = dict(pipeline=str(folder), img_channels=unet["in_channels"], img_resolution=side,
+    network = dict(pipeline=name, img_channels=unet["in_channels"], img_resolution=side,
                    pixels=pixels)
     return dict(kind="teacher", step=None, config=dict(label_dropout=0.1), network=network,
                 prediction=prediction, schedule="scaled_linear", model=None,
-                autoencoder=dict(kind="vae", pipeline=str(folder)),
+                autoencoder=dict(kind="vae", pipeline=name),
                 data=dict(name=None, data_dir="data", size=pixels, flip=False,
                           shape=(3, pixels, pixels), classes=tuple(texts)))
 
@@ -433,7 +457,7 @@ def build_pipeline(checkpoint, device):
     from transformers.utils import logging
     logging.disable_progress_bar()
     network, device = checkpoint["network"], torch.device(device)
-    folder = Path(network["pipeline"])
+    folder = Path(folder_of(network["pipeline"]))
     unet = UNet2DConditionModel.from_pretrained(folder / "unet", use_safetensors=True).float()
     prompts = Prompts(folder, checkpoint["data"]["classes"], device)
     if network.get("weights"):
@@ -462,7 +486,7 @@ def load_weights(unet, path, xl):
         else:
             unet.load_state_dict(state)
     except Exception as error:  # of a dozen kinds
-        raise ValueError(f"--weights {path}: no weights of this UNet, or damaged: {error}") from error
+        raise ValueError(f"--weights {path}: not of this UNet, or damaged: {error}") from error
 
 
 def write_student(generator, folder, half=False):
@@ -533,7 +557,8 @@ class Sampler(NamedTuple):
 def open_checkpoint(path, data=None, data_dir=None, kind=None, prompts=()):
     """load(), or of a .pkl load_edm(), or of a folder or a name on the Hub open_pipeline(); not of
     autoencoders. Its data may have moved meanwhile; prompts may take the place of a pipeline's."""
-    if Path(path).is_dir() or re.fullmatch(r"[\w-]+/[\w.-]+", path) and not Path(path).suffix:
+    on_hub = re.fullmatch(r"[\w-]+/[\w.-]+", str(path)) and not Path(path).parent.is_dir()
+    if Path(path, "model_index.json").is_file() or on_hub:
         checkpoint = open_pipeline(path, prompts)
     else:
         checkpoint = load_edm(path) if Path(path).suffix == ".pkl" else load(path, kind)
@@ -552,8 +577,8 @@ def open_checkpoint(path, data=None, data_dir=None, kind=None, prompts=()):
 def load_images(facts, split):
     """load_data() of the images that a checkpoint tells of; ValueError if they are others now."""
     if facts["name"] is None:
-        raise ValueError("--data is missing: neither EDM's checkpoints nor pipelines tell their "
-                         "data, as cifar10")
+        raise ValueError("--data is missing: an EDM checkpoint does not tell its data, as cifar10; "
+                         "pipelines have --clip instead")
     data = load_data(facts["name"], split, facts["data_dir"], facts["size"])
     for now, before in ((data.shape, facts["shape"]), (data.classes, facts["classes"])):
         if now != tuple(before) != ("all",):
@@ -607,7 +632,8 @@ def digest_of(path):
     """SHA-256 of a checkpoint; of a pipeline's folder, of its files' names and sizes."""
     if Path(path).is_file():
         return hashlib.sha256(Path(path).read_bytes()).hexdigest()
-    files = [(str(f.relative_to(path)), f.stat().st_size) for f in sorted(Path(path).rglob("*.*"))]
+    path = Path(folder_of(path))
+    files = [(str(f.relative_to(path)), f.stat().st_size) for f in sorted(path.rglob("*.*"))]
     return hashlib.sha256(json.dumps(files).encode()).hexdigest()
 
 
@@ -637,6 +663,9 @@ def make_sampler(denoiser, checkpoint, device, sampler=None, steps=None):
 def onnx_sampler(path, device, data=None, data_dir=None):
     """The Sampler of a file of export.py, which does not tell where its data are."""
     session, facts = onnx_session(path, device.type)
+    if "tokens" in facts:
+        raise ValueError(f"{path}: takes tokens, which it can't make of a prompt; give the "
+                         "generator.pt")
     facts["data"].update(name=data or facts["data"]["name"], data_dir=data_dir or "data")
     steps, shape = facts["steps"], tuple(session.get_inputs()[0].shape[-3:])
 
@@ -673,13 +702,18 @@ def onnx_session(source, device="cpu", **provider_options):
     return session, facts
 
 
+def batch_of(sampler, batch=BATCH):
+    """How many of a sampler's images to make at a time: `batch`, or fewer that are large."""
+    return min(batch, max(1, 2**23 // math.prod(sampler.data["shape"])))
+
+
 def generate(sampler, label, seed, batch=BATCH):
     """Images uint8 [N, C, H, W] of label [N]; image i is made of seed, i and label[i] only: batches
     are filled up to multiples of 16, for at odd sizes kernels add in another order (large images
     are not: that costs more than it gives). Several ranks share the work, and each gets all images.
     FloatingPointError if they are not finite."""
-    size = math.prod(sampler.data["shape"])
-    fill, batch = 16 if size < 2**17 else 1, min(batch, max(1, 2**23 // size))
+    fill = 16 if math.prod(sampler.data["shape"]) < 2**17 else 1
+    batch = batch_of(sampler, batch)
     batch, count = batch + -batch % fill, len(label) + -len(label) % fill
     images = torch.zeros(count, *sampler.data["shape"], dtype=torch.uint8, device=sampler.device)
     for start in progress(range(rank() * batch, count, ranks() * batch), sampler.name):
@@ -868,6 +902,22 @@ def report(runs, reference, of_what):
     tell(json.dumps(dict(mean=mean, spread=spread, floor=floor, protocol=protocol)))
 
 
+@torch.no_grad()
+def clip_score(images, texts, folder, device="cpu"):
+    """Mean cosine, times 100, of CLIP's embeddings of images uint8 [N, 3, H, W] and of the N texts
+    that they were asked for by (Hessel et al. 2021, without its factor and threshold)."""
+    from transformers import CLIPModel, CLIPProcessor
+    model, scores = CLIPModel.from_pretrained(folder).to(device).eval(), []
+    processor = CLIPProcessor.from_pretrained(folder)
+    for start in range(0, len(texts), 64):
+        part = slice(start, start + 64)
+        inputs = processor(text=texts[part], images=[*images[part]], padding=True, truncation=True,
+                           return_tensors="pt").to(device)
+        found = model(**inputs)
+        scores.append((found.image_embeds * found.text_embeds).sum(1))
+    return 100 * torch.cat(scores).mean().item()
+
+
 # ---- output and pictures ------------------------------------------------------------------------
 
 def read_labels(text, classes):
@@ -983,6 +1033,9 @@ def main(argv=None):
         save_map(cfg, sampler)
     else:
         images = generate(sampler, label, cfg.seed, cfg.batch)
+        if cfg.clip:
+            score = clip_score(images, [classes[c] for c in label], cfg.clip, device)
+            tell(f"CLIP score {score:.2f}: {n} images, {sampler.name}, {cfg.clip}")
         if rank() == 0:
             write_images(images, label, classes, out)
     tell(f"wrote {out}")

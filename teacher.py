@@ -132,14 +132,14 @@ def timestep_sigma(u, schedule):
 
 
 def ranges_of(schedule):
-    """The schedule whose quantiles say which noise levels a teacher of one is asked for: karras, or
-    Stable Diffusion's own, beyond whose timesteps its networks know nothing."""
+    """The schedule in whose quantiles --dm-range and the like are given: karras or, of a teacher of
+    Stable Diffusion's, its own, beyond whose timesteps it knows nothing."""
     return schedule if schedule == "scaled_linear" else "karras"
 
 
 def start_scale(schedule, sigma):
     """What unit noise is multiplied by to be a sampler's first input, at noise level sigma, a
-    float. Stable Diffusion's networks, which see x / sqrt(1 + sigma^2), are told it as it is."""
+    float: Stable Diffusion's networks, which see x / sqrt(1 + sigma^2), are given it as it is."""
     return (1 + sigma**2) ** 0.5 if schedule == "scaled_linear" else sigma
 
 
@@ -754,7 +754,8 @@ def parse(config_class, argv=None, doc="", recipe=lambda given: {}):
     if trains := issubclass(config_class, TrainingOptions):
         parser.add_argument("--config", help="config.json of a run, for its options")
     given, saved = vars(parser.parse_args(argv)), {}
-    for name in given.keys() & {"data", "data_dir", "latent", "teacher", "init_from", "resume"}:
+    for name in given.keys() & {"data", "data_dir", "latent", "teacher", "init_from", "resume",
+                               "prompts"}:
         if given[name] not in KNOWN_DATA and (name == "data_dir" or Path(given[name]).exists()):
             given[name] = str(Path(given[name]).resolve())  # a path, which is kept
     config = given.pop("config", None)
@@ -1192,8 +1193,10 @@ def prepare(cfg, device, *denoisers):
     torch._dynamo.config.recompile_limit = 64  # with and without gradients, encoder only...
     dtype = dtype_of(cfg, device)
     for denoiser in denoisers:
+        of_text = hasattr(getattr(denoiser, "net", None), "prompts")  # whose weights are in Linear
+        kinds = (nn.Conv2d, nn.Linear) if of_text else nn.Conv2d
         for layer in denoiser.modules():
-            if isinstance(layer, (nn.Conv2d, nn.Linear)) and not layer.weight.requires_grad:
+            if isinstance(layer, kinds) and not layer.weight.requires_grad:
                 layer.to(dtype)  # once, and not in every pass as autocast would
             if isinstance(layer, (Block, Residual)) and cfg.checkpointing:
                 layer.forward = functools.partial(recompute, layer.forward, use_reentrant=False,
@@ -1327,7 +1330,8 @@ class Run:
         for name in self.facts.keys() - {"name", "data_dir"}:  # which may have moved
             before, now = checkpoint["data"][name], self.facts[name]
             if before != now:
-                raise ValueError(f"--resume {path}: the data's {name} was {before}, and is {now}")
+                raise ValueError(f"--resume {path}: the data's {name} was {before!s:.200}, "
+                                 f"and is {now!s:.200}")
         for name, part in self.parts.items():
             part.load_state_dict(checkpoint["training"][name])
 
@@ -1431,7 +1435,7 @@ def due(step, every, steps):
 
 def profiled(run):
     """Yield some steps of a run, meanwhile time them, count operations and trace some; report."""
-    cfg, device = run.cfg, next(run.parts["ema"].parameters()).device
+    cfg, device = run.cfg, next(next(iter(run.parts.values())).parameters()).device
     cycle = getattr(cfg, "fake_steps", 1)  # the steps in which each kind of update happens
     steps, seconds = itertools.count(run.start), []
     yield from itertools.islice(steps, 5 * cycle)
