@@ -240,6 +240,7 @@ def load_pairs(sampler, digest, count, path):
     returns index [B] -> noise [B, C, H, W], label [B], images (or latents) [B, C, H, W]
     """
     origin, device = dict(teacher=digest, sampler=sampler.name, count=count), sampler.device
+    origin["classes"] = tuple(sampler.data["classes"])  # which may be prompts
     noise = next(fresh_noise(count, sampler.shape, PAIRS_SEED))
     label = torch.arange(count) % len(sampler.data["classes"])
     with rank_0_first():
@@ -449,7 +450,8 @@ def train(cfg):
     if real_data:
         first = max(run.start, cfg.regression_steps)
         batches = training_batches(real_data, first, cfg, parts, device)
-    tell(f"distilling on {device}: recipe {cfg.recipe}, {cfg.steps} steps", sys.stderr)
+    tell(f"distilling on {device}: recipe {cfg.recipe}, {cfg.steps} steps"
+         f"{f', guidance {cfg.guidance:g}' if cfg.guidance != 1 else ''}", sys.stderr)
     if best.measure and not cfg.resume:
         run.measure(-1, lambda: {f"teacher_{name}": figure
                                  for name, figure in facts["teacher_figures"].items()})

@@ -520,7 +520,8 @@ def load_captioned(folder, codec, size, data_dir, device):
     if not found:
         raise ValueError(f"--data {folder}: has no image with a caption, as x.jpg with x.txt")
     stamp = [(str(path), path.stat().st_size, text) for path, text in found]
-    key = hashlib.sha256(json.dumps([stamp, size, codec.checkpoint()]).encode()).hexdigest()[:16]
+    stamp = json.dumps([stamp, size, digest_of(codec.facts["pipeline"])])
+    key = hashlib.sha256(stamp.encode()).hexdigest()[:16]
     path = Path(data_dir, f"{folder.name}-latents-{key}.pt")
     with rank_0_first():
         if not path.exists():
@@ -629,12 +630,15 @@ def codec_any(autoencoder, device="cpu"):
 
 
 def digest_of(path):
-    """SHA-256 of a checkpoint; of a pipeline's folder, of its files' names and sizes."""
+    """SHA-256 of a checkpoint; of a pipeline, of the beginnings of its files."""
     if Path(path).is_file():
         return hashlib.sha256(Path(path).read_bytes()).hexdigest()
     path = Path(folder_of(path))
-    files = [(str(f.relative_to(path)), f.stat().st_size) for f in sorted(path.rglob("*.*"))]
-    return hashlib.sha256(json.dumps(files).encode()).hexdigest()
+    digest = hashlib.sha256()
+    for file in sorted(filter(Path.is_file, path.rglob("*"))):
+        with open(file, "rb") as content:
+            digest.update(content.read(2**20))
+    return digest.hexdigest()
 
 
 def make_sampler(denoiser, checkpoint, device, sampler=None, steps=None):
