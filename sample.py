@@ -335,7 +335,7 @@ class VAE(nn.Module):
                                                  use_safetensors=True)
         self.vae.enable_slicing()  # images one by one, for less memory
         self.vae.float().to(device).eval().requires_grad_(False)
-        self.facts = dict(kind="vae", pipeline=str(folder))
+        self.pipeline = folder
 
     @torch.no_grad()
     def encode(self, images):
@@ -344,9 +344,6 @@ class VAE(nn.Module):
     def decode(self, x0):
         z = x0 / self.vae.config.scaling_factor
         return self.vae.decode(z.to(self.vae.dtype)).sample.float()
-
-    def checkpoint(self):
-        return self.facts
 
 
 # The layers that DMD2's LoRA of SDXL adapts.
@@ -520,7 +517,7 @@ def load_captioned(folder, codec, size, data_dir, device):
     if not found:
         raise ValueError(f"--data {folder}: has no image with a caption, as x.jpg with x.txt")
     stamp = [(str(path), path.stat().st_size, text) for path, text in found]
-    stamp = json.dumps([stamp, size, digest_of(codec.facts["pipeline"])])
+    stamp = json.dumps([stamp, size, digest_of(codec.pipeline)])
     key = hashlib.sha256(stamp.encode()).hexdigest()[:16]
     path = Path(data_dir, f"{folder.name}-latents-{key}.pt")
     with rank_0_first():

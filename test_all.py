@@ -5,6 +5,7 @@ Wherever it can, a closed-form denoiser stands in for the network: that of data 
 """
 
 import copy
+import dataclasses
 import functools
 import hashlib
 import importlib
@@ -1807,7 +1808,17 @@ def test_text_student_in_diffusers_makes_our_images(flags, timesteps, distil_tex
     again = sample.load_sampler(pipeline.folder, "cpu", cfg)
     near(again.x0(iter(noises), label), x0, 2e-3 if "--half" in flags else 3e-6)
     assert (x0 - before.x0(iter(noises), label * 0)).abs().max() > 0.01
-    if lora:
+    if lora:  # under the names of the official code, too
+        from safetensors.torch import load_file, save_file
+        official = {}
+        for key, value in load_file(weights).items():
+            name, kind = key.removeprefix("unet.").split(".lora_")
+            stem = f"lora_unet_{name.replace('.', '_')}"
+            official[f"{stem}.lora_{dict(A='down', B='up')[kind[0]]}.weight"] = value
+            official[f"{stem}.alpha"] = torch.tensor(8.0)
+        save_file(official, out / "official.safetensors")
+        cfg = dataclasses.replace(cfg, weights=str(out / "official.safetensors"))
+        near(sample.load_sampler(pipeline.folder, "cpu", cfg).x0(iter(noises), label), x0, 3e-6)
         pipe.fuse_lora()
         fresh = iter(noises[1:])
         near(x0, theirs(), 3e-6)
