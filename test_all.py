@@ -1737,6 +1737,7 @@ def near(a, b, tolerance):
 def test_text_pipeline_is_a_denoiser(pipeline):
     """Its x0_hat is the scheduler's, its prompts the pipeline's to the last bit."""
     denoiser, scheduler = pipeline.build(), pipeline.pipe.scheduler
+    torch.manual_seed(0)
     timesteps, noise = (0, 1, 20, 249, 399, 499, 749, 980, 999), torch.randn(9, 4, 8, 8)
     sigma = teacher.timestep_sigmas("scaled_linear")[list(timesteps)].float()
     label = torch.arange(9) % 3  # the third is no prompt
@@ -1756,17 +1757,18 @@ def test_text_pipeline_is_a_denoiser(pipeline):
     scheduler.set_timesteps(1000)
     for i, t in enumerate(timesteps):
         found = scheduler.step(eps.sample[i:i + 1], t, noise[i:i + 1]).pred_original_sample
-        near(x0_hat[i:i + 1], found, 1e-6)
+        near(x0_hat[i:i + 1], found, 4e-7)  # rounding: 3.3e-7 was seen
 
 
 def test_guided_ddim_of_text_is_the_pipelines(pipeline):
     cfg = sample.Config(checkpoint=pipeline.folder, prompts=pipeline.prompts, sampler="ddim",
                         steps=10, guidance=5.0)
-    sampler, noise = sample.load_sampler(pipeline.folder, "cpu", cfg), torch.randn(2, 4, 8, 8)
+    sampler = sample.load_sampler(pipeline.folder, "cpu", cfg)
+    noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     x0 = sampler.x0(iter([noise]), torch.arange(2))
     latents = pipeline.pipe(PROMPTS, num_inference_steps=10, guidance_scale=5.0, latents=noise,
                             output_type="latent").images
-    near(x0, latents, 2e-6)
+    near(x0, latents, 1e-6)
     images = sampler.decode(x0)
     with torch.no_grad():
         near(images, pipeline.pipe.vae.decode(latents / pipeline.pipe.vae.config.scaling_factor)[0],
@@ -1783,6 +1785,7 @@ def test_text_student_in_diffusers_makes_our_images(flags, timesteps, distil_tex
     before = sample.load_sampler(pipeline.folder, "cpu", sample.Config(
         checkpoint=pipeline.folder, prompt="x"))
     steps, lora = len(timesteps), "--lora" in flags
+    torch.manual_seed(0)
     noises, label = torch.randn(steps, 2, 4, 8, 8), torch.arange(2)
     x0 = sampler.x0(iter(noises), label)
     with warnings.catch_warnings(action="ignore"):
@@ -1800,13 +1803,13 @@ def test_text_student_in_diffusers_makes_our_images(flags, timesteps, distil_tex
     def theirs():
         return pipe(PROMPTS, timesteps=timesteps, guidance_scale=0.0, latents=noises[0],
                     output_type="latent").images
-    near(x0, theirs(), 2e-3 if "--half" in flags else 3e-6)
+    near(x0, theirs(), 2e-3 if "--half" in flags else 1e-6)
     weights = out / ("pytorch_lora_weights.safetensors" if lora else
                      "unet/diffusion_pytorch_model.safetensors")
     cfg = sample.Config(checkpoint=pipeline.folder, prompts=pipeline.prompts, student_steps=steps,
                         weights=str(weights), first_timestep=timesteps[0])
     again = sample.load_sampler(pipeline.folder, "cpu", cfg)
-    near(again.x0(iter(noises), label), x0, 2e-3 if "--half" in flags else 3e-6)
+    near(again.x0(iter(noises), label), x0, 2e-3 if "--half" in flags else 1e-6)
     assert (x0 - before.x0(iter(noises), label * 0)).abs().max() > 0.01
     if lora:  # under the names of the official code, too
         from safetensors.torch import load_file, save_file
@@ -1818,10 +1821,10 @@ def test_text_student_in_diffusers_makes_our_images(flags, timesteps, distil_tex
             official[f"{stem}.alpha"] = torch.tensor(8.0)
         save_file(official, out / "official.safetensors")
         cfg = dataclasses.replace(cfg, weights=str(out / "official.safetensors"))
-        near(sample.load_sampler(pipeline.folder, "cpu", cfg).x0(iter(noises), label), x0, 3e-6)
+        near(sample.load_sampler(pipeline.folder, "cpu", cfg).x0(iter(noises), label), x0, 1e-6)
         pipe.fuse_lora()
         fresh = iter(noises[1:])
-        near(x0, theirs(), 3e-6)
+        near(x0, theirs(), 1e-6)
 
 
 def test_roles_of_one_text_unet(pipeline):
