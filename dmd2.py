@@ -511,8 +511,7 @@ def train(cfg):
             lr = (rate_at(update, cfg.fake_lr, cfg.warmup, cfg.regression_steps / 2) if regresses
                   else rate_at(update, cfg.lr, cfg.warmup, cfg.decay_after))
             run.note(**descent.step(lr))
-            if ema is not generator:
-                update_ema(ema, generator, cfg.ema, update)
+            update_ema(ema, generator, cfg.ema, update)
         if not regresses:
             run.note(**fake_descent.step(rate_at(distilled, cfg.fake_lr, cfg.warmup)))
 

@@ -268,13 +268,13 @@ class TextUNet(nn.Module):
     """A UNet of diffusers as Denoiser calls its network: timesteps for noise levels.
 
     role  of a UNet that plays several, by LoRA: the name of its adapter, whose parameters are the
-          only ones of this module, or None for none; "" of a UNet that plays one
+          only ones of this module; None computes without any
     """
 
-    def __init__(self, unet, prompts, network, role=""):
+    def __init__(self, unet, prompts, network, role=None):
         super().__init__()
         self.prompts, self.network, self.role = prompts, network, role
-        if role == "":
+        if role is None:
             self.unet = unet
         else:  # not registered: it has no parameters of its own
             self.__dict__["unet"] = unet
@@ -359,12 +359,11 @@ def add_roles(denoiser, roles, rank, alpha):
         return []
     from peft import LoraConfig
     net = denoiser.net
-    net.role = None
-    net.unet.requires_grad_(False)
     with warnings.catch_warnings(action="ignore"):  # that there is more than one
         for role in roles:
             config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=LORA_LAYERS)
             net.unet.add_adapter(config, role)
+            net.unet.role = role
     return [Denoiser(TextUNet(net.unet, net.prompts, net.network, role), denoiser.prediction)
             for role in roles]
 
@@ -375,7 +374,7 @@ def adapter_of(unet, role):
 
 def play(unet, role):
     """Let a UNet play a role. set_adapter() would freeze the other roles' parameters."""
-    if role != "" and getattr(unet, "role", "") != role:
+    if getattr(unet, "role", None) != role:
         from peft.tuners.tuners_utils import BaseTunerLayer
         for layer in unet.modules():
             if isinstance(layer, BaseTunerLayer):
@@ -385,7 +384,7 @@ def play(unet, role):
 
 def fused(denoiser):
     """The denoiser, of a generator by LoRA with the adapter added to the UNet's own weights."""
-    if not getattr(denoiser.net, "role", ""):
+    if not getattr(denoiser.net, "role", None):
         return denoiser
     net = denoiser.net
     play(net.unet, net.role)
@@ -398,7 +397,7 @@ def recompute_by_role(unet):
     """Gradient checkpointing that computes anew in the role of the first time: with diffusers' own
     the generator's gradient would be of whatever role is played by then."""
     def call(block, *args):
-        role = getattr(unet, "role", "")
+        role = getattr(unet, "role", None)
 
         def again(*args):
             play(unet, role)
@@ -419,11 +418,9 @@ def folder_of(pipeline):
         "model_index.json", "*/*.json", "*/*.txt", "*/*.safetensors"])
 
 
-def open_pipeline(folder, texts):
-    """A folder of diffusers, or org/name on the Hub, as load() returns a teacher, without weights.
-
-    texts  the prompts, which take the place of classes; ValueError if it is no Stable Diffusion
-    """
+def open_pipeline(folder):
+    """A folder of diffusers, or org/name on the Hub, as load() returns a teacher, but without
+    weights and classes; ValueError if it is no Stable Diffusion."""
     from diffusers import DDPMScheduler
     name, folder = str(folder), folder_of(folder)
     try:
@@ -445,7 +442,7 @@ def open_pipeline(folder, texts):
                 prediction=prediction, schedule="scaled_linear", model=None,
                 autoencoder=dict(kind="vae", pipeline=name),
                 data=dict(name=None, data_dir="data", size=pixels, flip=False,
-                          shape=(3, pixels, pixels), classes=tuple(texts)))
+                          shape=(3, pixels, pixels), classes=()))
 
 
 def build_pipeline(checkpoint, device):
@@ -482,7 +479,7 @@ def load_weights(unet, path, xl):
             kind.load_lora_into_unet(state, alphas, unet, metadata=metadata)
         else:
             unet.load_state_dict(state)
-    except Exception as error:  # of a dozen kinds
+    except Exception as error:  # torch.load, safetensors and peft have no base in common
         raise ValueError(f"--weights {path}: not of this UNet, or damaged: {error}") from error
 
 
@@ -557,7 +554,7 @@ def open_checkpoint(path, data=None, data_dir=None, kind=None, prompts=()):
     autoencoders. Its data may have moved meanwhile; prompts may take the place of a pipeline's."""
     on_hub = re.fullmatch(r"[\w-]+/[\w.-]+", str(path)) and not Path(path).parent.is_dir()
     if Path(path, "model_index.json").is_file() or on_hub:
-        checkpoint = open_pipeline(path, prompts)
+        checkpoint = open_pipeline(path)
     else:
         checkpoint = load_edm(path) if Path(path).suffix == ".pkl" else load(path, kind)
     if checkpoint["kind"] == "autoencoder":
@@ -592,10 +589,10 @@ def load_sampler(path, device="cpu", cfg=None):
     texts = [cfg.prompt] if cfg.prompt else read_prompts(cfg.prompts) if cfg.prompts else ()
     checkpoint = open_checkpoint(path, cfg.data, cfg.data_dir, prompts=texts)
     if "pipeline" in checkpoint["network"]:
-        shown = checkpoint["data"]["classes"][:10]  # of a generator: of those it was trained on
-        if not shown:
+        if not texts:  # a generator's are all that it was trained on
+            checkpoint["data"]["classes"] = texts = checkpoint["data"]["classes"][:10]
+        if not texts:
             raise ValueError('--prompt is missing: say what to show, such as --prompt "a red dog"')
-        checkpoint["data"]["classes"] = tuple(texts or shown)
     if cfg.weights:
         checkpoint["network"]["weights"] = cfg.weights
         checkpoint.update(kind="generator", sigmas=generator_sigmas(cfg.student_steps,
