@@ -29,12 +29,12 @@ from torch import nn
 from sample import (TITLES, add_roles, batch_of, build_any, codec_any, digest_of, few_step,
                     folder_of, generator_sigmas, guided, load_captioned, load_images,
                     load_reference, make_sampler, measure, open_checkpoint, read_prompts,
-                    recompute_by_role, write_student)
+                    recompute_by_role, shard, write_student)
 from teacher import (GENERATOR, SIGMA_MAX, SIGMA_MIN, TRAINED_STEP, Data, Descent, Draw, Run,
                      TrainingOptions, __version__, arg, batch_at, due, encoded, flag, fresh_noise,
                      group_norm, load, lowest_quantile, parse, parts_of, pick_device, prepare,
-                     progress, ranges_of, rank, rank_0_first, rate_at, recipe_of, run_script, save,
-                     save_grid, seeded, shape_of, sigma_at, start_scale, tell, to_uint8,
+                     progress, ranges_of, rank, rank_0_first, ranks, rate_at, recipe_of, run_script,
+                     save, save_grid, seeded, shape_of, sigma_at, start_scale, tell, to_uint8,
                      training_batches, unit_error, update_ema)
 
 # What of dmd2.py depends on the data: it fills the options that were not given.
@@ -85,6 +85,7 @@ class Config(TrainingOptions):
     lora: int = arg(0, "rank of adapters, for one UNet in all three roles; 0: three", low=0)
     lora_alpha: int = arg(8, "the adapters' weight, times their rank", low=1)
     fake_lora: int = arg(None, "0 for a whole fake score beside a LoRA generator", (0,))
+    shard: bool = arg(False, "split generator and fake score over torchrun's GPUs, by FSDP")
     first_timestep: int = arg(999, "the generator's first, of Stable Diffusion", low=249, high=999)
     half: bool = arg(False, "write the files for diffusers in float16", free=True)
     out: str = arg("runs/dmd2", "folder of the run")
@@ -313,12 +314,11 @@ class Best:
             figures = dict(run.measure(step, lambda: self.measure(self.sampler)), step=step + 1)
         if not self.best or figures["frechet_distance"] < self.best["frechet_distance"]:
             self.best = figures
-            if rank() == 0:
-                save(dict(self.facts, step=step + 1, figures=figures,
-                          model=self.sampler.denoiser.state_dict(),
-                          fake_score=fake_score.state_dict()), self.path)
-                if "pipeline" in self.facts["network"]:
-                    write_student(self.sampler.denoiser, self.path.parent, self.half)
+            save(dict(self.facts, step=step + 1, figures=figures,
+                      model=self.sampler.denoiser.state_dict(),
+                      fake_score=fake_score.state_dict()), self.path)
+            if "pipeline" in self.facts["network"] and rank() == 0:
+                write_student(self.sampler.denoiser, self.path, self.half)
 
 
 # ---- training -----------------------------------------------------------------------------------
@@ -393,6 +393,8 @@ def train(cfg):
     pipeline, schedule = parent["network"].get("pipeline"), ranges_of(parent["schedule"])
     if pipeline and not texts:
         raise ValueError("--prompts is missing: give a file of prompts, one a line")
+    if cfg.shard and (not pipeline or cfg.lora or ranks() == 1):
+        raise ValueError("--shard: is for whole networks of Stable Diffusion, under torchrun")
     if pipeline and cfg.lora:
         parent["network"].update(lora=cfg.lora, lora_alpha=cfg.lora_alpha)
     sigmas = generator_sigmas(cfg.student_steps, cfg.conditioning_sigma,
@@ -416,8 +418,12 @@ def train(cfg):
     torch.manual_seed(cfg.seed)
     discriminator = Discriminator(teacher if cfg.gan_features == "teacher" else fake_score)
     discriminator.to(device)
+    if cfg.shard:
+        shard(generator.net)
+        shard(fake_score.net, discriminator.head)
     adamw = functools.partial(torch.optim.AdamW, weight_decay=0.01, fused=device.type != "mps")
-    descent = Descent(adamw(generator.parameters()), cfg, device, "generator_")
+    descent = Descent(adamw(generator.parameters()), cfg, device, "generator_",
+                      judges=discriminator.parameters())
     fake_descent = Descent(adamw([*fake_score.parameters(), *discriminator.head.parameters()]), cfg,
                            device, "fake_")
 

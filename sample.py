@@ -10,7 +10,6 @@
 A checkpoint of teacher.py, dmd2.py or NVlabs/edm, or a file of export.py: its path is enough.
 """
 
-import copy
 import dataclasses
 import functools
 import hashlib
@@ -483,11 +482,20 @@ def load_weights(unet, path, xl):
         raise ValueError(f"--weights {path}: not of this UNet, or damaged: {error}") from error
 
 
-def write_student(generator, folder, half=False):
+def shard(net, *others):
+    """Split a TextUNet, block by block, and other modules over the ranks: each keeps its part of
+    weights, gradients and moments, and has a block's others while it computes (FSDP, Zhao et al.
+    2023)."""
+    from torch.distributed.fsdp import fully_shard
+    for block in (*net.unet.down_blocks, net.unet.mid_block, *net.unet.up_blocks, net, *others):
+        fully_shard(block)
+
+
+def write_student(generator, path, half=False):
     """The generator as diffusers reads it, beside its checkpoint: pytorch_lora_weights.safetensors,
     its alpha included, or unet/; in float16 if `half`."""
-    from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
-    net = generator.net
+    from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+    net, folder = generator.net, path.parent
     if net.role:
         from peft import get_peft_model_state_dict
         state = get_peft_model_state_dict(net.unet, adapter_name=net.role)
@@ -496,8 +504,12 @@ def write_student(generator, folder, half=False):
         kind.save_lora_weights(folder, state, unet_lora_adapter_metadata=net.unet.peft_config[
             net.role].to_dict())
     else:
-        unet = copy.deepcopy(net.unet).half() if half else net.unet
-        unet.save_pretrained(Path(folder, "unet"))
+        with torch.device("meta"):
+            unet = UNet2DConditionModel.from_config(net.unet.config)
+        weights = load(path)["model"]  # all of them, where the generator may be a shard
+        unet.load_state_dict({name.removeprefix("net.unet."): weight for name, weight in
+                              weights.items()}, assign=True)
+        (unet.half() if half else unet).save_pretrained(folder / "unet")
 
 
 def load_captioned(folder, codec, size, data_dir, device):

@@ -41,6 +41,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import nn
+from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint as recompute
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
@@ -858,6 +859,19 @@ def average(tensors):
         nn.utils.vector_to_parameters(means, tensors)
 
 
+def is_sharded(tensor):
+    """Whether a tensor is a shard of one, by FSDP."""
+    return hasattr(tensor, "full_tensor")
+
+
+def like(shard, tensor):
+    """A tensor, or if it is of the shape that `shard` is one of, this rank's shard of it."""
+    if not is_sharded(shard) or tensor.shape != shard.shape:
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+    return distribute_tensor(tensor, shard.device_mesh, shard.placements, src_data_rank=None)
+
+
 def parts_of(cfg):
     """Slices of a step's batch: what this rank computes, in --accumulate parts one by one, so that
     a run is the same on any number of GPUs. Raises ValueError if it can't be split evenly."""
@@ -1112,11 +1126,13 @@ class Descent:
 
     Gradients reach the optimizer's own parameters only: networks that a loss goes through on its
     way there (a fake score that judges the generator) stay as they are and accumulate nothing.
-    Several processes average theirs in one message after the last part of the batch.
+    Several processes average theirs in one message after the last part of the batch; of networks in
+    shards FSDP does that, and gradients of `judges`, other networks' parameters, are thrown away.
     """
 
-    def __init__(self, optimizer, cfg, device, prefix=""):
+    def __init__(self, optimizer, cfg, device, prefix="", judges=()):
         self.optimizer, self.clip, self.parts = optimizer, cfg.clip, cfg.accumulate
+        self.judges = list(judges)
         self.prefix = prefix  # of the names of what is logged
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.scaler = torch.amp.GradScaler(  # of small gradients, which would vanish in float16
@@ -1124,16 +1140,26 @@ class Descent:
 
     def add(self, loss):
         """Add the gradient of the loss of a part of the batch, of --accumulate such parts."""
-        self.scaler.scale(loss / self.parts).backward(inputs=self.parameters)
+        loss = self.scaler.scale(loss / self.parts)
+        if not is_sharded(self.parameters[0]):
+            return loss.backward(inputs=self.parameters)
+        own = [p.grad for p in self.judges]  # of earlier parts of the batch
+        for p in self.judges:
+            p.grad = None
+        loss.backward()  # `inputs` can't be shards
+        for p, grad in zip(self.judges, own):
+            p.grad = grad
 
     def step(self, lr):
         """Step at learning rate `lr` with a gradient of norm at most --clip.
 
         returns gradient_norm, of before, to be logged; 0 where a float16 step is left out
         """
-        average([p.grad for p in self.parameters if p.grad is not None])
+        if not is_sharded(self.parameters[0]):
+            average([p.grad for p in self.parameters if p.grad is not None])
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.parameters, self.clip)
+        norm = norm.full_tensor() if is_sharded(norm) else norm
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         left_out = ~norm.isfinite() & (self.scaler.scale(torch.ones_like(norm)) > 1)
@@ -1147,6 +1173,9 @@ class Descent:
 
     def load_state_dict(self, state):
         self.optimizer.load_state_dict(state["optimizer"])
+        for p in self.parameters:
+            moments = self.optimizer.state[p]
+            moments.update({name: like(p, moment) for name, moment in moments.items()})
         self.scaler.load_state_dict(state["scaler"])
 
 
@@ -1234,9 +1263,15 @@ def replacing(path, keep=False):
 
 
 def save(state, path, keep=False):
-    """torch.save() by replacing()."""
-    with replacing(path, keep) as file:
-        torch.save(state, file)
+    """torch.save() by replacing(), on rank 0; shards, of which all ranks call it, are gathered."""
+    def gathered(value):
+        full = value.full_tensor() if is_sharded(value) else value
+        return full.cpu() if full is not value and rank() == 0 else value
+
+    state = tree_map(gathered, state)
+    if rank() == 0:
+        with replacing(path, keep) as file:
+            torch.save(state, file)
 
 
 def load(path, kind=None):
@@ -1333,7 +1368,10 @@ class Run:
                 raise ValueError(f"--resume {path}: the data's {name} was {before!s:.200}, "
                                  f"and is {now!s:.200}")
         for name, part in self.parts.items():
-            part.load_state_dict(checkpoint["training"][name])
+            state = checkpoint["training"][name]
+            if isinstance(part, nn.Module):
+                state = {key: like(value, state[key]) for key, value in part.state_dict().items()}
+            part.load_state_dict(state)
 
     def steps(self, checkpoint):
         """Yield the numbers of the steps to do, from 0; log and save between them.
@@ -1357,7 +1395,7 @@ class Run:
                 saves = (number or due(step, cfg.save_every, cfg.steps)) and not cfg.profile
                 if saves or due(step, cfg.log_every, cfg.steps):
                     self.write(step)  # which raises if the run diverged
-                if saves and rank() == 0:
+                if saves:
                     training = {name: part.state_dict() for name, part in self.parts.items()}
                     save(dict(checkpoint(), version=__version__, config=dataclasses.asdict(cfg),
                               step=step + 1, data=self.facts, training=training), self.path, True)
@@ -1422,9 +1460,9 @@ class Run:
     def draw(self, step, picture):
         """Write samples_<step>.png by picture(path), and loss.png."""
         self.write(step)
+        with torch.compiler.set_stance("force_eager"):  # its batch is of another size
+            picture(self.path.with_name(f"samples_{step + 1:06d}.png"))  # by all ranks, in shards
         if rank() == 0:
-            with torch.compiler.set_stance("force_eager"):  # its batch is of another size
-                picture(self.path.with_name(f"samples_{step + 1:06d}.png"))
             plot_log(self.log)
 
 
@@ -1516,7 +1554,8 @@ def save_grid(rows, names, path, titles=()):
     for row, name in enumerate(names):
         draw.text((left - 6, top + (row + 0.5) * step - 2), name, "black", font, anchor="rm")
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path)
+    if rank() == 0:
+        sheet.save(path)
 
 
 def main(argv=None):

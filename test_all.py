@@ -1720,12 +1720,16 @@ def pipeline(request, tmp_path_factory):
 @pytest.fixture
 def distil_text(pipeline, tmp_path):
     """Distil it in four steps with more flags; returns the run's folder."""
+    def argv(flags, name):
+        return ["--teacher", pipeline.folder, "--prompts", pipeline.prompts,
+                *("--device cpu --batch 2 --steps 4 --fake-steps 2 --warmup 0 --lr 1e-3 "
+                  "--fake-lr 1e-3 --log-every 1 --sample-every 0").split(), *flags.split(),
+                "--data-dir", str(tmp_path / "data"), "--out", str(tmp_path / name)]
+
     def run(flags="", name="run"):
-        dmd2.main(["--teacher", pipeline.folder, "--prompts", pipeline.prompts,
-                   *("--device cpu --batch 2 --steps 4 --fake-steps 2 --warmup 0 --lr 1e-3 "
-                     "--fake-lr 1e-3 --log-every 1 --sample-every 0").split(), *flags.split(),
-                   "--data-dir", str(tmp_path / "data"), "--out", str(tmp_path / name)])
+        dmd2.main(argv(flags, name))
         return tmp_path / name
+    run.argv = argv
     return run
 
 
@@ -1877,11 +1881,36 @@ def test_text_run_goes_on_with_the_same_bits(flags, distil_text, captioned):
     same_end(whole, parts)
 
 
+def test_text_losses_of_two_processes(pipeline, distil_text, captioned, tmp_path):
+    """They are one's: of networks in shards, in a run that is resumed, and of adapters."""
+    more = f" --batch 4 --data {captioned} --gan-weight 0.1 --warmup 4"
+    xl = pipeline.folder.endswith("sdxl")
+    flags, parts = ("--student-steps 4", "--accumulate 2") if xl else ("--checkpointing", "")
+    alone, shared, adapted = (tmp_path / name for name in ("alone", "shared", "adapted"))
+    distil_text(flags + more, "alone")
+    as_ranks("dmd2", distil_text.argv(f"{flags} {parts} --shard --save-every 2" + more, "shared"),
+             tmp_path)
+    torch.save(torch.load(shared / "last.1.pt", weights_only=True), shared / "last.pt")
+    as_ranks("dmd2", ["--resume", f"{shared}/last.pt"], tmp_path)
+    pairs = [(alone, shared)]
+    if not xl:
+        as_ranks("dmd2", distil_text.argv("--lora 4" + more, "adapted"), tmp_path)
+        pairs.append((distil_text("--lora 4" + more, "adapter"), adapted))
+    for one, two in pairs:
+        for line, same in zip(log_of(one), log_of(two), strict=True):
+            assert same == pytest.approx(line, rel=2e-5)
+    one, two = (teacher.load(path / "generator.pt")["model"] for path in (alone, shared))
+    start = {f"net.unet.{name}": p for name, p in pipeline.pipe.unet.state_dict().items()}
+    moved, apart = (sum((p - model[name]).square().sum() for name, p in start.items()) ** 0.5
+                    for model, start in ((one, start), (one, {n: two[n] for n in start})))
+    assert apart <= 2e-3 * moved and moved > 0.1  # Adam, where gradients are near zero
+
+
 @pytest.fixture
 def captioned(tmp_path):
     """A folder of images with captions."""
     (folder := tmp_path / "photos").mkdir()
-    for i, text in enumerate(("a dog", "the sea")):
+    for i, text in enumerate(("a dog", "the sea", "red", "a cat")):
         pixels = np.random.RandomState(i).randint(0, 256, (20, 24, 3), np.uint8)
         Image.fromarray(pixels).save(folder / f"{i}.png")
         (folder / f"{i}.txt").write_text(text + "\n")
@@ -1916,7 +1945,7 @@ def test_clip_score_of_text(pipeline, tmp_path, capsys):
 def test_text_of_images_beside_them_or_in_one_file(captioned, pipeline, tmp_path, capsys):
     codec = sample.VAE(pipeline.folder)
     latents, captions = sample.load_captioned(captioned, codec, 16, tmp_path, "cpu")
-    assert latents.shape == (2, 4, 8, 8) and captions == ["a dog", "the sea"]
+    assert latents.shape == (4, 4, 8, 8) and captions == ["a dog", "the sea", "red", "a cat"]
     lines = [dict(file_name=f"{i}.png", text=text) for i, text in enumerate(captions)]
     (captioned / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
     again, same = sample.load_captioned(captioned, codec, 16, tmp_path, "cpu")
