@@ -273,17 +273,17 @@ def lpips_distance(device):
 # ---- pictures, and the best generator of a run --------------------------------------------------
 
 @torch.no_grad()
-def save_estimates(teacher, fake_score, sampler, schedule, path, columns=10):
-    """The generator's images, the same with noise, and what teacher and fake score make of that."""
-    noises, device = fresh_noise(columns, sampler.shape, seed=0), sampler.device
-    label = torch.arange(columns, device=device) % len(sampler.data["classes"])
-    sigma = sigma_at(torch.linspace(0.15, 0.75, columns, device=device), schedule)
+def save_estimates(teacher, fake_score, sampler, schedule, path, count=10):
+    """The generator's images, a row each, with noise, and what teacher and fake score make of it."""
+    noises, device = fresh_noise(count, sampler.shape, seed=0), sampler.device
+    label = torch.arange(count, device=device) % len(sampler.data["classes"])
+    sigma = sigma_at(torch.linspace(0.15, 0.75, count, device=device), schedule)
     x0 = sampler.x0(noises, label)
     x = x0 + sigma.view(-1, 1, 1, 1) * next(noises).to(device)
-    rows = {"generated x0": x0, "x0 + sigma noise = x": x, "teacher(x)": teacher(x, sigma, label),
-            "fake score(x)": fake_score(x, sigma, label)}
-    images = torch.stack([sampler.decode(row) for row in rows.values()])
-    save_grid(to_uint8(images), list(rows), path, [f"{s:.2g}" for s in sigma.tolist()])
+    columns = dict(x0=x0, x=x, teacher=teacher(x, sigma, label), fake=fake_score(x, sigma, label))
+    images = torch.stack([sampler.decode(column) for column in columns.values()], dim=1)
+    names = [f"{sampler.data['classes'][c]}, sigma {s:.2g}" for c, s in zip(label, sigma.tolist())]
+    save_grid(to_uint8(images), names, path, list(columns))
 
 
 class Best:
