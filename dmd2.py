@@ -274,7 +274,7 @@ def lpips_distance(device):
 
 @torch.no_grad()
 def save_estimates(teacher, fake_score, sampler, schedule, path, count=10):
-    """The generator's images, a row each, with noise, and what teacher and fake score make of it."""
+    """The generator's images, a row each; with noise; what teacher and fake score make of that."""
     noises, device = fresh_noise(count, sampler.shape, seed=0), sampler.device
     label = torch.arange(count, device=device) % len(sampler.data["classes"])
     sigma = sigma_at(torch.linspace(0.15, 0.75, count, device=device), schedule)
