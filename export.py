@@ -28,9 +28,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils._pytree import tree_map
 
-from sample import (VAE, build_any, codec_any, exported_noise, few_step, fused, onnx_session,
-                    make_sampler, open_checkpoint)
-from teacher import (Options, Pixels, __version__, arg, device_name, fresh_noise, parse,
+from sample import (build_any, exported_noise, few_step, fused, onnx_session, make_sampler,
+                    open_checkpoint)
+from teacher import (Options, Pixels, __version__, arg, codec_of, device_name, fresh_noise, parse,
                      pick_device, replacing, run_script, shape_of, start_scale, to_uint8)
 
 OPSET = 18  # the fewest nodes at run time, and read by every onnxruntime since 1.14
@@ -101,8 +101,7 @@ class Half(nn.Module):
 def export_onnx(exported, shape, facts):
     """A module (noise, label) -> image as an ONNX model with dynamic batch and metadata."""
     import onnx
-    # diffusers' upsampling goes another way from 64 on.
-    batch = torch.export.Dim("batch", **dict(max=63) if exported.prompts else {})
+    batch = torch.export.Dim("batch", max=63)  # from there diffusers copies, which is no operation
     noise, label = exported.example(2, shape), exported.named(torch.zeros(2, dtype=torch.long))
     with warnings.catch_warnings(action="ignore"):
         model = torch.onnx.export(
@@ -225,8 +224,8 @@ def main(argv=None):
     if "pipeline" in checkpoint["network"]:  # whose classes are all the prompts
         checkpoint["data"]["classes"] = checkpoint["data"]["classes"][:8]
     shape, classes = shape_of(checkpoint["network"]), len(checkpoint["data"]["classes"])
-    codec = codec_any(checkpoint["autoencoder"])
-    if isinstance(codec, VAE):
+    codec = codec_of(checkpoint["autoencoder"])
+    if checkpoint["autoencoder"]:
         codec.vae.disable_slicing()  # which would fix the batch
     exported = Exported(fused(build_any(checkpoint)), checkpoint, cfg.uint8, codec)
     prompts, to_export = exported.prompts, copy.deepcopy(exported) if cfg.fp16 else exported
@@ -238,10 +237,8 @@ def main(argv=None):
         if prompts:
             to_export.prompts = copy.copy(prompts)
             to_export.encoders = to_export.prompts.encoders = copy.deepcopy(prompts.encoders).half()
-            if not prompts.xl:  # SDXL's overflows
-                to_export.codec.half()
-        elif checkpoint["autoencoder"]:
-            to_export.codec.decoder = Half(exported.codec.decoder)
+        if checkpoint["autoencoder"] and not getattr(prompts, "xl", False):  # SDXL's overflows
+            to_export.codec.vae.decoder = Half(codec.vae.decoder)
     tolerance = 1e-2 if cfg.fp16 else 1e-4 if device == "cuda" else 1e-5
     tolerance *= 2 if checkpoint["autoencoder"] else 1  # two networks, one after the other
     model = export_onnx(to_export, shape, facts_of(checkpoint, cfg.checkpoint, cfg, prompts))
@@ -262,7 +259,7 @@ def main(argv=None):
     print(f"{path}: {size / 1e6:.1f} MB; differs from PyTorch by {error:.1e}, allowed "
           f"are {tolerance:.0e}{' beyond one level' * cfg.uint8}"
           + (f"; its weights are in {path.name}.data" if isinstance(content, Path) else "")
-          + ("; batches of 63 at most" if prompts else f"\nnext: python sample.py {path}"))
+          + ("" if prompts else f"\nnext: python sample.py {path}"))
     if cfg.benchmark and not prompts:
         for name in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
             benchmark(content, exported, checkpoint, torch.device(name))

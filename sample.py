@@ -35,10 +35,10 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint as recompute
 
 from teacher import (ENDINGS, FEATURES, HEUN_STEPS, SIGMA_MAX, SUBSET, Denoiser, Options, Pixels,
-                     arg, build, codec_of, decoded, fresh_noise, heun, load, load_data, parse,
-                     pick_device, progress, quantile_of, rank, rank_0_first, ranks, replacing,
-                     run_script, sampling_sigmas, save, save_grid, seeded, shape_of, sigma_at,
-                     start_scale, tell, timestep_sigmas, to_float, to_uint8)
+                     arg, build, codec_of, decoded, folder_of, fresh_noise, heun, load, load_data,
+                     parse, pick_device, progress, quantile_of, rank, rank_0_first, ranks,
+                     replacing, run_script, sampling_sigmas, save, save_grid, seeded, shape_of,
+                     sigma_at, start_scale, tell, timestep_sigmas, to_float, to_uint8)
 
 ASSETS = Path(__file__).resolve().parent / "assets"
 DIMENSIONS = 64  # of each space in which quality is measured
@@ -324,27 +324,6 @@ def timestep_of(level, levels):
     return torch.where((timestep - timestep.round()).abs() < 1e-2, timestep.round(), timestep)
 
 
-class VAE(nn.Module):
-    """A pipeline's autoencoder as a codec, kept in float32, because SDXL's overflows in float16."""
-
-    def __init__(self, folder, device="cpu"):
-        from diffusers import AutoencoderKL
-        super().__init__()
-        self.vae = AutoencoderKL.from_pretrained(Path(folder_of(folder), "vae"),
-                                                 use_safetensors=True)
-        self.vae.enable_slicing()  # images one by one, for less memory
-        self.vae.float().to(device).eval().requires_grad_(False)
-        self.pipeline = folder
-
-    @torch.no_grad()
-    def encode(self, images):
-        return self.vae.encode(images).latent_dist.mean * self.vae.config.scaling_factor
-
-    def decode(self, x0):
-        z = x0 / self.vae.config.scaling_factor
-        return self.vae.decode(z.to(self.vae.dtype)).sample.float()
-
-
 # The layers that DMD2's LoRA of SDXL adapts.
 LORA_LAYERS = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj",
                "ff.net.2", "conv1", "conv2", "conv_shortcut", "downsamplers.0.conv",
@@ -405,18 +384,6 @@ def recompute_by_role(unet):
     unet.enable_gradient_checkpointing(call)
 
 
-def folder_of(pipeline):
-    """Where a pipeline is: a folder, or of org/name on the Hub what was downloaded of it."""
-    if Path(pipeline).is_dir():
-        return pipeline
-    if Path(pipeline).is_absolute():
-        raise ValueError(f"{pipeline}: this pipeline is not there any more; where it is now, "
-                         "sample.py takes it with --weights and the student's unet/ or LoRA")
-    from huggingface_hub import snapshot_download
-    return snapshot_download(pipeline, ignore_patterns=["*.fp16.*", "*.non_ema.*"], allow_patterns=[
-        "model_index.json", "*/*.json", "*/*.txt", "*/*.safetensors"])
-
-
 def open_pipeline(folder):
     """A folder of diffusers, or org/name on the Hub, as load() returns a teacher, but without
     weights and classes; ValueError if it is no Stable Diffusion."""
@@ -439,7 +406,7 @@ def open_pipeline(folder):
                    pixels=pixels)
     return dict(kind="teacher", step=None, config=dict(label_dropout=0.1), network=network,
                 prediction=prediction, schedule="scaled_linear", model=None,
-                autoencoder=dict(kind="vae", pipeline=name),
+                autoencoder=dict(kind="autoencoder", network=dict(pipeline=name), model=None),
                 data=dict(name=None, data_dir="data", size=pixels, flip=False,
                           shape=(3, pixels, pixels), classes=()))
 
@@ -526,7 +493,7 @@ def load_captioned(folder, codec, size, data_dir, device):
     if not found:
         raise ValueError(f"--data {folder}: has no image with a caption, as x.jpg with x.txt")
     stamp = [(str(path), path.stat().st_size, text) for path, text in found]
-    stamp = json.dumps([stamp, size, digest_of(codec.pipeline)])
+    stamp = json.dumps([stamp, size, digest_of(codec.network["pipeline"])])
     key = hashlib.sha256(stamp.encode()).hexdigest()[:16]
     path = Path(data_dir, f"{folder.name}-latents-{key}.pt")
     with rank_0_first():
@@ -629,12 +596,6 @@ def build_any(checkpoint, device="cpu"):
     return (build_pipeline if of_pipeline else build)(checkpoint, device)
 
 
-def codec_any(autoencoder, device="cpu"):
-    """codec_of(), or of a pipeline its VAE."""
-    of_pipeline = autoencoder and "pipeline" in autoencoder
-    return VAE(autoencoder["pipeline"], device) if of_pipeline else codec_of(autoencoder, device)
-
-
 def digest_of(path):
     """SHA-256 of a checkpoint; of a pipeline, of the beginnings of its files."""
     if Path(path).is_file():
@@ -666,7 +627,7 @@ def make_sampler(denoiser, checkpoint, device, sampler=None, steps=None):
         noises = (noise.to(device) for noise in noises)
         x = start_scale(checkpoint["schedule"], sigmas[0]) * next(noises)
         return function(denoiser, x, sigmas, label.to(device), noises)
-    codec, shape = codec_any(checkpoint["autoencoder"], device), shape_of(checkpoint["network"])
+    codec, shape = codec_of(checkpoint["autoencoder"], device), shape_of(checkpoint["network"])
     return Sampler(x0, codec.decode, shape, name, evaluations, checkpoint["data"], device, denoiser)
 
 

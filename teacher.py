@@ -504,124 +504,98 @@ class Pixels:
 
 
 class Autoencoder(nn.Module):
-    """The codec of latent diffusion: a variational autoencoder (Kingma and Welling 2014).
+    """The codec of latent diffusion (Rombach et al. 2022): a variational autoencoder, diffusers'.
 
-    Rombach et al.'s of 2022 with its KL term, without its perceptual and adversarial losses. An
-    image [C, H, W] becomes latent_channels values at each place of the last level, [c, h, w].
+    network  arguments of AutoencoderKL; or `pipeline`, a folder of diffusers, for the one in it
     """
 
-    def __init__(self, img_resolution, img_channels, latent_channels, model_channels, channel_mult,
-                 num_blocks):
+    def __init__(self, **network):
+        from diffusers import AutoencoderKL
         super().__init__()
-        self.network = dict(img_resolution=img_resolution, img_channels=img_channels,
-                            latent_channels=latent_channels, model_channels=model_channels,
-                            channel_mult=channel_mult, num_blocks=num_blocks)
-        widths = [model_channels * mult for mult in channel_mult]
-        down, up = [nn.Conv2d(img_channels, widths[0], 3, padding=1)], []
-        for level, width in enumerate(widths):
-            if level > 0:
-                down += [nn.AvgPool2d(2), nn.Conv2d(widths[level - 1], width, 3, padding=1)]
-                up += [nn.Conv2d(width, widths[level - 1], 3, padding=1),
-                       nn.Upsample(scale_factor=2)]
-            down += [residual(width) for _ in range(num_blocks)]
-            up += [residual(width) for _ in range(num_blocks)]
-        self.encoder = nn.Sequential(*down, *norm_act_conv(widths[-1], 2 * latent_channels))
-        self.decoder = nn.Sequential(nn.Conv2d(latent_channels, widths[-1], 3, padding=1),
-                                     *reversed(up), *norm_act_conv(widths[0], img_channels))
+        self.network, pipeline = network, network.get("pipeline")
+        if pipeline:  # in float32, because SDXL's overflows in float16
+            self.vae = AutoencoderKL.from_pretrained(folder_of(pipeline), subfolder="vae",
+                                                     use_safetensors=True).float()
+            self.vae.enable_slicing()  # images one by one, for less memory
+        else:
+            self.vae = AutoencoderKL(**network)
         # Of the latents of training images; so x0 has EDM's standard deviation, SIGMA_DATA.
-        self.register_buffer("mean", torch.zeros(latent_channels, 1, 1))
-        self.register_buffer("std", torch.full((latent_channels, 1, 1), SIGMA_DATA))
-        self.apply(initialise)
+        shape, scale = (self.vae.config.latent_channels, 1, 1), self.vae.config.scaling_factor
+        self.register_buffer("mean", torch.zeros(shape))
+        self.register_buffer("std", torch.full(shape, SIGMA_DATA / scale))
 
     def posterior(self, images):
-        """images [B, C, H, W] in [-1, 1] -> mean and log of the variance of z, [B, c, h, w]"""
-        mean, log_variance = self.encoder(images).float().chunk(2, dim=1)
-        return mean, log_variance.clamp(-20, 10)
-
-    def forward(self, images, noise):
-        """images, noise [B, c, h, w] -> decoded images; mean KL of a latent value from N(0, 1)"""
-        mean, log_variance = self.posterior(images)
-        kl = (mean.square() + log_variance.exp() - 1 - log_variance).mean() / 2
-        return self.decoded(mean + (log_variance / 2).exp() * noise), kl
-
-    def decoded(self, z):
-        return self.decoder(z).float()
+        """images [B, C, H, W] in [-1, 1] -> distribution of z [B, c, h, w], in float32"""
+        found = self.vae.encode(images).latent_dist
+        return type(found)(found.parameters.float())
 
     @torch.no_grad()
     def calibrate(self, images):
         """Set mean and standard deviation, per channel, of the latents that encode() scales."""
-        z = self.posterior(images)[0]
+        z = self.posterior(images).mean
         self.mean.copy_(z.mean((0, 2, 3)).view_as(self.mean))
         self.std.copy_(z.std((0, 2, 3), correction=0).clamp(min=1e-6).view_as(self.std))
 
     def encode(self, images):
         """images [B, C, H, W] in [-1, 1] -> x0 [B, c, h, w]: the means, of deviation SIGMA_DATA"""
-        return (self.posterior(images)[0] - self.mean) / self.std * SIGMA_DATA
+        return (self.posterior(images).mean - self.mean) / self.std * SIGMA_DATA
 
     def decode(self, x0):
         """x0 [B, c, h, w] -> images [B, C, H, W] in about [-1, 1]"""
-        return self.decoded(x0 / SIGMA_DATA * self.std + self.mean)
-
-    def reconstruct(self, images):
-        return self.decode(self.encode(images))
+        return self.vae.decode(x0 / SIGMA_DATA * self.std + self.mean).sample.float()
 
     def checkpoint(self):
         """What codec_of() makes it of."""
-        return dict(kind="autoencoder", network=self.network, model=self.state_dict())
-
-
-class Residual(nn.Sequential):
-    """x and what layers make of it."""
-
-    def forward(self, x):
-        return x + super().forward(x)
-
-
-def norm_act_conv(c_in, c_out, scale=1):
-    conv = nn.Conv2d(c_in, c_out, 3, padding=1)
-    return group_norm(c_in), nn.SiLU(), scaled(conv, scale)
-
-
-def residual(width):
-    return Residual(*norm_act_conv(width, width), *norm_act_conv(width, width, scale=0.1))
-
-
-def latent_shape(network):
-    """(c, h, w) of an Autoencoder of these arguments."""
-    side = halved(network["img_resolution"], network["channel_mult"])
-    return network["latent_channels"], side, side
+        model = None if "pipeline" in self.network else self.state_dict()
+        return dict(kind="autoencoder", network=self.network, model=model)
 
 
 class AutoencoderTask:
     """Training an autoencoder, likewise (see DiffusionTask)."""
 
     def __init__(self, cfg, data, codec):
-        network = dict(img_resolution=data.shape[-1], img_channels=data.shape[0],
-                       latent_channels=cfg.latent_channels, model_channels=cfg.width,
-                       channel_mult=tuple(map(int, cfg.mults.split(","))), num_blocks=cfg.blocks)
-        self.cfg, self.stream, self.shape = cfg, AUTOENCODER, latent_shape(network)
-        self.facts = dict(kind="autoencoder", network=network)
+        widths = [cfg.width * int(mult) for mult in cfg.mults.split(",")]
+        channels, side = data.shape[0], halved(data.shape[-1], widths)
+        self.cfg, self.stream, self.shape = cfg, AUTOENCODER, (cfg.latent_channels, side, side)
+        self.facts = dict(kind="autoencoder", network=dict(
+            in_channels=channels, out_channels=channels, latent_channels=cfg.latent_channels,
+            block_out_channels=widths, layers_per_block=cfg.blocks, norm_num_groups=cfg.width // 4,
+            down_block_types=["DownEncoderBlock2D"] * len(widths), scaling_factor=1.0,
+            up_block_types=["UpDecoderBlock2D"] * len(widths), mid_block_add_attention=False))
 
     def losses(self, autoencoder, x0, label, draw):
         """The loss and its two terms: squared error per pixel, divergence per latent value."""
-        decoded, kl = autoencoder(x0, draw.normal())
-        error = (decoded - x0).square().mean()
+        posterior, noise = autoencoder.posterior(x0), draw.normal()
+        decoded = autoencoder.decode(posterior.mean + posterior.std * noise)  # not yet calibrated
+        error, kl = (decoded - x0).square().mean(), posterior.kl().mean() / noise[0].numel()
         return dict(loss=error + self.cfg.kl_weight * kl, reconstruction_loss=error, kl=kl)
 
     def validate(self, autoencoder, x0, label):
         """Figures: the peak signal-to-noise ratio of reconstructions, in dB."""
-        error = (autoencoder.reconstruct(x0) - x0).square().mean()
+        error = (autoencoder.decode(autoencoder.encode(x0)) - x0).square().mean()
         return dict(psnr=-10 * torch.log10(error.clamp(min=1e-10) / 4))
 
     def picture(self, autoencoder, x0, label, path):
         """Images above their reconstructions."""
-        pair = torch.stack([x0[:10], autoencoder.reconstruct(x0[:10])])
+        pair = torch.stack([x0[:10], autoencoder.decode(autoencoder.encode(x0[:10]))])
         save_grid(to_uint8(pair), ("real", "decoded"), path)
 
 
 def codec_of(autoencoder, device="cpu"):
     """What turns images into x0 and back: a checkpoint's autoencoder or, for None, Pixels."""
     return Pixels() if autoencoder is None else build(autoencoder, device)
+
+
+def folder_of(pipeline):
+    """Where a pipeline is: a folder, or of org/name on the Hub what was downloaded of it."""
+    if Path(pipeline).is_dir():
+        return pipeline
+    if Path(pipeline).is_absolute():
+        raise ValueError(f"{pipeline}: this pipeline is not there any more; where it is now, "
+                         "sample.py takes it with --weights and the student's unet/ or LoRA")
+    from huggingface_hub import snapshot_download
+    return snapshot_download(pipeline, ignore_patterns=["*.fp16.*", "*.non_ema.*"], allow_patterns=[
+        "model_index.json", "*/*.json", "*/*.txt", "*/*.safetensors"])
 
 
 # =================================================================================================
@@ -718,7 +692,8 @@ def recipe(given):
     kind, found = "autoencoder" if given.get("autoencoder") else None, {}
     if "latent" in given:
         source = load(given["latent"], "autoencoder")
-        side, facts = latent_shape(source["network"])[-1], source["data"]
+        facts, halvings = source["data"], len(source["network"]["block_out_channels"]) - 1
+        side = facts["shape"][-1] >> halvings
         levels = next(n for n in itertools.count(1) if side % 2**n or side >> n < 4)
         kind, found = "latents", dict(mults="1" + ",2" * (levels - 1), data=facts["name"],
                                       size=facts["size"], data_dir=facts["data_dir"])
@@ -1222,15 +1197,19 @@ def prepare(cfg, device, *denoisers):
     torch._dynamo.config.recompile_limit = 64  # with and without gradients, encoder only...
     dtype = dtype_of(cfg, device)
     for denoiser in denoisers:
+        if isinstance(denoiser, Autoencoder):
+            denoiser = denoiser.vae
+            if cfg.checkpointing:
+                denoiser.enable_gradient_checkpointing()
         of_text = hasattr(getattr(denoiser, "net", None), "prompts")  # whose weights are in Linear
         kinds = (nn.Conv2d, nn.Linear) if of_text else nn.Conv2d
         for layer in denoiser.modules():
             if isinstance(layer, kinds) and not layer.weight.requires_grad:
                 layer.to(dtype)  # once, and not in every pass as autocast would
-            if isinstance(layer, (Block, Residual)) and cfg.checkpointing:
+            if isinstance(layer, Block) and cfg.checkpointing:
                 layer.forward = functools.partial(recompute, layer.forward, use_reentrant=False,
                                                   preserve_rng_state=False)
-        for part in denoiser.children():  # an autoencoder has two
+        for part in denoiser.children():  # an autoencoder has four
             if dtype != torch.float32:
                 part.forward = torch.autocast(device.type, dtype)(part.forward)
             if cfg.compile:
@@ -1310,7 +1289,8 @@ def build(checkpoint, device="cpu"):
     """The denoiser or autoencoder of a checkpoint, in eval mode, without gradients."""
     model = network_of(checkpoint)
     try:
-        model.load_state_dict(checkpoint["model"])
+        if checkpoint["model"]:
+            model.load_state_dict(checkpoint["model"])
     except RuntimeError as error:
         raise ValueError(f"the {checkpoint['kind']}'s weights don't fit: {error}") from error
     return model.to(device).eval().requires_grad_(False)

@@ -267,12 +267,10 @@ def test_networks_take_sides_they_can_halve(side, mults, sigma):
     x = torch.rand(2, 3, side, side, dtype=torch.float64), torch.full((2,), sigma), torch.arange(2)
     denoiser = teacher.Denoiser(teacher.UNet(side, 3, 2, 8, mults, 1, ()))
     x0_hat, features = denoiser.estimate(*x)
-    assert x0_hat.dtype == torch.float32 and x0_hat.isfinite().all()
+    assert x0_hat.dtype == torch.float32 and x0_hat.isfinite().all() and x0_hat.shape == x[0].shape
     assert equal((denoiser(*x), denoiser.features(*x)), (x0_hat, features))
     logits = dmd2.Discriminator(denoiser)(*x)
     assert logits.shape == (2,) and logits[0] != logits[1]
-    decoded = teacher.Autoencoder(side, 3, 4, 8, mults, 1).reconstruct(x[0].float())
-    assert x0_hat.shape == decoded.shape == x[0].shape
     with pytest.raises(ValueError, match=f"side {4 * side + 2}: .* a multiple of 4, such as"):
         teacher.UNet(4 * side + 2, 3, 2, 8, (1, 2, 2), 1, ())
 
@@ -490,6 +488,7 @@ def test_images_do_not_depend_on_the_batch(kind, tiny):
 @pytest.fixture(scope="session")
 def latent(tiny):
     """A folder with a tiny autoencoder of the digits, a teacher of its latents and a generator."""
+    pytest.importorskip("diffusers")
     path = tiny.folder / "latent"
     teacher.main([*TINY, "--autoencoder", "--mults", "1,2", "--out", f"{path}/now"])
     teacher.main([*TINY, "--latent", f"{path}/now/autoencoder.pt", "--out", f"{path}/teacher"])
@@ -499,23 +498,24 @@ def latent(tiny):
     return path
 
 
-def test_latents_have_edm_s_deviation_and_kl_is_that_of_normals():
-    autoencoder, images = teacher.Autoencoder(28, 3, 3, 8, (1, 2, 2), 1), torch.rand(64, 3, 28, 28)
-    before, (mean, log_variance) = autoencoder.reconstruct(images), autoencoder.posterior(images)
+def test_latents_have_edm_s_deviation_and_kl_is_that_of_normals(latent):
+    cfg, images = options("--autoencoder", "--width", "8"), torch.rand(64, 3, 28, 28)
+    task = teacher.AutoencoderTask(cfg, teacher.Data(images, None, ()), None)
+    autoencoder, noise = teacher.network_of(task.facts), torch.randn(64, 4, 7, 7)
+    losses = task.losses(autoencoder, images, None, types.SimpleNamespace(normal=lambda: noise))
+    mean, std = (posterior := autoencoder.posterior(images)).mean, posterior.std
+    close(losses["kl"], (mean**2 + std**2 - 1 - 2 * std.log()).mean() / 2)
+    decoded, before = map(autoencoder.decode, (mean + std * noise, autoencoder.encode(images)))
+    close(losses["reconstruction_loss"], (decoded - images).square().mean())
     autoencoder.calibrate(images)
     x0 = autoencoder.encode(images)
-    assert x0.shape == (64, *teacher.latent_shape(autoencoder.network)) == (64, 3, 7, 7)
-    close(x0.mean((0, 2, 3)), torch.zeros(3), rtol=0, atol=1e-5)
-    close(x0.std((0, 2, 3), correction=0), torch.full((3,), 0.5))
-    close(autoencoder.reconstruct(images), before)  # no matter the scale
-    normal, posterior = (torch.distributions.Normal(*parameters) for parameters in
-                         ((0.0, 1.0), (mean, (log_variance / 2).exp())))
-    decoded, kl = autoencoder(images, x0)
-    close(kl, torch.distributions.kl_divergence(posterior, normal).mean())
-    close(decoded, autoencoder.decoded(posterior.loc + posterior.scale * x0))
+    assert x0.shape == (64, *task.shape) == (64, 4, 7, 7)
+    close(x0.mean((0, 2, 3)), torch.zeros(4), rtol=0, atol=1e-5)
+    close(x0.std((0, 2, 3), correction=0), torch.full((4,), 0.5))
+    close(autoencoder.decode(x0), before)  # no matter the scale
 
 
-def test_autoencoder_learns_to_reconstruct(tmp_path):
+def test_autoencoder_learns_to_reconstruct(latent, tmp_path):
     flags = f"--autoencoder --mults 1,2 --steps 100 --warmup 20 --batch 64 --out {tmp_path}"
     teacher.main([*flags.split(), "--sample-every", "50", "--device", "cpu"])
     first, last = (line["psnr"] for line in log_of(tmp_path) if "psnr" in line)
@@ -1185,16 +1185,17 @@ def same_end(*folders):
 
 
 @pytest.mark.parametrize("name, flags", [
-    ("teacher", ""), ("teacher", "--dtype float16 --decay-after 3"),
-    ("teacher", "--latent AUTOENCODER --flip"), ("autoencoder", "--autoencoder --mults 1,2 --flip"),
+    ("teacher", ""), ("teacher", "--latent AUTOENCODER --flip"),
+    ("autoencoder", "--autoencoder --mults 1,2 --flip --dtype bfloat16 --checkpointing"),
     ("teacher", "--data FOLDER --size 8 --mults 1,2 --blocks 1 --batch 8 --flip"),
     ("dmd2", "--teacher TEACHER --evaluate-every 1"),
     ("dmd2", "--teacher TEACHER --evaluate-every 0 --student-steps 2 --guidance 2"),
     ("dmd2", "--teacher TEACHER --evaluate-every 0 --regression-weight 1 --pairs 40"),
     ("dmd2", "--teacher TEACHER --evaluate-every 0 --regression-steps 4 --pairs 40"),
     ("dmd2", "--teacher TEACHER --evaluate-every 1 --gan-weight 0"),
-    ("dmd2", "--teacher LATENT --evaluate-every 0")])
-def test_resumed_run_is_the_uninterrupted(name, flags, tiny, latent, photos):
+    ("teacher", "--dtype float16 --decay-after 3"), ("dmd2", "--teacher LATENT --evaluate-every 0")])
+def test_resumed_run_is_the_uninterrupted(name, flags, tiny, photos, request):
+    latent = Path(request.getfixturevalue("latent") if re.search("(?i)auto|latent", flags) else "")
     paths = dict(AUTOENCODER=latent / "moved" / "autoencoder.pt", FOLDER=photos,
                  TEACHER=tiny.teacher, LATENT=latent / "teacher" / "teacher.pt")
     flags = [str(paths.get(word, word)) for word in flags.split()]
@@ -1550,7 +1551,7 @@ import contextlib, sys, teacher, sample, dmd2, export
 for script in (teacher, sample, dmd2, export):
     with contextlib.suppress(SystemExit):
         script.main(["--help"])
-heavy = {"torchvision", "sklearn", "matplotlib", "onnx", "onnxruntime"} & set(sys.modules)
+heavy = set("torchvision sklearn matplotlib onnx onnxruntime diffusers".split()) & {*sys.modules}
 assert not heavy, heavy"""
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert not done.returncode, done.stderr
@@ -1943,7 +1944,7 @@ def test_clip_score_of_text(pipeline, tmp_path, capsys):
 
 
 def test_text_of_images_beside_them_or_in_one_file(captioned, pipeline, tmp_path, capsys):
-    codec = sample.VAE(pipeline.folder)
+    codec = teacher.codec_of(pipeline.checkpoint["autoencoder"])
     latents, captions = sample.load_captioned(captioned, codec, 16, tmp_path, "cpu")
     assert latents.shape == (4, 4, 8, 8) and captions == ["a dog", "the sea", "red", "a cat"]
     lines = [dict(file_name=f"{i}.png", text=text) for i, text in enumerate(captions)]
@@ -2251,7 +2252,7 @@ def test_readme_s_commands_run(persistence, tmp_path, monkeypatch):
     ran = set()
     for program, *words in commands(README):
         of_text = any("stable-diffusion" in word or "runs/text" in word for word in words)
-        if of_text and not diffusers:
+        if not diffusers and (of_text or re.search("autoencoder|latent", " ".join(words))):
             continue
         if program == "torchrun":  # has tests of its own
             program, words = "python", words[2:]
