@@ -26,15 +26,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sample import (TITLES, add_roles, batch_of, build_any, digest_of, few_step, generator_sigmas,
-                    guided, load_captioned, load_images, load_reference, make_sampler, measure,
-                    open_checkpoint, read_prompts, recompute_by_role, shard, write_student)
+from sample import (TITLES, add_roles, batch_of, build_any, digest_of, few_step, folder_of,
+                    generator_sigmas, guided, load_captioned, load_images, load_reference,
+                    make_sampler, measure, open_checkpoint, read_prompts, recompute_by_role, shard,
+                    write_student)
 from teacher import (GENERATOR, SIGMA_MAX, SIGMA_MIN, TRAINED_STEP, Data, Descent, Draw, Run,
                      TrainingOptions, __version__, arg, batch_at, codec_of, due, encoded, flag,
-                     folder_of, fresh_noise, group_norm, load, lowest_quantile, parse, parts_of,
-                     pick_device, prepare, progress, ranges_of, rank, rank_0_first, ranks, rate_at,
-                     recipe_of, run_script, save, save_grid, seeded, shape_of, sigma_at,
-                     start_scale, tell, to_uint8, training_batches, unit_error, update_ema)
+                     fresh_noise, group_norm, load, lowest_quantile, parse, parts_of, pick_device,
+                     prepare, progress, ranges_of, rank, rank_0_first, ranks, rate_at, recipe_of,
+                     run_script, save, save_grid, seeded, shape_of, sigma_at, start_scale, tell,
+                     to_uint8, training_batches, unit_error, update_ema)
 
 # What of dmd2.py depends on the data: it fills the options that were not given.
 RECIPES = {

@@ -224,10 +224,10 @@ def main(argv=None):
     if "pipeline" in checkpoint["network"]:  # whose classes are all the prompts
         checkpoint["data"]["classes"] = checkpoint["data"]["classes"][:8]
     shape, classes = shape_of(checkpoint["network"]), len(checkpoint["data"]["classes"])
-    codec = codec_of(checkpoint["autoencoder"])
+    generator, codec = fused(build_any(checkpoint)), codec_of(checkpoint["autoencoder"])
     if checkpoint["autoencoder"]:
         codec.vae.disable_slicing()  # which would fix the batch
-    exported = Exported(fused(build_any(checkpoint)), checkpoint, cfg.uint8, codec)
+    exported = Exported(generator, checkpoint, cfg.uint8, codec)
     prompts, to_export = exported.prompts, copy.deepcopy(exported) if cfg.fp16 else exported
     if prompts and len(checkpoint["sigmas"]) > 1:
         raise ValueError(f"{cfg.checkpoint}: a text-to-image file holds one step, which an app "

@@ -35,10 +35,10 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint as recompute
 
 from teacher import (ENDINGS, FEATURES, HEUN_STEPS, SIGMA_MAX, SUBSET, Denoiser, Options, Pixels,
-                     arg, build, codec_of, decoded, folder_of, fresh_noise, heun, load, load_data,
-                     parse, pick_device, progress, quantile_of, rank, rank_0_first, ranks,
-                     replacing, run_script, sampling_sigmas, save, save_grid, seeded, shape_of,
-                     sigma_at, start_scale, tell, timestep_sigmas, to_float, to_uint8)
+                     arg, build, codec_of, decoded, fresh_noise, heun, load, load_data, parse,
+                     pick_device, progress, quantile_of, rank, rank_0_first, ranks, replacing,
+                     run_script, sampling_sigmas, save, save_grid, seeded, shape_of, sigma_at,
+                     start_scale, tell, timestep_sigmas, to_float, to_uint8)
 
 ASSETS = Path(__file__).resolve().parent / "assets"
 DIMENSIONS = 64  # of each space in which quality is measured
@@ -382,6 +382,18 @@ def recompute_by_role(unet):
             return block(*args)
         return recompute(again, *args, use_reentrant=False)
     unet.enable_gradient_checkpointing(call)
+
+
+def folder_of(pipeline):
+    """Where a pipeline is: a folder, or of org/name on the Hub what was downloaded of it."""
+    if Path(pipeline).is_dir():
+        return pipeline
+    if Path(pipeline).is_absolute():
+        raise ValueError(f"{pipeline}: this pipeline is not there any more; where it is now, "
+                         "sample.py takes it with --weights and the student's unet/ or LoRA")
+    from huggingface_hub import snapshot_download
+    return snapshot_download(pipeline, ignore_patterns=["*.fp16.*", "*.non_ema.*"], allow_patterns=[
+        "model_index.json", "*/*.json", "*/*.txt", "*/*.safetensors"])
 
 
 def open_pipeline(folder):

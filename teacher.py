@@ -504,9 +504,9 @@ class Pixels:
 
 
 class Autoencoder(nn.Module):
-    """The codec of latent diffusion (Rombach et al. 2022): a variational autoencoder, diffusers'.
+    """The codec of latent diffusion (Rombach et al. 2022): diffusers' variational autoencoder.
 
-    network  arguments of AutoencoderKL; or `pipeline`, a folder of diffusers, for the one in it
+    network  arguments of AutoencoderKL, or `pipeline`: a folder of diffusers, or name on the Hub
     """
 
     def __init__(self, **network):
@@ -514,13 +514,13 @@ class Autoencoder(nn.Module):
         super().__init__()
         self.network, pipeline = network, network.get("pipeline")
         if pipeline:  # in float32, because SDXL's overflows in float16
-            self.vae = AutoencoderKL.from_pretrained(folder_of(pipeline), subfolder="vae",
+            self.vae = AutoencoderKL.from_pretrained(pipeline, subfolder="vae",
                                                      use_safetensors=True).float()
             self.vae.enable_slicing()  # images one by one, for less memory
         else:
             self.vae = AutoencoderKL(**network)
         # Of the latents of training images; so x0 has EDM's standard deviation, SIGMA_DATA.
-        shape, scale = (self.vae.config.latent_channels, 1, 1), self.vae.config.scaling_factor
+        shape, scale = (1, self.vae.config.latent_channels, 1, 1), self.vae.config.scaling_factor
         self.register_buffer("mean", torch.zeros(shape))
         self.register_buffer("std", torch.full(shape, SIGMA_DATA / scale))
 
@@ -532,9 +532,7 @@ class Autoencoder(nn.Module):
     @torch.no_grad()
     def calibrate(self, images):
         """Set mean and standard deviation, per channel, of the latents that encode() scales."""
-        z = self.posterior(images).mean
-        self.mean.copy_(z.mean((0, 2, 3)).view_as(self.mean))
-        self.std.copy_(z.std((0, 2, 3), correction=0).clamp(min=1e-6).view_as(self.std))
+        self.std, self.mean = torch.std_mean(self.posterior(images).mean, (0, 2, 3), keepdim=True)
 
     def encode(self, images):
         """images [B, C, H, W] in [-1, 1] -> x0 [B, c, h, w]: the means, of deviation SIGMA_DATA"""
@@ -551,7 +549,7 @@ class Autoencoder(nn.Module):
 
 
 class AutoencoderTask:
-    """Training an autoencoder, likewise (see DiffusionTask)."""
+    """Training an autoencoder, likewise: without perceptual and adversarial losses."""
 
     def __init__(self, cfg, data, codec):
         widths = [cfg.width * int(mult) for mult in cfg.mults.split(",")]
@@ -566,7 +564,7 @@ class AutoencoderTask:
     def losses(self, autoencoder, x0, label, draw):
         """The loss and its two terms: squared error per pixel, divergence per latent value."""
         posterior, noise = autoencoder.posterior(x0), draw.normal()
-        decoded = autoencoder.decode(posterior.mean + posterior.std * noise)  # not yet calibrated
+        decoded = autoencoder.decode(posterior.mean + posterior.std * noise)  # x0 is z as yet
         error, kl = (decoded - x0).square().mean(), posterior.kl().mean() / noise[0].numel()
         return dict(loss=error + self.cfg.kl_weight * kl, reconstruction_loss=error, kl=kl)
 
@@ -584,18 +582,6 @@ class AutoencoderTask:
 def codec_of(autoencoder, device="cpu"):
     """What turns images into x0 and back: a checkpoint's autoencoder or, for None, Pixels."""
     return Pixels() if autoencoder is None else build(autoencoder, device)
-
-
-def folder_of(pipeline):
-    """Where a pipeline is: a folder, or of org/name on the Hub what was downloaded of it."""
-    if Path(pipeline).is_dir():
-        return pipeline
-    if Path(pipeline).is_absolute():
-        raise ValueError(f"{pipeline}: this pipeline is not there any more; where it is now, "
-                         "sample.py takes it with --weights and the student's unet/ or LoRA")
-    from huggingface_hub import snapshot_download
-    return snapshot_download(pipeline, ignore_patterns=["*.fp16.*", "*.non_ema.*"], allow_patterns=[
-        "model_index.json", "*/*.json", "*/*.txt", "*/*.safetensors"])
 
 
 # =================================================================================================
@@ -1197,10 +1183,8 @@ def prepare(cfg, device, *denoisers):
     torch._dynamo.config.recompile_limit = 64  # with and without gradients, encoder only...
     dtype = dtype_of(cfg, device)
     for denoiser in denoisers:
-        if isinstance(denoiser, Autoencoder):
-            denoiser = denoiser.vae
-            if cfg.checkpointing:
-                denoiser.enable_gradient_checkpointing()
+        if isinstance(denoiser, Autoencoder) and cfg.checkpointing:
+            denoiser.vae.enable_gradient_checkpointing()
         of_text = hasattr(getattr(denoiser, "net", None), "prompts")  # whose weights are in Linear
         kinds = (nn.Conv2d, nn.Linear) if of_text else nn.Conv2d
         for layer in denoiser.modules():
@@ -1209,7 +1193,7 @@ def prepare(cfg, device, *denoisers):
             if isinstance(layer, Block) and cfg.checkpointing:
                 layer.forward = functools.partial(recompute, layer.forward, use_reentrant=False,
                                                   preserve_rng_state=False)
-        for part in denoiser.children():  # an autoencoder has four
+        for part in getattr(denoiser, "vae", denoiser).children():  # an autoencoder has four
             if dtype != torch.float32:
                 part.forward = torch.autocast(device.type, dtype)(part.forward)
             if cfg.compile:
