@@ -508,8 +508,7 @@ def test_latents_have_edm_s_deviation_and_kl_is_that_of_normals(latent):
     decoded, before = map(autoencoder.decode, (mean + std * noise, autoencoder.encode(images)))
     close(losses["reconstruction_loss"], (decoded - images).square().mean())
     autoencoder.calibrate(images)
-    x0 = autoencoder.encode(images)
-    assert x0.shape == (64, *task.shape) == (64, 4, 7, 7)
+    assert (x0 := autoencoder.encode(images)).shape == (64, *task.shape) == (64, 4, 7, 7)
     close(x0.mean((0, 2, 3)), torch.zeros(4), rtol=0, atol=1e-5)
     close(x0.std((0, 2, 3)), torch.full((4,), 0.5))
     close(autoencoder.decode(x0), before)  # no matter the scale
