@@ -46,7 +46,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-__version__ = "1.1"  # of checkpoints, too
+__version__ = "1.2"  # of checkpoints, too
 SIGMA_MIN, SIGMA_MAX, RHO, SIGMA_DATA = 0.002, 80.0, 7.0, 0.5  # EDM, Table 1
 HEUN_STEPS = 18  # of a teacher's sampler, as EDM has for CIFAR-10
 KNOWN_DATA = ("digits", "mnist", "fashion", "cifar10")
