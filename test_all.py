@@ -1391,7 +1391,7 @@ def test_full_disk(faulty, tmp_path):
     ends_alike(faulty, out)
 
 
-@pytest.mark.parametrize("damage", ["flipped", "cut", "text", "planted"])
+@pytest.mark.parametrize("damage", ["flipped", "cut", "foreign", "planted"])
 @pytest.mark.parametrize("main, argv", [
     (teacher.main, "--resume"), (teacher.main, "--latent"), (dmd2.main, "--resume"),
     (dmd2.main, "--teacher"), (dmd2.main, "--teacher TEACHER --init-from"), (sample.main, ""),
@@ -1403,7 +1403,7 @@ def test_damaged_or_foreign_file_is_one_line(main, argv, damage, tiny, tmp_path,
     if damage == "flipped":
         weight = max(checkpoint["model"].values(), key=torch.numel)
         content[content.index(weight.numpy().tobytes())] ^= 1
-    Path("bad.pt").write_bytes(dict(cut=content[:-100], text=b"a text").get(damage, content))
+    Path("bad.pt").write_bytes(dict(cut=content[:-100], foreign=b"a text").get(damage, content))
     if damage == "planted":
         torch.save(dict(checkpoint, step=PLANTED), "bad.pt")
     line = fails(main, [*argv.replace("TEACHER", tiny.teacher).split(), "bad.pt"], capsys)
@@ -2218,9 +2218,38 @@ SIZES = dict(teacher=[*TINY, "--sample-every", "4"], export=[], sample=["--seeds
              dmd2=[*TINY_DMD, "--sample-every", "4", "--pairs", "20"])
 
 
-def test_readme_s_commands_run(persistence, tmp_path, monkeypatch):
-    """In order, in an empty folder, with small sizes put behind each. EDM's checkpoints are small
-    ones of their kind, and all data but the digits are noise."""
+def run_commands(optional):
+    """Run the README's commands and snippets, those that need diffusers or the others, in order, in
+    the working folder, with small sizes put behind each; returns the names of the scripts."""
+    ran = set()
+    for program, *words in commands(README):
+        of_text = any("stable-diffusion" in word or "runs/text" in word for word in words)
+        if optional != (of_text or bool(re.search("autoencoder|latent", " ".join(words)))):
+            continue
+        if program == "torchrun":  # has tests of its own
+            program, words = "python", words[2:]
+        if program != "python":
+            assert program in ("pip", "pytest", "git", "cd"), program
+            continue
+        script, n = Path(words.pop(0)).stem, "100" if "--evaluate" in words else "20"
+        words += ["--steps", "6"] if "--resume" in words else SIZES[script]
+        words += ["--n", n] if script == "sample" else []
+        if of_text and script == "dmd2":
+            words += "--gan-weight 0 --evaluate-every 0 --steps 2".split()
+        if script == "export" in ran:  # has tests of its own, and takes seconds
+            assert Path(teacher.parse(export.Config, words).checkpoint).exists()
+            continue
+        SCRIPTS[script].main(words)
+        ran.add(script)
+    for snippet in re.findall(r"```python\n(.*?)```", README, re.S):
+        if optional == ("diffusers" in snippet):
+            exec(snippet, {})
+    return ran
+
+
+@pytest.mark.parametrize("optional", [False, pytest.param(True, id="text")])
+def test_readme_s_commands_run(optional, persistence, tmp_path, monkeypatch):
+    """Checkpoints of others are small ones of their kind, and all data but the digits are noise."""
     def noise(name, split, data_dir="data", size=None):
         side = 28 if name in ("mnist", "fashion") else size or 32
         images = torch.rand(200, 1 if side == 28 else 3, side, side, generator=teacher.seeded(0))
@@ -2239,36 +2268,13 @@ def test_readme_s_commands_run(persistence, tmp_path, monkeypatch):
     for name in re.findall(r"[\w.-]+\.pkl", README):
         checkpoint = edm_checkpoint(network, teacher.UNet(**network).state_dict())
         Path(name).write_bytes(pickle.dumps(checkpoint))
-    diffusers = have("diffusers")
-    if diffusers:  # tiny ones, and a LoRA of SDXL
+    if optional:
         make_pipeline(Path("stable-diffusion-v1-5"), xl=False)
         make_pipeline(Path("stable-diffusion-xl-base-1.0"), xl=True)
         Path("prompts.txt").write_text("\n".join(PROMPTS))
         checkpoint = sample.open_checkpoint("stable-diffusion-xl-base-1.0", prompts=PROMPTS)
         generator, = sample.add_roles(sample.build_any(checkpoint), ["generator"], 4, 8)
-        sample.write_student(generator, ".")
+        sample.write_student(generator, Path("generator.pt"))
         os.rename("pytorch_lora_weights.safetensors", "dmd2_sdxl_4step_lora_fp16.safetensors")
-    ran = set()
-    for program, *words in commands(README):
-        of_text = any("stable-diffusion" in word or "runs/text" in word for word in words)
-        if not diffusers and (of_text or re.search("autoencoder|latent", " ".join(words))):
-            continue
-        if program == "torchrun":  # has tests of its own
-            program, words = "python", words[2:]
-        if program != "python":
-            assert program in ("pip", "pytest", "git", "cd"), program
-            continue
-        script, n = Path(words.pop(0)).stem, "100" if "--evaluate" in words else "20"
-        words += ["--steps", "6"] if "--resume" in words else SIZES[script]
-        words += ["--n", n] if script == "sample" else []
-        words += "--gan-weight 0 --evaluate-every 0".split() * (of_text and script == "dmd2")
-        if script == "export" in ran:  # has tests of its own, and takes seconds
-            assert Path(teacher.parse(export.Config, words).checkpoint).exists()
-            continue
-        SCRIPTS[script].main(words)
-        ran.add(script)
-    assert ran == set(SCRIPTS)
+    assert run_commands(optional) == ({"teacher", "sample", "dmd2"} if optional else {*SCRIPTS})
     assert all((ROOT / name).exists() for name in re.findall(r"assets/[\w.]+\w", README))
-    for snippet in re.findall(r"```python\n(.*?)```", README, re.S):
-        if diffusers or "diffusers" not in snippet:
-            exec(snippet, {})
