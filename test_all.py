@@ -905,7 +905,7 @@ def yardstick(name, monkeypatch):
 
 
 def distances(images, reference):
-    found = sample.extract(reference.nets, images)
+    found = sample.extract({name: reference.nets[name] for name in reference.features}, images)
     return np.array([*sample.distances(found, reference.features).values()])
 
 
@@ -1973,6 +1973,40 @@ def test_text_to_image_is_one_onnx_file(distil_text, pipeline, monkeypatch):
         sample.load_sampler(str(file))
 
 
+def check_turn(v, name, teacher_, fake, x0, sigma, label, noise, tolerance=2e-5):
+    """Distribution matching of x0 is the official code's."""
+    near(dmd2.dmd_gradient(teacher_, fake, x0, sigma, label, noise), v[f"{name}/gradient"],
+         tolerance)
+    loss = dmd2.dmd_loss(teacher_, fake, x0, sigma, label, noise)
+    near(loss.detach(), v.get(f"{name}/loss", v.get(f"{name}/loss_dm")), 5e-6)
+    return loss
+
+
+@pytest.mark.parametrize("kind, guidance", [("sd15", 1.75), ("sdxl", 8.0)])
+def test_official_distribution_matching_of_text(kind, guidance):
+    v, sigmas = vectors("sd_vectors"), teacher.timestep_sigmas("scaled_linear")
+    close(sigmas, (1 / v["alphas_cumprod"].double() - 1).sqrt(), rtol=1e-6, atol=0)
+    name = f"closed_{kind}"
+    text = torch.cat([v[f"{name}/text"], v[f"{name}/uncond"][:1]]).mean((1, 2))
+
+    class Closed(nn.Module):
+        def forward(self, x, c_noise, label, decode=True):
+            wave = torch.sin(sample.timestep_of(4 * c_noise, sigmas.log().float()) / 100)
+            return self.a * x + (self.b * wave + text[label]).view(-1, 1, 1, 1), x
+
+    def closed(a, b):
+        net = Closed()
+        net.a, net.b = a, b
+        return teacher.Denoiser(net, "eps")
+    fake, guide = closed(0.8, 0.1), sample.Guided(closed(0.9, 0.2), guidance, 3)
+    sigma, x0 = sigmas[v[f"{name}/timesteps"]].float(), v[f"{name}/latents"].requires_grad_(True)
+    check_turn(v, name, guide, fake, x0, sigma, torch.arange(3), v[f"{name}/noise"]).backward()
+    near(x0.grad, v[f"{name}/latents_grad"], 2e-5)
+    sigma, x0 = sigmas[v[f"{name}_fake/timesteps"]].float(), x0.detach()
+    x0_hat = fake(x0 + sigma.view(-1, 1, 1, 1) * v[f"{name}_fake/noise"], sigma, torch.arange(3))
+    near(teacher.unit_error("eps", x0_hat, x0, sigma), v[f"{name}_fake/loss"], 3e-6)
+
+
 @pytest.mark.parametrize("name, timesteps, guidance, tolerance", [
     ("turn_sd15", [999], 1.75, 2e-5), ("turn_sdxl_399", [399], 8.0, 1e-5),
     ("turn_sdxl_4step", [999, 749, 499, 249], 8.0, 3e-4)])
@@ -1980,7 +2014,6 @@ def test_official_turns_of_text(name, timesteps, guidance, tolerance):
     """A generator's and a fake score's update of the official code: images, losses, gradients."""
     diffusers, v = pytest.importorskip("diffusers"), vectors("sd_vectors")
     kind, sigmas = name.split("_")[1], teacher.timestep_sigmas("scaled_linear")
-    close(sigmas, (1 / v["alphas_cumprod"].double() - 1).sqrt(), rtol=1e-6, atol=0)
     source = "turn_sdxl_399" if kind == "sdxl" else name
     text = torch.cat([v[f"{source}/text"], v[f"{source}/real_text"]])
     none = torch.zeros_like(text[:1]) if kind == "sdxl" else v["turn_sd15/uncond"]
@@ -2026,10 +2059,7 @@ def test_official_turns_of_text(name, timesteps, guidance, tolerance):
     x0 = generator(x, torch.full((2,), levels[k]), label)
     near(x0.detach(), v[f"{name}/generated"], 1e-6)
     timestep, noise, gan_timestep, gan_noise = drawn[-4:]
-    inputs = guide, fake, x0, sigmas[timestep].float(), label, noise
-    near(dmd2.dmd_gradient(*inputs), v[f"{name}/gradient"], tolerance)
-    loss = dmd2.dmd_loss(*inputs)
-    near(loss.detach(), v[f"{name}/loss_dm"], 5e-6)
+    loss = check_turn(v, name, guide, fake, x0, sigmas[timestep].float(), label, noise, tolerance)
     gan_loss = dmd2.generator_loss(logits(x0, gan_timestep, gan_noise, label))
     near(gan_loss.detach(), v[f"{name}/gen_cls_loss"], 3e-6)
     (loss + 0.1 * gan_loss).backward()
