@@ -189,6 +189,8 @@ class EDMUnpickler(pickle.Unpickler):
 EDM_SIZES = "label_dim", "model_channels", "channel_mult", "num_blocks", "attn_resolutions"
 EDM_DEFAULTS = {"SongUNet": (0, 128, [1, 2, 2, 2], 4, [16]),
                 "DhariwalUNet": (0, 192, [1, 2, 3, 4], 3, [32, 16, 8])}
+IMAGENET_64 = dict(zip(EDM_SIZES, EDM_DEFAULTS["DhariwalUNet"]), model_type="DhariwalUNet",
+                   img_resolution=64, img_channels=3, label_dim=1000)
 
 
 def load_edm(path):
@@ -208,8 +210,25 @@ def load_edm(path):
                    precond.model.named_parameters() if "augment" not in name}  # samples have none
     except Exception as error:  # a damaged pickle raises whatever its bytes happen to say
         raise ValueError(f"{path}: no checkpoint of NVlabs/edm, or damaged: {error}") from error
+    return of_edm("teacher", network, weights)
+
+
+def load_official(path):
+    """A pytorch_model.bin of tianweiy/DMD2's ImageNet-64, likewise: a one-step generator."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        weights = {f"net.{name.split('model.')[-1]}": value.float() for name, value in state.items()
+                   if "resample_filter" not in name}
+    except Exception as error:  # as of load()
+        raise ValueError(f"{path}: no checkpoint of PyTorch, or damaged: {error}") from error
+    return dict(of_edm("generator", IMAGENET_64, weights), sigmas=[SIGMA_MAX], figures=None,
+                teacher_figures=None)
+
+
+def of_edm(kind, network, weights):
+    """What load() returns of a network of EDM's, which tells no data."""
     classes = tuple(map(str, range(network["label_dim"]))) or ("all",)
-    return dict(kind="teacher", step=None, config={}, network=network, prediction="edm",
+    return dict(kind=kind, step=None, config={}, network=network, prediction="edm",
                 schedule="lognormal", model=weights, autoencoder=None,
                 data=dict(name=None, data_dir="data", size=network["img_resolution"], flip=False,
                           shape=shape_of(network), classes=classes))
@@ -541,20 +560,22 @@ class Sampler(NamedTuple):
 
 
 def open_checkpoint(path, data=None, data_dir=None, kind=None, prompts=()):
-    """load(), or of a .pkl load_edm(), or of a folder or a name on the Hub open_pipeline(); not of
-    autoencoders. Its data may have moved meanwhile; prompts may take the place of a pipeline's."""
+    """load(), or of a .pkl load_edm(), of a .bin load_official(), of a folder or a name on the Hub
+    open_pipeline(); not of autoencoders. Its data may have moved meanwhile; prompts may take the
+    place of a pipeline's."""
     on_hub = re.fullmatch(r"[\w-]+/[\w.-]+", str(path)) and not Path(path).parent.is_dir()
     if Path(path, "model_index.json").is_file() or on_hub:
         checkpoint = open_pipeline(path)
     else:
-        checkpoint = load_edm(path) if Path(path).suffix == ".pkl" else load(path, kind)
+        loaders = {".pkl": load_edm, ".bin": load_official}
+        checkpoint = loaders.get(Path(path).suffix, lambda path: load(path, kind))(path)
     if checkpoint["kind"] == "autoencoder":
         raise ValueError(f"{path}: holds an autoencoder; next: python teacher.py --latent {path}")
     facts = checkpoint["data"]
     facts.update(name=data or facts["name"], data_dir=data_dir or facts["data_dir"])
     if "pipeline" in checkpoint["network"] and prompts:
         facts["classes"] = tuple(prompts)
-    if Path(path).suffix == ".pkl" and data:  # which does not tell the names of its classes
+    if Path(path).suffix in (".pkl", ".bin") and data:  # which tell no names of classes
         found = load_data(data, "train", facts["data_dir"], facts["size"]).classes
         facts["classes"] = found if len(found) == len(facts["classes"]) else facts["classes"]
     return checkpoint

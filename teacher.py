@@ -740,8 +740,14 @@ def parse(config_class, argv=None, doc="", recipe=lambda given: {}):
                       if name in fields})
     known = {name: value for name, value in {**saved, **given}.items() if value is not None}
     cfg = config_class(**{**({} if "resume" in given else recipe(known)), **known})
-    for name in ("autoencoder.pt", "teacher.pt", "generator.pt", "last.pt"):
-        if trains and not cfg.resume and not cfg.profile and Path(cfg.out, name).exists():
+    for name in ("autoencoder.pt", "teacher.pt", "last.pt", "generator.pt"):
+        path = Path(cfg.out, name)
+        if trains and not cfg.resume and not cfg.profile and path.exists():
+            restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))  # a rank was lost
+            before = load(path)["config"] if restarts else {}
+            if before | {name: value for name, value in dataclasses.asdict(cfg).items()
+                         if not fields[name].metadata["free"]} == before:
+                return parse(config_class, ["--resume", str(path)])
             raise ValueError(f"--out {cfg.out}: holds a run, {name}; go on with it by --resume, or "
                              "name another folder")
     return cfg
@@ -861,7 +867,7 @@ class Data(NamedTuple):
 def load_data(name, split, data_dir="data", size=32):
     """The training images ("train") of a data set as Data, or those held out ("test").
 
-    name  one of KNOWN_DATA, or a folder of images (see folder_files), then of side `size`
+    name  one of KNOWN_DATA, or a folder or .zip of images (see folder_files), then of side `size`
 
     Held out are the official test set, the folder's own, or every sixth image in a fixed order.
     Raises ValueError for an unknown name or an unfit folder, OSError where files can't be had.
@@ -888,7 +894,7 @@ def load_data(name, split, data_dir="data", size=32):
         images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2).contiguous()
         classes = tuple("0123456789") if name == "mnist" else tuple(found.classes)
         return Data(images, torch.as_tensor(found.targets).long(), classes)
-    if not Path(name).is_dir():
+    if not Path(name).is_dir() and not zipfile.is_zipfile(name):
         raise ValueError(f"--data {name}: no such folder, and none of {', '.join(KNOWN_DATA)}")
     images, labels, classes, count = load_folder(Path(name), size, Path(data_dir))
     chosen = slice(count) if split == "train" else slice(count, None)  # views: nothing is read yet
@@ -896,15 +902,16 @@ def load_data(name, split, data_dir="data", size=32):
 
 
 def load_folder(folder, size, data_dir):
-    """The images of a folder, decoded once into a file in data_dir, which is mapped from then on.
+    """The images of a folder or .zip, decoded once into a file in data_dir, which is then mapped.
 
     returns images uint8 [N, C, size, size], grey if all of them are, else RGB, those to train on
     first; labels [N]; the classes' names; how many are to train on
     Raises ValueError if a class has no image to train on, or none is held out.
     """
-    files, classes = folder_files(folder)
+    listed = folder / "dataset.json" if folder.is_dir() else zipfile.Path(folder, "dataset.json")
+    files, classes = listed_files(listed) if listed.exists() else folder_files(folder)
     stamp = [(str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime, *rest)
-             for path, *rest in files]
+             for path, *rest in (files if folder.is_dir() else [(folder,)])]
     key = hashlib.sha256(json.dumps([stamp, size]).encode()).hexdigest()[:16]
     pixels, index = (data_dir / f"{folder.name}-{size}-{key}.{end}" for end in ("uint8", "labels"))
     with rank_0_first():
@@ -951,20 +958,37 @@ def folder_files(folder):
              for label, name in enumerate(classes or [""])  # images without classes are one class
              for path in sorted(Path(part, name).rglob("*")) if path.suffix.lower() in ENDINGS
              and not any(name[0] == "." for name in path.relative_to(folder).parts)]
+    return with_held_out(files, not tests), tuple(classes) or ("all",)
+
+
+def listed_files(listed):
+    """As folder_files(), by a dataset.json of NVlabs/edm's dataset_tool.py, in a folder or .zip."""
+    root, labels = listed.parent, json.loads(listed.read_text())["labels"]
+    if labels is None:  # no classes
+        names = (root.root.namelist() if isinstance(root, zipfile.Path) else
+                 [str(path.relative_to(root)) for path in root.rglob("*")])
+        labels = [(name, 0) for name in names if name.endswith(ENDINGS)]
+    files = [(root / name, label, False) for name, label in sorted(labels)]
+    count = 1 + max(label for _, label in labels)
+    return with_held_out(files), tuple(map(str, range(count))) if count > 1 else ("all",)
+
+
+def with_held_out(files, choose=True):
+    """Files in a fixed random order, those to hold out last: if `choose`, every sixth."""
     files = [files[i] for i in np.random.RandomState(0).permutation(len(files))]
     left = collections.Counter(label for _, label, _ in files)
-    for i, (path, label, _) in enumerate(files if not tests else ()):
-        held_out = i % 6 == 0 and left[label] > 1  # every sixth, but not the last one of its class
-        left[label] -= held_out
-        files[i] = path, label, held_out
-    return sorted(files, key=lambda entry: entry[2]), tuple(classes) or ("all",)
+    for i, (path, label, _) in enumerate(files if choose else ()):
+        chosen = i % 6 == 0 and left[label] > 1  # but not the last one of its class
+        left[label] -= chosen
+        files[i] = path, label, chosen
+    return sorted(files, key=lambda entry: entry[2])
 
 
 def decoded(path, size):
     """An image file -> uint8 [3, size, size], turned as EXIF says, transparency on white, scaled,
     and the middle cropped; or the exception that tells why it can't be read."""
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        with path.open("rb") as file, Image.open(file, formats=FORMATS) as image:
             image = ImageOps.exif_transpose(image)
             if image.mode.startswith("I"):  # 16 bits, which convert() would clip to the lower 8
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))

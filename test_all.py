@@ -372,6 +372,21 @@ def test_full_size_is_the_published_one(network, parameters, keys):
     assert (sum(value.numel() for value in state.values()), len(state)) == (parameters, keys)
 
 
+def test_official_generator_of_imagenet(monkeypatch, tmp_path):
+    """Its names have a prefix, and it has one step from level 80."""
+    network = TINY_EDM["edm_adm_tiny"]
+    v = vectors("edm_adm_tiny")
+    state = {f"feedforward_model.{key[6:]}": value for key, value in v.items()
+             if key.startswith("state/")}
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    monkeypatch.setattr(sample, "IMAGENET_64", network)
+    sampler = sample.load_sampler(f"{tmp_path}/pytorch_model.bin")
+    assert (sampler.name, sampler.shape) == ("generator, 1 step", (3, 16, 16))
+    x, sigma, label = v["in/x"], v["in/sigma"], v["in/label"]
+    close(sampler.denoiser(x, sigma, label), v["out/denoised"], rtol=0, atol=1e-5)
+    close(sampler.x0(iter([x / 80]), label), sampler.denoiser(x, torch.full_like(sigma, 80), label))
+
+
 def test_edm_goes_the_whole_way(edm_pkl, distil, capsys):
     path = edm_pkl(label_dim=0)
     for main, flags in ((sample.main, [path, "--evaluate"]), (dmd2.main, ["--teacher", path])):
@@ -1036,6 +1051,22 @@ def photos(tmp_path, monkeypatch):
     return photographs(tmp_path / "photos")
 
 
+@pytest.mark.parametrize("labels", [True, False])
+def test_zip_of_edm_is_its_folder(labels, photos, tmp_path):
+    """Packed or not, it has dataset.json, which of images without classes tells no labels."""
+    photos = Path(photos)
+    names = sorted(path.relative_to(photos).as_posix() for path in photos.rglob("*.*"))
+    given = [[name, i % 3] for i, name in enumerate(names)] if labels else None
+    (photos / "dataset.json").write_text(json.dumps(dict(labels=given)))
+    packed = shutil.make_archive(tmp_path / "packed", "zip", photos)
+    folder, other = (teacher.load_data(str(path), "train", tmp_path, 8)
+                     for path in (photos, packed))
+    assert equal(folder, other) and folder.classes == (("0", "1", "2") if labels else ("all",))
+    teacher.main([*TINY, *SMALL, "--data", packed, "--out", "runs/zip"])
+    teacher.main([*TINY, *SMALL, "--data", str(photos), "--out", "runs/folder"])
+    assert log_of(Path("runs/zip")) == log_of(Path("runs/folder"))
+
+
 @pytest.mark.parametrize("mode, channels", [("L", 1), ("RGB", 3)])
 def test_folder_grey_if_all_pixels_are(mode, channels, tmp_path):
     photographs(tmp_path / "photos", classes=["cats"], mode="L")
@@ -1467,6 +1498,31 @@ def test_losses_of_two_parts_and_of_two_processes(name, flags, tiny, tmp_path):
         losses = {key: value for key, value in line.items() if "loss" in key}
         assert same == pytest.approx(line, rel=1e-4, abs=1e-4)
         assert {key: same[key] for key in losses} == pytest.approx(losses, rel=1e-5, abs=1e-5)
+
+
+def test_rank_that_is_lost_is_started_anew(tmp_path):
+    """By torchrun, and the run goes on from its last checkpoint, to the same bits."""
+    argv = [*TINY, "--save-every", "2", "--out"]
+    (tmp_path / "teacher.py").write_text(f"""if True:
+        import os, signal, sys
+        sys.path.insert(0, {str(ROOT)!r})
+        del sys.modules["__main__"].__spec__
+        import test_all, torch
+        def save(state, *args):
+            kept(state, *args)
+            if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and test_all.teacher.rank() == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+        kept, test_all.teacher.save = test_all.teacher.save, save
+        torch.set_num_threads(1)
+        test_all.script("teacher", sys.argv[1:])""")
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+         "--max-restarts", "2", tmp_path / "teacher.py", *argv, tmp_path / "restarted"],
+        text=True, capture_output=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    as_ranks("teacher", [*argv, tmp_path / "whole"], tmp_path)
+    assert same_end(tmp_path / "restarted", tmp_path / "whole")
+    assert done.stderr.count("training images of") == 2
 
 
 def test_images_of_two_processes_and_of_onnx(tiny, tmp_path):
