@@ -26,10 +26,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sample import (TITLES, add_roles, batch_of, build_any, digest_of, few_step, folder_of,
-                    generator_sigmas, guided, load_captioned, load_images, load_reference,
-                    make_sampler, measure, open_checkpoint, read_prompts, recompute_by_role, shard,
-                    write_student)
+from sample import (TITLES, EvaluationOptions, add_roles, batch_of, build_any, digest_of, few_step,
+                    folder_of, generator_sigmas, guided, load_captioned, load_images,
+                    load_reference, make_sampler, measure, open_checkpoint, read_prompts,
+                    recompute_by_role, shard, write_student)
 from teacher import (GENERATOR, SIGMA_MAX, SIGMA_MIN, TRAINED_STEP, Data, Descent, Draw, Run,
                      TrainingOptions, __version__, arg, batch_at, codec_of, due, encoded, flag,
                      fresh_noise, group_norm, load, lowest_quantile, parse, parts_of, pick_device,
@@ -74,7 +74,7 @@ INHERITED = ("network", "prediction", "schedule", "autoencoder", "data")  # from
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(TrainingOptions):
+class Config(EvaluationOptions, TrainingOptions):
     """Options of dmd2.py; recipe() gives those that are left at None."""
 
     teacher: str = arg(None, "checkpoint to distil, of teacher.py or NVlabs/edm (.pkl), or Stable "
@@ -288,7 +288,7 @@ def save_estimates(teacher, fake_score, sampler, schedule, path, count=10):
 
 class Best:
     """Measures generators as the teacher was measured, and keeps in generator.pt the one with the
-    lowest Fréchet distance in the encoder's space; those in other spaces decide nothing.
+    lowest headline, the first figure; others decide nothing.
 
     facts  what a generator's checkpoint tells besides its step, weights and figures
     """
@@ -298,7 +298,7 @@ class Best:
         self.half = cfg.half
         self.best = self.measure = None
         if cfg.evaluate_every:
-            reference = load_reference(facts["data"], sampler.device)
+            reference = load_reference(facts["data"], sampler.device, cfg)
             self.measure = functools.partial(measure, reference=reference, n=cfg.evaluate_n,
                                              seed=EVALUATION_SEED)
             facts["teacher_figures"] = self.measure(teacher)
@@ -312,7 +312,7 @@ class Best:
         figures = None
         if self.measure:
             figures = dict(run.measure(step, lambda: self.measure(self.sampler)), step=step + 1)
-        if not self.best or figures["frechet_distance"] < self.best["frechet_distance"]:
+        if not self.best or [*figures.values()][0] < [*self.best.values()][0]:
             self.best = figures
             save(dict(self.facts, step=step + 1, figures=figures,
                       model=self.sampler.denoiser.state_dict(),
@@ -527,7 +527,8 @@ def train(cfg):
             run.draw(step, lambda path: save_estimates(teacher, fake_score, best.sampler, schedule,
                                                        path))
     if best.best:
-        figures = ", ".join(f"{title} {best.best[name]:.3f}" for name, title in TITLES.items())
+        figures = ", ".join(f"{title} {best.best[name]:.3f}" for name, title in TITLES.items()
+                            if name in best.best)
         tell(f"{best.path}: the best, of step {best.best['step']}: {figures}")
     if not cfg.profile:
         tell(f"next: python sample.py {best.path}   or   python export.py {best.path}")

@@ -43,11 +43,11 @@ from teacher import (ENDINGS, FEATURES, HEUN_STEPS, SIGMA_MAX, SUBSET, Denoiser,
 ASSETS = Path(__file__).resolve().parent / "assets"
 DIMENSIONS = 64  # of each space in which quality is measured
 NEIGHBOURS = 3  # k of precision and recall
-EVALUATE_N, MAP_N = 10000, 1000  # images, by default
+EVALUATE_N, FID_N, MAP_N = 10000, 50000, 1000  # images, by default
 BATCH = 256  # images at a time; changes the speed only
 TITLES = dict(frechet_distance="Fréchet distance", pixel_distance="in pixels",
-              random_distance="in random features", accuracy="classified as asked",
-              precision="precision", recall="recall")
+              random_distance="in random features", accuracy="classified as asked", fid="FID",
+              inception_score="Inception Score", precision="precision", recall="recall")
 
 
 # ---- samplers: from noise to images, by a denoiser; heun is in teacher.py -----------------------
@@ -132,9 +132,22 @@ def guided(denoiser, guidance, checkpoint):
 # ---- options ------------------------------------------------------------------------------------
 
 @dataclasses.dataclass(frozen=True)
-class Config(Options):
+class EvaluationOptions:
+    """By what --evaluate and dmd2.py measure images."""
+
+    features: str = arg(None, "measure by this network: inception, for FID, or a file of "
+                              "TorchScript or ONNX, of images in [-1, 1]", free=True)
+    features_weights: str = arg(None, "of inception: a file of them (default: downloaded)",
+                                free=True)
+    reference: str = arg(None, "an .npz with mu and sigma of the real images' features, such as "
+                               "EDM's; made if it is not there", free=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(EvaluationOptions, Options):
     checkpoint: str = arg(None, "of teacher.py, dmd2.py or EDM, or a .onnx file", positional=True)
-    n: int = arg(None, f"images (default: 10 per class; with --evaluate {EVALUATE_N})", low=1)
+    n: int = arg(None, f"images (default: 10 per class; with --evaluate {EVALUATE_N}, by "
+                       f"inception {FID_N})", low=1)
     labels: str = arg(None, "classes by name or number, such as 3,3,7 (default: all, evenly)")
     sampler: str = arg(None, "of a teacher (default: heun, at EDM's noise levels)", tuple(SAMPLERS))
     steps: int = arg(None, f"its steps (default: {[s[2] for s in SAMPLERS.values()]})", low=1)
@@ -807,71 +820,153 @@ def load_features(data, facts, device="cpu"):
     return nets, hashlib.sha256(path.read_bytes()).hexdigest()[:12]
 
 
+class Inception(nn.Module):
+    """TensorFlow's network of 2015, by torch-fidelity: FID's and the Inception Score's."""
+
+    def __init__(self, weights=None):
+        super().__init__()
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+        if weights:
+            torch.load(weights, weights_only=True)  # that class would execute what a file holds
+        self.net = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], weights)
+
+    def forward(self, x):
+        """x [B, 1 or 3, H, W] in [-1, 1] -> [B, 2048]"""
+        return self.net(to_uint8(x).expand(-1, 3, -1, -1))[0]
+
+    def score(self, features):
+        """Inception Score (Salimans et al. 2016) of features [N, 2048], the mean over ten parts."""
+        log_p = (features.double() @ self.net.fc.weight.double().cpu().T).log_softmax(1)
+        return statistics.mean(
+            F.kl_div(part.exp().mean(0).log(), part, reduction="none", log_target=True)
+            .sum(1).mean().exp().item() for part in log_p.tensor_split(10))
+
+
+def load_network(name, weights=None, device="cpu"):
+    """A network of images in [-1, 1] by what --features gives, and the head of a SHA-256 of it."""
+    if name == "inception":
+        net = Inception(weights).to(device)
+        content = b"".join(p.cpu().numpy().tobytes() for p in net.state_dict().values())
+    elif Path(name).suffix == ".onnx":
+        import onnxruntime
+        session, content = onnxruntime.InferenceSession(name), Path(name).read_bytes()
+        given = session.get_inputs()[0].name
+        net = lambda x: torch.from_numpy(session.run(None, {given: x.cpu().numpy()})[0])
+    else:
+        net, content = torch.jit.load(name, device).eval(), Path(name).read_bytes()
+    return net, hashlib.sha256(content).hexdigest()[:12]
+
+
 class Reference(NamedTuple):
     """What images are measured against."""
 
-    nets: dict            # of load_features()
+    nets: dict            # of load_features(), or one of load_network()
     features: dict        # of the real training images: [N, D] in each space, by its distance
     labels: torch.Tensor  # [N] int64, in the same order
     floor: dict           # distances and accuracy of the n held-out real images
     protocol: str
+    device: torch.device | str
 
 
-def load_reference(facts, device="cpu"):
+def load_reference(facts, device="cpu", cfg=EvaluationOptions()):
     """The Reference to evaluate against, of the data a checkpoint tells of."""
+    if cfg.features:
+        return network_reference(facts, device, cfg)
     data, held_out = (load_images(facts, split) for split in ("train", "test"))
     if len(held_out.images) <= NEIGHBOURS:
         raise ValueError(f"{facts['name']}: too few held-out images; try --evaluate-every 0")
     nets, digest = load_features(data, facts, device)
     order = torch.randperm(len(data.images), generator=seeded(SUBSET))  # a prefix is a fair sample
-    features = {name: found[order] for name, found in extract(nets, data.images).items()}
+    features = {name: found[order] for name, found in extract(nets, data.images, device).items()}
     del features["classifier"]
     about = f"reference {len(order)} training images of {facts['name']}, feature networks {digest}"
-    reference = Reference(nets, features, data.labels[order], {}, about)
+    reference = Reference(nets, features, data.labels[order], {}, about, device)
     floor = evaluate(held_out.images, held_out.labels, reference)
     del floor["precision"], floor["recall"]  # of so few images they compare with no others
     return reference._replace(floor=dict(floor, n=len(held_out.images)))
 
 
+def network_reference(facts, device, cfg):
+    """The Reference in the space of --features: all training images, or what --reference tells."""
+    net, digest = load_network(cfg.features, cfg.features_weights, device)
+    name = "fid" if cfg.features == "inception" else "frechet_distance"
+    if cfg.reference and Path(cfg.reference).exists():
+        with np.load(cfg.reference) as file:
+            real = tuple(torch.from_numpy(file[part]) for part in ("mu", "sigma"))
+        labels, source = torch.arange(len(facts["classes"])), Path(cfg.reference).name
+    else:
+        data = load_images(facts, "train")
+        order = torch.randperm(len(data.labels), generator=seeded(SUBSET))
+        real = extract({name: net}, data.images, device)[name][order]
+        labels, source = data.labels[order], f"{len(order)} training images of {facts['name']}"
+        if cfg.reference and rank() == 0:
+            mu, sigma = gaussian(real)
+            with replacing(cfg.reference) as file:
+                np.savez(file, mu=mu, sigma=sigma)
+    about = f"reference {source}, features {Path(cfg.features).name} {digest}"
+    return Reference({name: net}, {name: real}, labels, {}, about, device)
+
+
 @torch.no_grad()
-def extract(nets, images):
+def extract(nets, images, device):
     """What each network, by its name, makes of images uint8 [N, C, H, W]: [N, D], on the CPU."""
-    device, parts = next(nets["classifier"].parameters()).device, images.split(1000)
-    return {name: torch.cat([net(to_float(part.to(device))).cpu() for part in parts])
-            for name, net in nets.items()}
+    found = {name: torch.cat([net(to_float(part.to(device))).cpu() for part in
+                              images.tensor_split(ranks())[rank()].split(500)])
+             for name, net in nets.items()}
+    if ranks() > 1:
+        of_ranks = [None] * ranks()
+        dist.all_gather_object(of_ranks, found)
+        found = {name: torch.cat([part[name] for part in of_ranks]) for name in found}
+    return found
 
 
 def evaluate(images, label, reference):
     """Quality of images uint8 [N, C, H, W] that were asked for by label [N]: distances(); the share
     that the classifier, which has no part in them, puts into the class asked for; precision and
-    recall in the encoder's space, of equally many real and given images, at most 10000."""
-    found = extract(reference.nets, images)
-    real, fake = reference.features["frechet_distance"], found["frechet_distance"]
-    count = min(len(real), len(fake), 10000)
-    precision, recall = precision_recall(real[:count], fake[:count])
-    accuracy = (found["classifier"].argmax(1) == label.cpu()).double().mean().item()
-    return dict(distances(found, reference.features), accuracy=accuracy, precision=precision,
-                recall=recall)
+    recall in the first space, of equally many real and given images, at most 10000."""
+    found = extract(reference.nets, images, reference.device)
+    name, real = next(iter(reference.features.items()))
+    figures = distances(found, reference.features)
+    if "classifier" in found:
+        right = found["classifier"].argmax(1) == label.cpu()
+        figures["accuracy"] = right.double().mean().item()
+    if name == "fid":
+        figures["inception_score"] = reference.nets[name].score(found[name])
+    if torch.is_tensor(real):  # and not only its mean and covariance
+        count = min(len(real), len(images), 10000)
+        precision, recall = precision_recall(real[:count], found[name][:count])
+        figures.update(precision=precision, recall=recall)
+    return figures
 
 
 def distances(found, real):
     """Fréchet distances of features [N, D] from real ones in each space, in units of the real
-    ones' variance, the mean over the D, so that those of different spaces can be compared."""
-    return {name: frechet_distance(found[name], features) / features.var(0).mean().item()
-            for name, features in real.items()}
+    ones' variance, the mean over the D, so that those of different spaces can be compared; FID is
+    in none."""
+    real = {name: gaussian(features) for name, features in real.items()}
+    return {name: frechet_distance(found[name], (mean, covariance)) /
+            (1 if name == "fid" else covariance.diagonal().mean().item())
+            for name, (mean, covariance) in real.items()}
+
+
+def gaussian(features):
+    """Mean [D] and covariance [D, D] of features [N, D], in float64, or these as they are."""
+    if isinstance(features, tuple):
+        return features
+    return features.double().mean(0), torch.cov(features.double().T)
 
 
 def frechet_distance(a, b):
-    """Fréchet distance of Gaussians fitted to features a [N, D] and b [M, D] (Heusel et al. 2017).
+    """Fréchet distance of Gaussians of features a [N, D] and b [M, D], or of gaussian()s (Heusel
+    et al. 2017).
 
         |mu_a - mu_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2))
 
     in float64. The root's trace is the sum of the roots of C_a C_b's eigenvalues.
     """
-    a, b = a.double(), b.double()
-    cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)
+    (mean_a, cov_a), (mean_b, cov_b) = gaussian(a), gaussian(b)
     root_trace = torch.linalg.eigvals(cov_a @ cov_b).sqrt().real.sum()
-    means = (a.mean(0) - b.mean(0)).square().sum()
+    means = (mean_a - mean_b).square().sum()
     return (means + cov_a.trace() + cov_b.trace() - 2 * root_trace).item()
 
 
@@ -895,9 +990,10 @@ def measure(sampler, reference, n, seed, batch=BATCH):
 def report(runs, reference, of_what):
     """Print mean and spread of figures of evaluate() beside the floor, then all as JSON."""
     mean, spread, floor = {}, {}, reference.floor
-    tell(f"{'':22}samples   spread    floor   (floor: the {floor['n']} held-out real images)")
-    for name, title in TITLES.items():
-        values = [run[name] for run in runs]
+    about = f"   (floor: the {floor['n']} held-out real images)" if floor else ""
+    tell(f"{'':22}samples   spread    floor{about}")
+    for name in runs[0]:
+        title, values = TITLES[name], [run[name] for run in runs]
         mean[name] = statistics.mean(values)
         spread[name] = statistics.stdev(values) if len(runs) > 1 else None
         cells = (mean[name], spread[name], floor.get(name))
@@ -988,7 +1084,8 @@ def save_map(cfg, sampler):
     from matplotlib.figure import Figure
     reference, classes = load_reference(sampler.data, sampler.device), sampler.data["classes"]
     label = reference.labels[:cfg.n or MAP_N].clamp(max=len(classes) - 1)  # 0 if unconditional
-    found = extract(reference.nets, generate(sampler, label, cfg.seed, cfg.batch))
+    images = generate(sampler, label, cfg.seed, cfg.batch)
+    found = extract(reference.nets, images, sampler.device)
     features = torch.cat([part["frechet_distance"][:len(label)]
                           for part in (reference.features, found)]).double()
     try:
@@ -1018,8 +1115,9 @@ def main(argv=None):
             cfg.sampler or cfg.steps or cfg.guidance != 1):
         raise ValueError(f"--sampler, --steps, --guidance: are for teachers, not {cfg.checkpoint}")
     if cfg.evaluate:
-        reference = load_reference(sampler.data, device)
-        n, seeds = cfg.n or EVALUATE_N, range(cfg.seed, cfg.seed + cfg.seeds)
+        reference = load_reference(sampler.data, device, cfg)
+        default = FID_N if cfg.features == "inception" else EVALUATE_N
+        n, seeds = cfg.n or default, range(cfg.seed, cfg.seed + cfg.seeds)
         runs = [measure(sampler, reference, n, seed, cfg.batch) for seed in seeds]
         return report(runs, reference, f"{n} samples, {sampler.name}, EMA weights, "
                       f"{sampler.evaluations} function evaluation(s), seeds {[*seeds]}")

@@ -717,7 +717,7 @@ def parse(config_class, argv=None, doc="", recipe=lambda given: {}):
         parser.add_argument("--config", help="config.json of a run, for its options")
     given, saved = vars(parser.parse_args(argv)), {}
     for name in given.keys() & {"data", "data_dir", "latent", "teacher", "init_from", "resume",
-                               "prompts"}:
+                               "prompts", "features", "features_weights", "reference"}:
         if given[name] not in KNOWN_DATA and (name == "data_dir" or Path(given[name]).exists()):
             given[name] = str(Path(given[name]).resolve())  # a path, which is kept
     config = given.pop("config", None)

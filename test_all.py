@@ -919,7 +919,8 @@ def yardstick(name, monkeypatch):
 
 
 def distances(images, reference):
-    found = sample.extract({name: reference.nets[name] for name in reference.features}, images)
+    nets = {name: reference.nets[name] for name in reference.features}
+    found = sample.extract(nets, images, CPU)
     return np.array([*sample.distances(found, reference.features).values()])
 
 
@@ -1035,6 +1036,71 @@ def test_half_of_the_images_mirrored_alike():
     mirrored = (some == plain.flip(-1)).flatten(1).all(1)
     assert torch.equal(some[~mirrored], plain[~mirrored]) and 200 < mirrored.sum() < 300
     assert torch.equal(label, same) and torch.equal(some, again)
+
+
+# ---- FID ----------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def inception(tmp_path_factory):
+    """A file of random weights of FID's network."""
+    module = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
+    path = tmp_path_factory.mktemp("inception") / "weights.pt"
+    torch.save({}, path)
+    torch.manual_seed(0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module.FeatureExtractorInceptionV3, "load_state_dict", lambda *_: None)
+        net = module.FeatureExtractorInceptionV3("a", ["2048"], path)
+    torch.save(net.state_dict(), path)
+    return str(path)
+
+
+class SomeImages(torch.utils.data.Dataset):
+    def __init__(self, images):
+        self.images = images
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, i):
+        return self.images[i]
+
+
+def test_fid_is_that_of_others(inception):
+    fidelity, metrics = map(pytest.importorskip, ("torch_fidelity", "torchmetrics.image.fid"))
+    digits = teacher.load_data("digits", "train")
+    cfg = sample.EvaluationOptions(features="inception", features_weights=inception)
+    facts = dict(name="digits", data_dir=None, size=None, shape=digits.shape,
+                 classes=digits.classes)
+    real, fake = digits.images[:40], digits.images[40:80].flip(-1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sample, "load_images", lambda *_: digits._replace(
+            images=real, labels=digits.labels[:40]))
+        reference = sample.load_reference(facts, CPU, cfg)
+    ours = sample.evaluate(fake, digits.labels[:40], reference)
+    sets = [SomeImages(part.expand(-1, 3, -1, -1)) for part in (fake, real)]
+    theirs = fidelity.calculate_metrics(input1=sets[0], input2=sets[1], cuda=False, fid=True, isc=True, verbose=False,
+                                        samples_shuffle=False, cache=False, batch_size=50,
+                                        feature_extractor_weights_path=inception)
+    assert ours["fid"] == pytest.approx(theirs["frechet_inception_distance"], rel=1e-4)
+    assert ours["inception_score"] == pytest.approx(theirs["inception_score_mean"], rel=1e-4)
+    net = reference.nets["fid"]
+    net.num_features = 2048
+    metric = metrics.FrechetInceptionDistance(net)
+    for part, is_real in ((real, True), (fake, False)):
+        metric.update(teacher.to_float(part), real=is_real)
+    assert ours["fid"] == pytest.approx(metric.compute().item(), rel=1e-4)
+    print(ours, theirs)
+
+
+def test_fid_by_a_file_of_statistics(tiny, inception, tmp_path, capsys):
+    def fid():
+        sample.main([tiny.teacher, "--evaluate", "--features", "inception", "--features-weights",
+                     inception, "--n", "50", "--seeds", "1", "--reference", f"{tmp_path}/real.npz"])
+        return json.loads(capsys.readouterr().out.splitlines()[-1])
+    made, read = fid(), fid()
+    assert made["mean"]["fid"] == pytest.approx(read["mean"]["fid"], rel=1e-9)
+    assert "reference real.npz, features inception" in read["protocol"]
+    assert "recall" in made["mean"] and "recall" not in read["mean"]
 
 
 # ---- folders ------------------------------------------------------------------------------------
