@@ -741,8 +741,7 @@ def parse(config_class, argv=None, doc="", recipe=lambda given: {}):
     known = {name: value for name, value in {**saved, **given}.items() if value is not None}
     cfg = config_class(**{**({} if "resume" in given else recipe(known)), **known})
     for name in ("autoencoder.pt", "teacher.pt", "last.pt", "generator.pt"):
-        path = Path(cfg.out, name)
-        if trains and not cfg.resume and not cfg.profile and path.exists():
+        if trains and not cfg.resume and not cfg.profile and (path := Path(cfg.out, name)).exists():
             restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))  # a rank was lost
             before = load(path)["config"] if restarts else {}
             if before | {name: value for name, value in dataclasses.asdict(cfg).items()

@@ -1078,9 +1078,9 @@ def test_fid_is_that_of_others(inception):
         reference = sample.load_reference(facts, CPU, cfg)
     ours = sample.evaluate(fake, digits.labels[:40], reference)
     sets = [SomeImages(part.expand(-1, 3, -1, -1)) for part in (fake, real)]
-    theirs = fidelity.calculate_metrics(input1=sets[0], input2=sets[1], cuda=False, fid=True, isc=True, verbose=False,
-                                        samples_shuffle=False, cache=False, batch_size=50,
-                                        feature_extractor_weights_path=inception)
+    theirs = fidelity.calculate_metrics(
+        input1=sets[0], input2=sets[1], fid=True, isc=True, samples_shuffle=False, batch_size=20,
+        cuda=False, cache=False, verbose=False, feature_extractor_weights_path=inception)
     assert ours["fid"] == pytest.approx(theirs["frechet_inception_distance"], rel=1e-4)
     assert ours["inception_score"] == pytest.approx(theirs["inception_score_mean"], rel=1e-4)
     net = reference.nets["fid"]
