@@ -962,10 +962,12 @@ def frechet_distance(a, b):
 
         |mu_a - mu_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2))
 
-    in float64. The root's trace is the sum of the roots of C_a C_b's eigenvalues.
+    in float64. The root's trace is that of (R' C_b R)^(1/2), where R R' = C_a.
     """
     (mean_a, cov_a), (mean_b, cov_b) = gaussian(a), gaussian(b)
-    root_trace = torch.linalg.eigvals(cov_a @ cov_b).sqrt().real.sum()
+    values, vectors = torch.linalg.eigh(cov_a)
+    root = vectors * values.clamp(min=0).sqrt()
+    root_trace = torch.linalg.eigvalsh(root.T @ cov_b @ root).clamp(min=0).sqrt().sum()
     means = (mean_a - mean_b).square().sum()
     return (means + cov_a.trace() + cov_b.trace() - 2 * root_trace).item()
 

@@ -1050,57 +1050,73 @@ def inception(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module.FeatureExtractorInceptionV3, "load_state_dict", lambda *_: None)
         net = module.FeatureExtractorInceptionV3("a", ["2048"], path)
+    for p in net.parameters():
+        if p.ndim > 1:
+            nn.init.kaiming_normal_(p)  # so that features are of order 1
+    net.fc.weight.data *= 30
     torch.save(net.state_dict(), path)
     return str(path)
 
 
-class SomeImages(torch.utils.data.Dataset):
-    def __init__(self, images):
-        self.images = images
+@pytest.fixture
+def some_digits(monkeypatch):
+    """Twenty of the digits in the place of all; twenty others, mirrored."""
+    data = teacher.load_data("digits", "train")
+    real, fake = (data._replace(images=data.images[part], labels=data.labels[part])
+                  for part in (slice(20), slice(20, 40)))
+    monkeypatch.setattr(sample, "load_images", lambda *_: real)
+    return real, fake._replace(images=fake.images.flip(-1))
 
-    def __len__(self):
-        return len(self.images)
 
-    def __getitem__(self, i):
-        return self.images[i]
-
-
-def test_fid_is_that_of_others(inception):
+def test_fid_is_that_of_others(inception, some_digits):
     fidelity, metrics = map(pytest.importorskip, ("torch_fidelity", "torchmetrics.image.fid"))
-    digits = teacher.load_data("digits", "train")
     cfg = sample.EvaluationOptions(features="inception", features_weights=inception)
-    facts = dict(name="digits", data_dir=None, size=None, shape=digits.shape,
-                 classes=digits.classes)
-    real, fake = digits.images[:40], digits.images[40:80].flip(-1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sample, "load_images", lambda *_: digits._replace(
-            images=real, labels=digits.labels[:40]))
-        reference = sample.load_reference(facts, CPU, cfg)
-    ours = sample.evaluate(fake, digits.labels[:40], reference)
-    sets = [SomeImages(part.expand(-1, 3, -1, -1)) for part in (fake, real)]
+    reference = sample.load_reference(dict(name="digits"), CPU, cfg)
+    ours = sample.evaluate(*some_digits[1][:2], reference)
+    sets = [torch.utils.data.Subset(data.images.expand(-1, 3, -1, -1), range(20))
+            for data in some_digits]
     theirs = fidelity.calculate_metrics(
-        input1=sets[0], input2=sets[1], fid=True, isc=True, samples_shuffle=False, batch_size=20,
-        cuda=False, cache=False, verbose=False, feature_extractor_weights_path=inception)
+        input1=sets[1], input2=sets[0], fid=True, isc=True, samples_shuffle=False, batch_size=20,
+        cuda=False, cache=False, verbose=False, save_cpu_ram=True, feature_extractor_weights_path=inception)
     assert ours["fid"] == pytest.approx(theirs["frechet_inception_distance"], rel=1e-4)
     assert ours["inception_score"] == pytest.approx(theirs["inception_score_mean"], rel=1e-4)
+    assert ours["fid"] > 1 and ours["inception_score"] > 1.5
     net = reference.nets["fid"]
     net.num_features = 2048
     metric = metrics.FrechetInceptionDistance(net)
-    for part, is_real in ((real, True), (fake, False)):
-        metric.update(teacher.to_float(part), real=is_real)
+    for data, real in zip(some_digits, (True, False)):
+        metric.update(teacher.to_float(data.images), real=real)
     assert ours["fid"] == pytest.approx(metric.compute().item(), rel=1e-4)
-    print(ours, theirs)
 
 
-def test_fid_by_a_file_of_statistics(tiny, inception, tmp_path, capsys):
+def test_fid_by_a_file_of_statistics(tiny, inception, some_digits, tmp_path, capsys):
     def fid():
         sample.main([tiny.teacher, "--evaluate", "--features", "inception", "--features-weights",
-                     inception, "--n", "50", "--seeds", "1", "--reference", f"{tmp_path}/real.npz"])
+                     inception, "--n", "20", "--seeds", "1", "--reference", f"{tmp_path}/real.npz"])
         return json.loads(capsys.readouterr().out.splitlines()[-1])
     made, read = fid(), fid()
-    assert made["mean"]["fid"] == pytest.approx(read["mean"]["fid"], rel=1e-9)
+    assert made["mean"]["fid"] == pytest.approx(read["mean"]["fid"], rel=1e-6)
     assert "reference real.npz, features inception" in read["protocol"]
     assert "recall" in made["mean"] and "recall" not in read["mean"]
+
+
+@pytest.mark.parametrize("kind", ["pt", "onnx"])
+def test_distance_by_a_network_of_one_s_own(kind, digits, tmp_path):
+    """It is the headline, if that is this network."""
+    reference, data = digits
+    net, path = reference.nets["frechet_distance"], tmp_path / f"net.{kind}"
+    x = teacher.to_float(data.images[:2])
+    if kind == "pt":
+        torch.jit.trace(net, x).save(path)
+    else:
+        torch.onnx.export(net, (x,), path, dynamo=True, verbose=False,
+                          dynamic_shapes=[{0: torch.export.Dim("batch")}])
+    facts = dict(name="digits", data_dir="data", size=32, shape=(1, 8, 8), classes=data.classes)
+    own = sample.load_reference(facts, CPU, sample.EvaluationOptions(features=str(path)))
+    some = data.images[:300].flip(-1), data.labels[:300]
+    for name in ("frechet_distance", "recall"):
+        assert sample.evaluate(*some, own)[name] == pytest.approx(
+            sample.evaluate(*some, reference)[name], rel=1e-3)
 
 
 # ---- folders ------------------------------------------------------------------------------------
