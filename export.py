@@ -1,7 +1,7 @@
-"""Export a generator as one ONNX file that an app can use without knowing anything of this project.
+"""Export a checkpoint as one ONNX file that an app can use without knowing this project.
 
-    python export.py runs/dmd2/generator.pt                # writes runs/dmd2/generator.onnx
-    python export.py runs/dmd2/generator.pt --benchmark    # and times it
+    python export.py runs/dmd2/generator.pt                # runs/dmd2/generator.onnx and .json
+    python export.py runs/dmd2/generator.pt --int8 --benchmark    # generator_int8.onnx, timed
 
     inputs    noise  [batch, c, h, w]  float32, standard normal; [K, batch, c, h, w] of K steps; in
                                        the shape of images or, with an autoencoder, of its latents
@@ -9,16 +9,23 @@
               or, of Stable Diffusion, tokens [batch, 77], of SDXL [batch, 2, 77], int64
     output    image  [batch, C, H, W]  float32 in [-1, 1]; with --uint8 [batch, H, W, C] uint8
 
-The file is written only after onnx.checker passed it and onnxruntime gave PyTorch's images.
+    python export.py runs/teacher/teacher.pt    # a denoiser, for an app that samples by itself
+    inputs x [batch, c, h, w], sigma [batch], label [batch]; output x0_hat [batch, c, h, w]
+
+The file, and the .json that tells the same as its metadata, is written only after onnx.checker
+passed it and onnxruntime gave PyTorch's output.
 """
 
 import copy
 import dataclasses
-import hashlib
+import functools
+import importlib.util
 import json
 import math
 import statistics
 import tempfile
+import time
+import types
 import warnings
 from pathlib import Path
 
@@ -28,24 +35,31 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils._pytree import tree_map
 
-from sample import (build_any, exported_noise, few_step, fused, onnx_session, make_sampler,
-                    open_checkpoint)
-from teacher import (Options, Pixels, __version__, arg, codec_of, device_name, fresh_noise, parse,
-                     pick_device, replacing, run_script, shape_of, start_scale, to_uint8)
+from sample import (build_any, digest_of, exported_noise, few_step, fused, load_reference,
+                    make_sampler, measure, onnx_sampler, onnx_session, open_checkpoint)
+from teacher import (HEUN_STEPS, Options, Pixels, __version__, arg, codec_of, device_name,
+                     fresh_noise, parse, pick_device, run_script, sampling_sigmas, shape_of,
+                     start_scale, to_uint8)
 
 OPSET = 18  # the fewest nodes at run time, and read by every onnxruntime since 1.14
 BATCHES = (1, 16, 256)  # of the benchmark
 LARGE = 2**31 - 2**20  # bytes, less than which a file of protobuf has
+INT8_N, INT8_WORSE = 2000, (1.1, 0.01)  # images; times the distance, and share not as asked
+MEANING = dict(noise="standard normal", image="-1 to 1, of uint8 0 to 255", sigma="noise level",
+               x="x0 + sigma * standard normal noise", x0_hat="the mean of all x0 that fit",
+               tokens="CLIP's of a prompt, filled up to 77; of SDXL both tokenizers'")
 
 
 @dataclasses.dataclass(frozen=True)
 class Config(Options):
-    checkpoint: str = arg(None, "generator.pt of dmd2.py", positional=True)
+    checkpoint: str = arg(None, "generator.pt of dmd2.py, or a teacher", positional=True)
     device: str = arg("cpu", "where the file is checked against PyTorch", ("cpu", "cuda"))
     out: str = arg(None, "the file to write (default: beside the checkpoint, and .onnx)")
     uint8: bool = arg(False, "the image as uint8 [batch, H, W, C], not float32 [batch, C, H, W]")
     fp16: bool = arg(False, "weights and arithmetic in float16; inputs and output keep their types")
-    benchmark: bool = arg(False, "then time PyTorch, torch.compile, onnxruntime and the teacher")
+    int8: bool = arg(False, "convolutions in int8; checked by quality, of a generator")
+    data_dir: str = arg(None, "with --int8: where the real images are (default: as in training)")
+    benchmark: bool = arg(False, "time PyTorch, torch.compile, onnxruntime, OpenVINO, the teacher")
 
 
 # ---- the module that is exported ----------------------------------------------------------------
@@ -53,36 +67,56 @@ class Config(Options):
 class Exported(nn.Module):
     """A generator with its noise scaling, decoded, clamped and if asked converted to uint8."""
 
-    def __init__(self, generator, checkpoint, uint8=False, codec=Pixels):
+    output = "image"
+
+    def __init__(self, denoiser, checkpoint, uint8=False, codec=Pixels):
         super().__init__()
-        self.generator, self.sigmas = generator, checkpoint["sigmas"]
-        self.uint8, self.codec = uint8, codec
+        self.denoiser, self.sigmas = denoiser, checkpoint["sigmas"]
+        self.uint8, self.codec, self.shape = uint8, codec, shape_of(checkpoint["network"])
         self.start = start_scale(checkpoint["schedule"], self.sigmas[0])
-        self.prompts = getattr(generator.net, "prompts", None)
+        self.prompts = getattr(denoiser.net, "prompts", None)
         self.encoders = self.prompts and self.prompts.encoders  # for them to be in the file
-        num_classes = len(checkpoint["data"]["classes"])
-        self.register_buffer("labels", torch.arange(num_classes)[:, None])
+        null = checkpoint["kind"] == "teacher" and checkpoint["config"].get("label_dropout")
+        self.count = len(checkpoint["data"]["classes"]) + bool(null)
+        self.meaning = dict(MEANING, label=f"0 to {self.count - 1}{', which is none' * bool(null)}")
+        self.register_buffer("labels", torch.arange(self.count)[:, None])
 
     def forward(self, noise, label):
-        """noise as of example(), label [batch] int64 -> image, as the file says; a label that is no
-        class is an IndexError on a CPU, and onnxruntime's INVALID_ARGUMENT"""
-        if self.prompts:
-            label = self.prompts.encoded(label)
-        else:
-            label = torch.where(label < 0, len(self.labels), label)  # -1 would be the last one
-            label = F.embedding(label, self.labels)[:, 0]
+        """noise and label or tokens, as of example() -> image, as the file says"""
+        label = self.prompts.encoded(label) if self.prompts else self.checked(label)
         noise = noise if len(self.sigmas) > 1 else noise[None]
-        x0 = few_step(self.generator, self.start * noise[0], self.sigmas, label, noise[1:])
+        x0 = few_step(self.denoiser, self.start * noise[0], self.sigmas, label, noise[1:])
         image = self.codec.decode(x0).clamp(-1, 1)
         return to_uint8(image).permute(0, 2, 3, 1) if self.uint8 else image
 
-    def example(self, batch, shape):
-        """Noise to try it with: [batch, *shape]; for K > 1 steps [K, batch, *shape]."""
-        return exported_noise(fresh_noise(batch, shape, seed=0), len(self.sigmas))
+    def checked(self, label):
+        """The label; one that is none is an IndexError on a CPU, and onnxruntime's
+        INVALID_ARGUMENT. OpenVINO does not look."""
+        label = torch.where(label < 0, len(self.labels), label)  # -1 would be the last one
+        return F.embedding(label, self.labels)[:, 0]
 
-    def named(self, rows):
-        """What the file is given for rows of classes or prompts [batch]: these, or tokens."""
-        return self.prompts.table[rows] if self.prompts else rows
+    def example(self, label, seed=0):
+        """Inputs by name to try it with: noise [batch, *shape], for K > 1 steps [K, batch, *shape],
+        and label [batch] or, of the prompts in these rows, their tokens."""
+        noise = exported_noise(fresh_noise(len(label), self.shape, seed), len(self.sigmas))
+        return {"noise": noise, "label": label} if not self.prompts else {
+            "noise": noise, "tokens": self.prompts.table[label]}
+
+
+class ExportedTeacher(Exported):
+    """A teacher, which is a denoiser, for a sampler in the app; of latents it gives latents."""
+
+    output = "x0_hat"
+
+    def forward(self, x, sigma, label):
+        """x [batch, c, h, w], sigma [batch], label [batch] int64 -> x0_hat [batch, c, h, w]"""
+        return self.denoiser(x, sigma, self.checked(label))
+
+    def example(self, label, seed=0):
+        """Inputs by name to try it with: noise of the levels of the teacher's sampler."""
+        sigma = torch.tensor(self.sigmas)[torch.arange(len(label)) % len(self.sigmas)]
+        noise = next(fresh_noise(len(label), self.shape, seed))
+        return {"x": sigma.view(-1, 1, 1, 1) * noise, "sigma": sigma, "label": label}
 
 
 class Half(nn.Module):
@@ -98,77 +132,99 @@ class Half(nn.Module):
 
 # ---- export and check ---------------------------------------------------------------------------
 
-def export_onnx(exported, shape, facts):
-    """A module (noise, label) -> image as an ONNX model with dynamic batch and metadata."""
-    import onnx
+def export_onnx(exported):
+    """A module of example()'s inputs as an ONNX model with dynamic batch."""
+    import onnxscript.optimizer
     batch = torch.export.Dim("batch", max=63)  # from there diffusers copies, which is no operation
-    noise, label = exported.example(2, shape), exported.named(torch.zeros(2, dtype=torch.long))
+    inputs = exported.example(torch.zeros(2, dtype=torch.long))
     with warnings.catch_warnings(action="ignore"):
-        model = torch.onnx.export(
-            exported, (noise, label), dynamo=True, verbose=False, opset_version=OPSET,
-            input_names=["noise", "tokens" if exported.prompts else "label"],
-            output_names=["image"],
-            dynamic_shapes=dict(noise={noise.ndim - 4: batch}, label={0: batch})).model_proto
-    for node in model.graph.node:
-        del node.metadata_props[:]  # where the exporter notes source files, with absolute paths
-    onnx.helper.set_model_props(model, {"dmd2": json.dumps(facts)})
+        program = torch.onnx.export(
+            exported, tuple(inputs.values()), dynamo=True, verbose=False, opset_version=OPSET,
+            input_names=[*inputs], output_names=[exported.output],
+            dynamic_shapes=tuple({max(0, value.ndim - 4): batch} for value in inputs.values()))
+    # Weights that are made of weights: quantisers want them as they are.
+    onnxscript.optimizer.optimize(program.model, input_size_limit=LARGE, output_size_limit=LARGE)
+    program.model.ir_version = 8  # all that the opset needs, for onnxruntime before 1.18
+    for node in program.model.graph:
+        node.metadata_props.clear()  # where the exporter notes source files, with absolute paths
+        node.attributes.pop("allowzero", None)  # which some readers refuse; no shape here has a 0
+    model = program.model_proto
+    del model.graph.value_info[:]  # some are of weights, which quantize_dynamic refuses
     return model
 
 
-def size_of(model):
-    """Bytes of an ONNX model's weights; protobuf can't tell those of more than 2 GB."""
-    return sum(len(weight.raw_data) for weight in model.graph.initializer)
-
-
-def stored(model, path):
-    """An ONNX model as bytes; one of more than protobuf's 2 GB as the path it is written to, with
-    its weights in a second file beside it, .data."""
+def store(model, exported, facts, path):
+    """Write an ONNX model with facts as its metadata, of more than protobuf's 2 GB with the weights
+    in a second file, .data; and for languages that can't read metadata the facts as .json."""
     import onnx
-    if size_of(model) > LARGE:
-        onnx.save_model(model, path, save_as_external_data=True, location=f"{path.name}.data")
-        content = path
-    else:
-        content = model.SerializeToString()
-    onnx.checker.check_model(content, full_check=True)
-    return content
+    values = {value.name: value.type.tensor_type
+              for value in (*model.graph.input, *model.graph.output)}
+    facts = dict(facts, **{name: dict(
+        type=str(onnx.helper.tensor_dtype_to_np_dtype(value.elem_type)),
+        shape=[dim.dim_param or dim.dim_value for dim in value.shape.dim],
+        meaning=exported.meaning[name]) for name, value in values.items()})
+    names = dict(enumerate(facts["data"]["classes"]))
+    onnx.helper.set_model_props(model, {
+        "description": f"{facts['kind']} of {facts['data']['name']}, {facts['arithmetic']}",
+        "version": __version__, "license": "MIT, of the program; weights and data have their own",
+        "names": json.dumps(names), "date": time.strftime("%Y-%m-%d"), "dmd2": json.dumps(facts)})
+    large = sum(len(weight.raw_data) for weight in model.graph.initializer) > LARGE
+    onnx.save_model(model, path, save_as_external_data=large, location=f"{path.name}.data")
+    onnx.checker.check_model(path, full_check=True)
+    path.with_suffix(".json").write_text(json.dumps(dict(facts, id2label=names), indent=2))
 
 
-def check_onnx(content, exported, shape, num_classes, device="cpu"):
-    """Largest difference of onnxruntime's images from PyTorch's, on the scale of [-1, 1]; of uint8
-    beyond one level, which comes of rounding. Of batch 1, 3 and 64, every label among them; of
+def check_onnx(path, exported, device="cpu"):
+    """Largest difference of onnxruntime's output from PyTorch's; of uint8 beyond one level, which
+    comes of rounding, on the scale of [-1, 1]. Of batch 1, 3 and 64, every label among them; of
     prompts, batches of 1, 3 and 8."""
-    session, _ = onnx_session(content, device, **dict(use_tf32=0) if device == "cuda" else {})
+    session, _ = onnx_session(path, device, **dict(use_tf32=0) if device == "cuda" else {})
     exported, differences, most = exported.to(device), [], 8 if exported.prompts else 64
-    labels = torch.arange(4 + most * math.ceil(num_classes / most)) % num_classes
+    labels = torch.arange(4 + most * math.ceil(exported.count / most)) % exported.count
     for label in (labels[:1], labels[1:4], *labels[4:].split(most)):
-        noise, label = exported.example(len(label), shape), exported.named(label)
-        feed = dict(zip((i.name for i in session.get_inputs()), (noise.numpy(), label.numpy())))
-        image, = session.run(["image"], feed)
+        inputs = exported.example(label)
+        found, = session.run(None, {name: value.numpy() for name, value in inputs.items()})
         with torch.no_grad(), torch.backends.cudnn.flags(allow_tf32=False):
-            expected = exported(noise.to(device), label.to(device)).cpu().numpy()
-        assert image.shape == expected.shape and image.dtype == expected.dtype
-        differences.append(np.abs(image.astype(float) - expected.astype(float)).max())
+            expected = exported(*(value.to(device) for value in inputs.values())).cpu().numpy()
+        assert found.shape == expected.shape and found.dtype == expected.dtype
+        differences.append(np.abs(found.astype(float) - expected.astype(float)).max())
     worst = float(np.max(differences))  # NaN, if one is
     return max(0.0, worst - 1) / 127.5 if exported.uint8 else worst
 
 
-def facts_of(checkpoint, path, cfg, prompts=None):
-    """The contract and the origin of an exported file, as its metadata tells them."""
+def quantise(model, exported, facts, path, data):
+    """Put in the place of an ONNX file its model with convolutions and linear layers in static int8
+    (QDQ, weights per channel), calibrated on noise. Both make images of the same noise: ValueError
+    if these are worse than INT8_WORSE. Returns what to tell the user."""
+    import onnx
+    from onnxruntime.quantization import QuantType, quantize_static
+    samplers, reference = [onnx_sampler(path, torch.device("cpu"))], load_reference(data)
+    onnx.helper.set_model_props(model, {"onnx.quant.pre_process": "onnxruntime.quant"})  # no advice
+    inputs = (exported.example(torch.arange(64) % exported.count, seed) for seed in range(1, 5))
+    feeds = ({name: value.numpy() for name, value in feed.items()} for feed in inputs)
+    quantize_static(model, path, types.SimpleNamespace(get_next=lambda: next(feeds, None)),
+                    op_types_to_quantize=["Conv", "Gemm"], per_channel=True,
+                    activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8)
+    store(onnx.load(path), exported, dict(facts, arithmetic="int8"), path)
+    samplers.append(onnx_sampler(path, torch.device("cpu")))
+    found = [measure(sampler, reference, INT8_N, 0) for sampler in samplers]
+    far, farther = (figures["frechet_distance"] for figures in found)
+    share, less = (figures["accuracy"] for figures in found)
+    told = (f"int8 of float32: Fréchet distance {farther:.4f} of {far:.4f}, classified as asked "
+            f"{less:.4f} of {share:.4f}")
+    if not (farther <= INT8_WORSE[0] * far and less >= share - INT8_WORSE[1]):
+        raise ValueError(f"{told}; no file was written")
+    return told
+
+
+def facts_of(checkpoint, path, arithmetic):
+    """The origin of an exported file, as its metadata tells it."""
     data = {name: checkpoint["data"][name] for name in ("name", "size", "shape", "classes")}
     data["name"] = Path(data["name"] or "prompts").name  # of a folder, not where it lies here
-    steps, (c, h, w) = len(checkpoint["sigmas"]), data["shape"]
-    noise = [steps] * (steps > 1) + ["batch", *shape_of(checkpoint["network"])]
-    return dict(
-        data=data, steps=steps, version=__version__, training_step=checkpoint["step"],
-        noise=f"float32 [{', '.join(map(str, noise))}], standard normal",
-        **dict(tokens=f"int64 {['batch', *prompts.table.shape[1:]]}, CLIP's of a prompt, filled up "
-                      "to 77; of SDXL both tokenizers'") if prompts else
-        dict(label=f"int64 [batch], 0 to {len(data['classes']) - 1}"),
-        image=f"uint8 [batch, {h}, {w}, {c}]" if cfg.uint8 else
-              f"float32 [batch, {c}, {h}, {w}] in [-1, 1]",
-        arithmetic="float16" if cfg.fp16 else "float32",
-        **{name: checkpoint[name] for name in ("sigmas", "figures", "teacher_figures")},
-        checkpoint_sha256=hashlib.sha256(Path(path).read_bytes()).hexdigest())
+    names = "kind", "schedule", "sigmas", "figures", "teacher_figures"
+    return dict({name: checkpoint.get(name) for name in names}, data=data, arithmetic=arithmetic,
+                steps=len(checkpoint["sigmas"]), version=__version__,
+                training_step=checkpoint["step"], checkpoint_sha256=digest_of(path))
 
 
 # ---- benchmark ----------------------------------------------------------------------------------
@@ -184,30 +240,32 @@ def medians(calls, rounds=5):
 
 
 @torch.no_grad()
-def benchmark(content, exported, checkpoint, device):
-    """Print the medians of the generator by PyTorch and onnxruntime, and of the teacher's sampler,
-    where the generator's network stands in for the teacher's, which is of its size."""
+def benchmark(files, exported, checkpoint, device):
+    """Print the medians of the generator by PyTorch, by onnxruntime, of ONNX files by name, by
+    OpenVINO if it is installed, and of the teacher's sampler, where the generator's network stands
+    in for the teacher's, which is of its size."""
     print(f"{device_name(device)}, torch {torch.__version__}; medians of calls that take turns\n"
           f"{'batch':>5}  {'':22} {'ms':>9} {'images/s':>10} {'x teacher':>10}")
-    exported, (session, _) = exported.to(device), onnx_session(content, device.type)
-    teacher = make_sampler(exported.generator, dict(checkpoint, kind="teacher"), device)
+    exported = exported.to(device)
+    teacher = make_sampler(exported.denoiser, dict(checkpoint, kind="teacher"), device)
+    hosts = {name: functools.partial(onnx_session(content, device.type)[0].run, None)
+             for name, content in files.items()}
+    if device.type == "cpu" and importlib.util.find_spec("openvino"):
+        from openvino import Core
+        hints = dict(INFERENCE_PRECISION_HINT="f32", INFERENCE_NUM_THREADS=torch.get_num_threads())
+        hosts["OpenVINO"] = Core().compile_model(files["onnxruntime"], "CPU", hints, weights=b"")
     for batch in BATCHES:
-        noise = exported.example(batch, teacher.shape).to(device)
-        label = torch.arange(batch, device=device) % len(checkpoint["data"]["classes"])
-        noises, binding = noise.view(-1, batch, *teacher.shape), session.io_binding()
-        binding.bind_cpu_input("noise", noise.cpu().numpy())  # and lies on the device from then on
-        binding.bind_cpu_input("label", label.cpu().numpy())
-        binding.bind_output("image", device.type)
+        inputs = exported.example(torch.arange(batch) % exported.count)
+        noise, label = (value.to(device) for value in inputs.values())
+        noises = noise.view(-1, batch, *teacher.shape)
+        feed = {name: value.numpy() for name, value in inputs.items()}
         torch.compiler.reset()
+        compiled = torch.compile(exported, dynamic=False)
+        compiled(noise, label)
         calls = {teacher.name: lambda: teacher.decode(teacher.x0(iter(noises), label)),
                  "PyTorch": lambda: exported(noise, label),
-                 "onnxruntime": lambda: session.run_with_iobinding(binding)}
-        compiled = torch.compile(exported, dynamic=False)
-        try:
-            compiled(noise, label)
-            calls["torch.compile"] = lambda: compiled(noise, label)
-        except RuntimeError as error:  # no compiler
-            print(f"torch.compile: {str(error).splitlines()[0]}")
+                 "torch.compile": lambda: compiled(noise, label),
+                 **{name: functools.partial(run, feed) for name, run in hosts.items()}}
         found = medians(calls)
         for name, seconds in found.items():
             print(f"{batch:5}  {name:22} {1000 * seconds:9.2f} {batch / seconds:10.0f} "
@@ -215,54 +273,66 @@ def benchmark(content, exported, checkpoint, device):
 
 
 def main(argv=None):
-    cfg = parse(Config, argv, __doc__.split("\n\nThe file is")[0])
-    device, checkpoint = pick_device(cfg.device).type, open_checkpoint(cfg.checkpoint)
-    if checkpoint["kind"] != "generator":
-        raise ValueError(f"{cfg.checkpoint}: holds a teacher; distil it first, by dmd2.py")
-    ending = "_uint8" * cfg.uint8 + "_fp16" * cfg.fp16 + ".onnx"
-    path = Path(cfg.out or cfg.checkpoint.removesuffix(".pt") + ending)
-    if "pipeline" in checkpoint["network"]:  # whose classes are all the prompts
+    cfg = parse(Config, argv, __doc__.split("\n\nThe file, ")[0])
+    device = pick_device(cfg.device)
+    checkpoint = open_checkpoint(cfg.checkpoint, data_dir=cfg.data_dir)
+    kind, pipeline = checkpoint["kind"], "pipeline" in checkpoint["network"]
+    if pipeline and (kind == "teacher" or len(checkpoint["sigmas"]) > 1):
+        raise ValueError(f"{cfg.checkpoint}: a text-to-image file holds a generator's one step, "
+                         "which an app repeats; distil with --student-steps 1")
+    if cfg.uint8 and kind == "teacher" or cfg.int8 and cfg.fp16 or (cfg.int8 or cfg.benchmark) and (
+            pipeline or kind == "teacher"):
+        raise ValueError("--uint8, --int8, --benchmark: are not for teachers, nor the last two for "
+                         "text; --int8 not with --fp16")
+    ending = "_pixels" * cfg.uint8 + "_fp16" * cfg.fp16 + "_int8" * cfg.int8 + ".onnx"
+    path = Path(cfg.out or str(Path(cfg.checkpoint).with_suffix("")) + ending)
+    if pipeline:  # whose classes are all the prompts
         checkpoint["data"]["classes"] = checkpoint["data"]["classes"][:8]
-    shape, classes = shape_of(checkpoint["network"]), len(checkpoint["data"]["classes"])
-    generator, codec = fused(build_any(checkpoint)), codec_of(checkpoint["autoencoder"])
+    codec = codec_of(checkpoint["autoencoder"])
     if checkpoint["autoencoder"]:
         codec.vae.disable_slicing()  # which would fix the batch
-    exported = Exported(generator, checkpoint, cfg.uint8, codec)
+    denoiser = fused(build_any(checkpoint))
+    if kind == "teacher":
+        checkpoint["sigmas"] = sampling_sigmas(HEUN_STEPS, checkpoint["schedule"])[:-1]
+    module = ExportedTeacher if kind == "teacher" else Exported
+    exported = module(denoiser, checkpoint, cfg.uint8, codec)
     prompts, to_export = exported.prompts, copy.deepcopy(exported) if cfg.fp16 else exported
-    if prompts and len(checkpoint["sigmas"]) > 1:
-        raise ValueError(f"{cfg.checkpoint}: a text-to-image file holds one step, which an app "
-                         "repeats; distil with --student-steps 1")
     if cfg.fp16:
-        to_export.generator.net = Half(exported.generator.net)
+        to_export.denoiser.net = Half(exported.denoiser.net)
         if prompts:
             to_export.prompts = copy.copy(prompts)
             to_export.encoders = to_export.prompts.encoders = copy.deepcopy(prompts.encoders).half()
-        if checkpoint["autoencoder"] and not getattr(prompts, "xl", False):  # SDXL's overflows
-            to_export.codec.vae.decoder = Half(codec.vae.decoder)
-    tolerance = 1e-2 if cfg.fp16 else 1e-4 if device == "cuda" else 1e-5
+        if checkpoint["autoencoder"] and kind == "generator" and not getattr(prompts, "xl", False):
+            to_export.codec.vae.decoder = Half(codec.vae.decoder)  # SDXL's overflows
+    tolerance = 1e-2 if cfg.fp16 else 1e-4 if device.type == "cuda" else 1e-5
     tolerance *= 2 if checkpoint["autoencoder"] else 1  # two networks, one after the other
-    model = export_onnx(to_export, shape, facts_of(checkpoint, cfg.checkpoint, cfg, prompts))
+    if kind == "teacher" and checkpoint["prediction"] == "eps":
+        tolerance *= checkpoint["sigmas"][0]  # which multiplies the network's errors
+    facts = facts_of(checkpoint, cfg.checkpoint, "float16" if cfg.fp16 else "float32")
     path.parent.mkdir(parents=True, exist_ok=True)
-    size = size_of(model)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        content = stored(model, Path(folder, path.name))
-        error = check_onnx(content, exported, shape, classes, device)
+        file = Path(folder, path.name)
+        model = export_onnx(to_export)
+        store(model, exported, facts, file)
+        error = check_onnx(file, exported, device.type)
         if not error <= tolerance:
             raise ValueError(f"onnxruntime differs from PyTorch by {error:.1e}; no file was "
                              "written")
-        for file in Path(folder).iterdir():
-            file.replace(path.with_name(file.name))
-    if isinstance(content, bytes):
-        with replacing(path) as file:
-            file.write(content)
-    size = len(content) if isinstance(content, bytes) else size
-    print(f"{path}: {size / 1e6:.1f} MB; differs from PyTorch by {error:.1e}, allowed "
-          f"are {tolerance:.0e}{' beyond one level' * cfg.uint8}"
-          + (f"; its weights are in {path.name}.data" if isinstance(content, Path) else "")
-          + ("" if prompts else f"\nnext: python sample.py {path}"))
-    if cfg.benchmark and not prompts:
-        for name in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
-            benchmark(content, exported, checkpoint, torch.device(name))
+        told = (f"differs from PyTorch by {error:.1e}, allowed are {tolerance:.0e}"
+                f"{' beyond one level' * cfg.uint8}")
+        files = {"onnxruntime": file.read_bytes()} if not pipeline else {}
+        if cfg.int8:
+            told = quantise(model, exported, facts, file, checkpoint["data"])
+            files["onnxruntime, int8"] = file.read_bytes()
+        written = {file.name: file.stat().st_size for file in Path(folder).iterdir()}
+        for name in written:
+            Path(folder, name).replace(path.with_name(name))
+    print(f"{path}: {sum(written.values()) / 1e6:.2f} MB; {told}"
+          + (f"; its weights are in {path.name}.data" if len(written) > 2 else "")
+          + ("" if pipeline else
+             f"\nnext: python sample.py {path}" if kind == "generator" else ""))
+    if cfg.benchmark:
+        benchmark(files, exported, checkpoint, device)
 
 
 if __name__ == "__main__":

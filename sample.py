@@ -680,9 +680,9 @@ def make_sampler(denoiser, checkpoint, device, sampler=None, steps=None):
 def onnx_sampler(path, device, data=None, data_dir=None):
     """The Sampler of a file of export.py, which does not tell where its data are."""
     session, facts = onnx_session(path, device.type)
-    if "tokens" in facts:
-        raise ValueError(f"{path}: takes tokens, which it can't make of a prompt; give the "
-                         "generator.pt")
+    inputs = [value.name for value in session.get_inputs()]
+    if inputs != ["noise", "label"]:
+        raise ValueError(f"{path}: takes {' and '.join(inputs)}; give the .pt it was made of")
     facts["data"].update(name=data or facts["data"]["name"], data_dir=data_dir or "data")
     steps, shape = facts["steps"], tuple(session.get_inputs()[0].shape[-3:])
 

@@ -1,7 +1,8 @@
 """What the scripts promise. `pytest test_all.py`: 8 minutes on two idle cores, no GPU.
 
 Wherever it can, a closed-form denoiser stands in for the network: that of data N(mean, std^2).
-`pytest test_all.py -m gpu` runs what needs CUDA, where it is.
+`pytest test_all.py -m gpu` runs what needs CUDA, where it is, and `-m reach` what installs an old
+onnxruntime.
 """
 
 import copy
@@ -51,7 +52,7 @@ TINY_DMD = TINY[:6] + ("--evaluate-n 100 --sample-every 0 --log-every 1 --regres
                        "--regression-weight 0 --fake-steps 2 --gan-weight 0.001").split()
 
 with warnings.catch_warnings(action="ignore"):  # that nobody registered the mark
-    gpu = pytest.mark.gpu
+    gpu, reach = pytest.mark.gpu, pytest.mark.reach
 
 
 def vectors(name):
@@ -129,7 +130,10 @@ def distil(tiny, tmp_path):
 
 @pytest.fixture(autouse=True)
 def on_cpu(request, monkeypatch):
-    """The same tests on every machine; those marked gpu are for one with CUDA."""
+    """The same tests on every machine; those marked gpu are for one with CUDA, and those marked
+    reach for when they are asked for."""
+    if request.node.get_closest_marker("reach") and request.config.option.markexpr != "reach":
+        pytest.skip("installs packages: only with -m reach")
     if request.node.get_closest_marker("gpu"):
         if not torch.cuda.is_available():
             pytest.skip("needs CUDA")
@@ -1077,7 +1081,8 @@ def test_fid_is_that_of_others(inception, some_digits):
             for data in some_digits]
     theirs = fidelity.calculate_metrics(
         input1=sets[1], input2=sets[0], fid=True, isc=True, samples_shuffle=False, batch_size=20,
-        cuda=False, cache=False, verbose=False, save_cpu_ram=True, feature_extractor_weights_path=inception)
+        cuda=False, cache=False, verbose=False, save_cpu_ram=True,
+        feature_extractor_weights_path=inception)
     assert ours["fid"] == pytest.approx(theirs["frechet_inception_distance"], rel=1e-4)
     assert ours["inception_score"] == pytest.approx(theirs["inception_score_mean"], rel=1e-4)
     assert ours["fid"] > 1 and ours["inception_score"] > 1.5
@@ -1660,7 +1665,7 @@ def test_backend(cuda, backend, monkeypatch):
     (sample, "ONNX --trajectory", "ONNX file"),
     (sample, "GENERATOR --out x.jpg", "--out x.jpg: must end in .png or .npz"),
     (sample, "GENERATOR --out FOLDER/dmd2", "folder that is not there yet"),
-    (export, "TEACHER", "distil it first"),
+    (export, "TEACHER --uint8", "are not for teachers"),
 ])
 def test_mistake_is_one_line(script, argv, says, tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -1719,6 +1724,12 @@ def exported(tiny):
     return export.Exported(teacher.build(checkpoint), checkpoint)
 
 
+def sample_feed(batch):
+    """Inputs of the exported file: noise, and labels 0 to 9."""
+    noise, label = next(teacher.fresh_noise(batch, (1, 8, 8), 0)), torch.arange(batch) % 10
+    return dict(noise=noise.numpy(), label=label.numpy())
+
+
 @pytest.mark.parametrize("flag, tolerance, device", [
     ("", 1e-5, "cpu"), ("--uint8", 1, "cpu"), ("--fp16", 1e-2, "cpu"),
     pytest.param("", 1e-4, "cuda", marks=gpu), pytest.param("--fp16", 1e-2, "cuda", marks=gpu)])
@@ -1729,7 +1740,7 @@ def test_onnx_contract(flag, tolerance, device, exported, tiny, tmp_path):
     if flag or device == "cuda":
         path = tmp_path / "g.onnx"
         export.main([tiny.generator, *flag.split(), "--device", device, "--out", str(path)])
-        assert list(tmp_path.iterdir()) == [path]
+        assert {*tmp_path.iterdir()} == {path, path.with_suffix(".json")}
     graph, proto = onnx.load(path).graph, onnx.TensorProto
     found = {v.name: v.type.tensor_type.elem_type for v in (*graph.input, *graph.output)}
     assert found == dict(noise=proto.FLOAT, label=proto.INT64,
@@ -1756,15 +1767,88 @@ def test_onnx_refuses_a_label_that_is_no_class(wrong, tiny, exported):
 
 
 def test_onnx_metadata(tiny):
-    facts = json.loads({p.key: p.value for p in onnx.load(tiny.onnx).metadata_props}["dmd2"])
-    assert facts["noise"] == "float32 [batch, 1, 8, 8], standard normal"
-    assert facts["image"] == "float32 [batch, 1, 8, 8] in [-1, 1]"
+    metadata = {p.key: p.value for p in onnx.load(tiny.onnx).metadata_props}
+    assert {*metadata} == {"description", "version", "license", "names", "date", "dmd2"}
+    facts, names = json.loads(metadata["dmd2"]), json.loads(metadata["names"])
+    beside = json.loads(Path(tiny.onnx).with_suffix(".json").read_text())
+    assert beside == dict(facts, id2label=names) and names == {c: c for c in "0123456789"}
+    images = dict(type="float32", shape=["batch", 1, 8, 8])
+    assert facts["noise"] == dict(images, meaning="standard normal")
+    assert facts["image"] == dict(images, meaning="-1 to 1, of uint8 0 to 255")
+    assert facts["label"] == dict(type="int64", shape=["batch"], meaning="0 to 9")
     assert facts["data"]["classes"] == list("0123456789") and facts["sigmas"] == [80.0]
     assert facts["version"] == teacher.__version__ and facts["figures"]["frechet_distance"] > 0
     digest = hashlib.sha256(Path(tiny.generator).read_bytes()).hexdigest()
     assert facts["checkpoint_sha256"] == digest
     for part in (ROOT, tiny.folder, Path(torch.__file__).parent, "export.py", "teacher.py"):
         assert str(part).encode() not in Path(tiny.onnx).read_bytes()
+
+
+def test_onnx_in_other_hands(tiny, tmp_path):
+    """IR version 8 and plain weights: quantize_dynamic and onnx.reference take the file."""
+    from onnx.reference import ReferenceEvaluator
+    from onnxruntime.quantization import quantize_dynamic
+    model, feed = onnx.load(tiny.onnx), sample_feed(10)
+    assert model.ir_version == 8 and not model.graph.value_info
+    assert not any(a.name == "allowzero" for node in model.graph.node for a in node.attribute)
+    expected, = sample.onnx_session(tiny.onnx)[0].run(None, feed)
+    found, = ReferenceEvaluator(model).run(None, feed)
+    assert abs(found - expected).max() < 1e-5
+    quantize_dynamic(tiny.onnx, tmp_path / "dynamic.onnx")
+    found, = sample.onnx_session(tmp_path / "dynamic.onnx")[0].run(None, feed)
+    assert 0 < abs(found - expected).max() < 0.5
+
+
+def test_int8_keeps_quality_or_leaves_no_file(tiny, tmp_path, monkeypatch, capsys):
+    argv = [tiny.generator, "--int8", "--out", f"{tmp_path}/g.onnx"]
+    monkeypatch.setattr(export, "INT8_N", 100)
+    monkeypatch.setattr(export, "INT8_WORSE", (0.5, 0.01))
+    assert "int8 of float32: Fréchet distance" in fails(export.main, argv, capsys)
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(export, "INT8_WORSE", (1.1, 0.05))
+    export.main(argv)
+    session, facts = sample.onnx_session(tmp_path / "g.onnx")
+    image, = session.run(None, sample_feed(10))
+    expected, = sample.onnx_session(tiny.onnx)[0].run(None, sample_feed(10))
+    assert facts["arithmetic"] == "int8" and 0 < abs(image - expected).mean() < 0.1
+    weights = onnx.load(tmp_path / "g.onnx").graph.initializer
+    assert sum(weight.data_type == onnx.TensorProto.INT8 for weight in weights) > 30
+
+
+@reach
+@pytest.mark.parametrize("language, commands", [
+    ("python", "python3 -m venv v; v/bin/pip install -q onnxruntime==1.17.3 numpy<2; "
+               "v/bin/python main.python"),
+    ("js", "npm i --ignore-scripts --no-save onnxruntime-node; node main.mjs"),
+    ("cpp", "g++ -std=c++17 main.cpp -lonnxruntime; ./a.out")])  # CPATH and the like tell where
+def test_readme_s_snippet_elsewhere(language, commands, tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(Path(tiny.onnx).parent, "runs/dmd2")
+    snippets = re.findall(rf"```{language}\n(.*?)```", README, re.S)
+    Path(f"main.{language.replace('js', 'mjs')}").write_text(
+        next(snippet for snippet in snippets if "onnxruntime" in snippet))
+    for command in commands.split("; "):
+        if not shutil.which(command.split()[0]):
+            pytest.skip(f"needs {command}")
+        done = subprocess.run(command.split(), capture_output=True, text=True)
+        if "onnxruntime_cxx_api.h: No such file" in done.stderr:
+            pytest.skip("needs onnxruntime's headers")
+        assert not done.returncode, done.stderr
+
+
+def test_onnx_of_teacher_samples_as_it_does(tiny, tmp_path):
+    export.main([tiny.teacher, "--out", f"{tmp_path}/teacher.onnx"])
+    session, facts = sample.onnx_session(tmp_path / "teacher.onnx")
+
+    def denoiser(x, sigma, label):
+        feed = dict(x=x.numpy(), sigma=sigma.numpy(), label=label.numpy())
+        return torch.from_numpy(session.run(["x0_hat"], feed)[0])
+    noise, label = next(teacher.fresh_noise(11, (1, 8, 8), 0)), torch.arange(11)  # 10: no label
+    sampler = sample.load_sampler(tiny.teacher)
+    found = teacher.heun(denoiser, facts["sigmas"][0] * noise, [*facts["sigmas"], 0.0], label)
+    assert (found - sampler.x0(iter([noise]), label)).abs().max() < 1e-4
+    with pytest.raises(ValueError, match="takes x and sigma and label"):
+        sample.load_sampler(tmp_path / "teacher.onnx")
 
 
 @pytest.mark.parametrize("spoil", [0.1, math.nan])
@@ -1783,11 +1867,14 @@ def test_benchmark_prints_all_rows(tiny, exported, monkeypatch, capsys):
     monkeypatch.setattr(export, "BATCHES", (1, 3))
     monkeypatch.setattr(export, "medians", medians)
     monkeypatch.setattr(torch, "compile", lambda module, **options: module)
-    export.benchmark(Path(tiny.onnx).read_bytes(), exported, teacher.load(tiny.generator), CPU)
+    files = {name: Path(tiny.onnx).read_bytes() for name in ("onnxruntime", "onnxruntime, int8")}
+    export.benchmark(files, exported, teacher.load(tiny.generator), CPU)
     rows = re.findall(r"^ +(\d) +(\w.*?) {2,}(.*)$", capsys.readouterr().out, re.M)
-    names = ["teacher, 18 Heun steps", "PyTorch", "onnxruntime", "torch.compile"]
+    names = ["teacher, 18 Heun steps", "PyTorch", "torch.compile", *files]
+    names += ["OpenVINO"] * have("openvino")
     assert [row[:2] for row in rows] == [(batch, name) for batch in "13" for name in names]
-    assert [rows[i][2].split() for i in (4, 5)] == [["1000.00", "3", "1.0"], ["500.00", "6", "2.0"]]
+    teacher_s, ours = (rows[len(names) + i][2].split() for i in (0, 1))
+    assert teacher_s == ["1000.00", "3", "1.0"] and ours == ["500.00", "6", "2.0"]
 
 
 # ---- Stable Diffusion: tiny pipelines, made here, against diffusers -----------------------------
@@ -2108,8 +2195,8 @@ def test_text_to_image_is_one_onnx_file(distil_text, pipeline, monkeypatch):
     sampler = sample.load_sampler(str(out / "generator.pt"))
     expected = sampler.decode(sampler.x0(iter([noise]), tokens)).clamp(-1, 1)
     assert (torch.from_numpy(image) - expected).abs().max() <= tolerance
-    assert facts["tokens"].startswith(f"int64 ['batch', {'2, ' * prompts.xl}77]")
-    with pytest.raises(ValueError, match="takes tokens"):
+    assert facts["tokens"]["shape"] == ["batch", *[2] * prompts.xl, 77]
+    with pytest.raises(ValueError, match="takes noise and tokens"):
         sample.load_sampler(str(file))
 
 
@@ -2369,8 +2456,8 @@ def run_commands(optional):
             continue
         if program == "torchrun":  # has tests of its own
             program, words = "python", words[2:]
-        if program != "python":
-            assert program in ("pip", "pytest", "git", "cd"), program
+        if program != "python" or words[0] == "-m":
+            assert program in ("pip", "pytest", "git", "cd", "npm", "cp", "python"), program
             continue
         script, n = Path(words.pop(0)).stem, "100" if "--evaluate" in words else "20"
         words += ["--steps", "6"] if "--resume" in words else SIZES[script]
