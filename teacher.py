@@ -1157,8 +1157,7 @@ class Descent:
 
     def load_state_dict(self, state):
         self.optimizer.load_state_dict(state["optimizer"])
-        for p in self.parameters:
-            moments = self.optimizer.state[p]
+        for p, moments in self.optimizer.state.items():
             moments.update({name: like(p, moment) for name, moment in moments.items()})
         self.scaler.load_state_dict(state["scaler"])
 
