@@ -282,7 +282,8 @@ def save_estimates(teacher, fake_score, sampler, schedule, path, count=10):
     x = x0 + sigma.view(-1, 1, 1, 1) * next(noises).to(device)
     columns = dict(x0=x0, x=x, teacher=teacher(x, sigma, label), fake=fake_score(x, sigma, label))
     images = torch.stack([sampler.decode(column) for column in columns.values()], dim=1)
-    names = [f"{sampler.data['classes'][c]}, sigma {s:.2g}" for c, s in zip(label, sigma.tolist())]
+    names = [f"{sampler.data['classes'][c]:.24}, sigma {s:.2g}"
+             for c, s in zip(label, sigma.tolist())]
     save_grid(to_uint8(images), names, path, list(columns))
 
 

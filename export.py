@@ -124,7 +124,9 @@ class Half(nn.Module):
 
     def __init__(self, net):
         super().__init__()
-        self.net = copy.deepcopy(net).half()
+        self.net = copy.deepcopy(net)
+        for p in self.net.parameters():  # not the noise levels of timesteps, a buffer
+            p.data = p.data.half()
 
     def forward(self, x, *others):
         return tree_map(torch.Tensor.float, self.net(x.half(), *others))
@@ -165,7 +167,7 @@ def store(model, exported, facts, path):
         meaning=exported.meaning[name]) for name, value in values.items()})
     names = dict(enumerate(facts["data"]["classes"]))
     onnx.helper.set_model_props(model, {
-        "description": f"{facts['kind']} of {facts['data']['name']}, {facts['arithmetic']}",
+        "description": f"{facts['kind']}, {facts['arithmetic']}",
         "version": __version__, "license": "MIT, of the program; weights and data have their own",
         "names": json.dumps(names), "date": time.strftime("%Y-%m-%d"), "dmd2": json.dumps(facts)})
     large = sum(len(weight.raw_data) for weight in model.graph.initializer) > LARGE
@@ -220,7 +222,7 @@ def quantise(model, exported, facts, path, data):
 def facts_of(checkpoint, path, arithmetic):
     """The origin of an exported file, as its metadata tells it."""
     data = {name: checkpoint["data"][name] for name in ("name", "size", "shape", "classes")}
-    data["name"] = Path(data["name"] or "prompts").name  # of a folder, not where it lies here
+    data["name"] = data["name"] and Path(data["name"]).name  # of a folder, not where it lies here
     names = "kind", "schedule", "sigmas", "figures", "teacher_figures"
     return dict({name: checkpoint.get(name) for name in names}, data=data, arithmetic=arithmetic,
                 steps=len(checkpoint["sigmas"]), version=__version__,
@@ -288,10 +290,9 @@ def main(argv=None):
     path = Path(cfg.out or str(Path(cfg.checkpoint).with_suffix("")) + ending)
     if pipeline:  # whose classes are all the prompts
         checkpoint["data"]["classes"] = checkpoint["data"]["classes"][:8]
-    codec = codec_of(checkpoint["autoencoder"])
+    denoiser, codec = fused(build_any(checkpoint)), codec_of(checkpoint["autoencoder"])
     if checkpoint["autoencoder"]:
         codec.vae.disable_slicing()  # which would fix the batch
-    denoiser = fused(build_any(checkpoint))
     if kind == "teacher":
         checkpoint["sigmas"] = sampling_sigmas(HEUN_STEPS, checkpoint["schedule"])[:-1]
     module = ExportedTeacher if kind == "teacher" else Exported

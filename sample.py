@@ -136,7 +136,7 @@ class EvaluationOptions:
     """By what --evaluate and dmd2.py measure images."""
 
     features: str = arg(None, "measure by this network: inception, for FID, or a file of "
-                              "TorchScript or ONNX, of images in [-1, 1]", free=True)
+                              "TorchScript or ONNX, of images in [-1, 1]")
     features_weights: str = arg(None, "of inception: a file of them (default: downloaded)",
                                 free=True)
     reference: str = arg(None, "an .npz with mu and sigma of the real images' features, such as "
@@ -424,8 +424,9 @@ def folder_of(pipeline):
         raise ValueError(f"{pipeline}: this pipeline is not there any more; where it is now, "
                          "sample.py takes it with --weights and the student's unet/ or LoRA")
     from huggingface_hub import snapshot_download
-    return snapshot_download(pipeline, ignore_patterns=["*.fp16.*", "*.non_ema.*"], allow_patterns=[
-        "model_index.json", "*/*.json", "*/*.txt", "*/*.safetensors"])
+    return snapshot_download(
+        pipeline, ignore_patterns=["*.fp16.*", "*.non_ema.*", "safety_checker/*"],
+        allow_patterns=["model_index.json", "*/*.json", "*/*.txt", "*/*.safetensors"])
 
 
 def open_pipeline(folder):
@@ -495,8 +496,8 @@ def load_weights(unet, path, xl):
 
 def shard(net, *others):
     """Split a TextUNet, block by block, and other modules over the ranks: each keeps its part of
-    weights, gradients and moments, and has a block's others while it computes (FSDP, Zhao et al.
-    2023)."""
+    weights, gradients and moments, and gathers a block's weights while it computes (FSDP, Zhao et
+    al. 2023)."""
     from torch.distributed.fsdp import fully_shard
     for block in (*net.unet.down_blocks, net.unet.mid_block, *net.unet.up_blocks, net, *others):
         fully_shard(block)
@@ -534,8 +535,6 @@ def load_captioned(folder, codec, size, data_dir, device):
         paths = [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in ENDINGS]
         found = [(path, path.with_suffix(".txt").read_text().strip()) for path in paths
                  if path.with_suffix(".txt").exists()]
-    if not found:
-        raise ValueError(f"--data {folder}: has no image with a caption, as x.jpg with x.txt")
     stamp = [(str(path), path.stat().st_size, text) for path, text in found]
     stamp = json.dumps([stamp, size, digest_of(codec.network["pipeline"])])
     key = hashlib.sha256(stamp.encode()).hexdigest()[:16]
@@ -551,6 +550,8 @@ def load_captioned(folder, codec, size, data_dir, device):
                 x0 = codec.encode(to_float(torch.from_numpy(pixels)[None]).to(device))
                 latents.append(x0.cpu())
                 captions.append(text)
+            if not captions:
+                raise ValueError(f"--data {folder}: has no image with caption, as x.jpg and x.txt")
             save(dict(latents=torch.cat(latents), captions=captions), path)
             tell(f"{folder}: latents of {len(captions)} images, kept as {path}", sys.stderr)
     stored = torch.load(path, weights_only=True, mmap=True)
@@ -576,7 +577,8 @@ def open_checkpoint(path, data=None, data_dir=None, kind=None, prompts=()):
     """load(), or of a .pkl load_edm(), of a .bin load_official(), of a folder or a name on the Hub
     open_pipeline(); not of autoencoders. Its data may have moved meanwhile; prompts may take the
     place of a pipeline's."""
-    on_hub = re.fullmatch(r"[\w-]+/[\w.-]+", str(path)) and not Path(path).parent.is_dir()
+    on_hub = (re.fullmatch(r"[\w-]+/[\w.-]+", str(path)) and not Path(path).parent.is_dir()
+              and Path(path).suffix not in (".pt", ".pkl", ".bin"))
     if Path(path, "model_index.json").is_file() or on_hub:
         checkpoint = open_pipeline(path)
     else:
@@ -618,10 +620,10 @@ def load_sampler(path, device="cpu", cfg=None):
             checkpoint["data"]["classes"] = texts = checkpoint["data"]["classes"][:10]
         if not texts:
             raise ValueError('--prompt is missing: say what to show, such as --prompt "a red dog"')
-    if cfg.weights:
-        checkpoint["network"]["weights"] = cfg.weights
-        checkpoint.update(kind="generator", sigmas=generator_sigmas(cfg.student_steps,
-                                                                    first=cfg.first_timestep))
+        if cfg.weights:
+            checkpoint["network"]["weights"] = cfg.weights
+            checkpoint.update(kind="generator", sigmas=generator_sigmas(cfg.student_steps,
+                                                                        first=cfg.first_timestep))
     denoiser = build_any(checkpoint, device)
     if checkpoint["kind"] == "teacher":
         denoiser = guided(denoiser, cfg.guidance, checkpoint)
@@ -827,7 +829,7 @@ class Inception(nn.Module):
         super().__init__()
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
         if weights:
-            torch.load(weights, weights_only=True)  # that class would execute what a file holds
+            torch.load(weights, weights_only=True)  # raises, where that class would execute a call
         self.net = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], weights)
 
     def forward(self, x):
@@ -847,6 +849,8 @@ def load_network(name, weights=None, device="cpu"):
     if name == "inception":
         net = Inception(weights).to(device)
         content = b"".join(p.cpu().numpy().tobytes() for p in net.state_dict().values())
+    elif not Path(name).is_file():
+        raise ValueError(f"--features {name}: no such file, and not inception")
     elif Path(name).suffix == ".onnx":
         import onnxruntime
         session, content = onnxruntime.InferenceSession(name), Path(name).read_bytes()
@@ -887,12 +891,12 @@ def load_reference(facts, device="cpu", cfg=EvaluationOptions()):
 
 
 def network_reference(facts, device, cfg):
-    """The Reference in the space of --features: all training images, or what --reference tells."""
+    """The Reference in the space of --features: training images, or what --reference tells."""
     net, digest = load_network(cfg.features, cfg.features_weights, device)
     name = "fid" if cfg.features == "inception" else "frechet_distance"
     if cfg.reference and Path(cfg.reference).exists():
         with np.load(cfg.reference) as file:
-            real = tuple(torch.from_numpy(file[part]) for part in ("mu", "sigma"))
+            real = tuple(torch.from_numpy(file[part]).double() for part in ("mu", "sigma"))
         labels, source = torch.arange(len(facts["classes"])), Path(cfg.reference).name
     else:
         data = load_images(facts, "train")
@@ -953,7 +957,8 @@ def gaussian(features):
     """Mean [D] and covariance [D, D] of features [N, D], in float64, or these as they are."""
     if isinstance(features, tuple):
         return features
-    return features.double().mean(0), torch.cov(features.double().T)
+    features = features.double()
+    return features.mean(0), torch.cov(features.T)
 
 
 def frechet_distance(a, b):

@@ -725,7 +725,9 @@ def parse(config_class, argv=None, doc="", recipe=lambda given: {}):
     if "resume" in given:
         saved = dict(load(source)["config"], out=str(Path(source).parent))
         for name in given.keys() & saved.keys():
-            if not fields[name].metadata["free"] and given[name] != saved[name]:
+            same = (Path(given[name]).resolve() == Path(saved[name]) if name == "out" else
+                    given[name] == saved[name])
+            if not same and not fields[name].metadata["free"]:
                 raise ValueError(f"{flag(name)} {given[name]}: the run to resume has {saved[name]}")
     elif source:
         try:
@@ -742,14 +744,21 @@ def parse(config_class, argv=None, doc="", recipe=lambda given: {}):
     cfg = config_class(**{**({} if "resume" in given else recipe(known)), **known})
     for name in ("autoencoder.pt", "teacher.pt", "last.pt", "generator.pt"):
         if trains and not cfg.resume and not cfg.profile and (path := Path(cfg.out, name)).exists():
-            restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))  # a rank was lost
-            before = load(path)["config"] if restarts else {}
-            if before | {name: value for name, value in dataclasses.asdict(cfg).items()
-                         if not fields[name].metadata["free"]} == before:
+            if name != "generator.pt" and is_restart_of(path, cfg):
                 return parse(config_class, ["--resume", str(path)])
             raise ValueError(f"--out {cfg.out}: holds a run, {name}; go on with it by --resume, or "
                              "name another folder")
     return cfg
+
+
+def is_restart_of(path, cfg):
+    """Whether torchrun began this process again, for a rank was lost, and a checkpoint is of a run
+    with these options."""
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) == 0:
+        return False
+    before = load(path)["config"]
+    return all(getattr(cfg, f.name) == before[f.name] for f in dataclasses.fields(cfg)
+               if not f.metadata["free"] and f.name != "out")
 
 
 # What the user can mend: the error, a pattern in it, the exit status and what is told.
@@ -826,12 +835,12 @@ def average(tensors):
 
 
 def is_sharded(tensor):
-    """Whether a tensor is a shard of one, by FSDP."""
+    """Whether a tensor is split over the ranks, by FSDP."""
     return hasattr(tensor, "full_tensor")
 
 
-def like(shard, tensor):
-    """A tensor, or if it is of the shape that `shard` is one of, this rank's shard of it."""
+def sharded_like(shard, tensor):
+    """This rank's part of a tensor, split as `shard` is; all of it, if that is of another shape."""
     if not is_sharded(shard) or tensor.shape != shard.shape:
         return tensor
     from torch.distributed.tensor import distribute_tensor
@@ -866,9 +875,11 @@ class Data(NamedTuple):
 def load_data(name, split, data_dir="data", size=32):
     """The training images ("train") of a data set as Data, or those held out ("test").
 
-    name  one of KNOWN_DATA, or a folder or .zip of images (see folder_files), then of side `size`
+    name  one of KNOWN_DATA, or a folder of images (see folder_files), or a folder or .zip of EDM's
+          (see listed_files), then of side `size`
 
-    Held out are the official test set, the folder's own, or every sixth image in a fixed order.
+    Held out are the official test set, the folder's own, or every sixth image in a fixed order, of
+    the first 60,000.
     Raises ValueError for an unknown name or an unfit folder, OSError where files can't be had.
     """
     if name == "digits":
@@ -908,6 +919,8 @@ def load_folder(folder, size, data_dir):
     Raises ValueError if a class has no image to train on, or none is held out.
     """
     listed = folder / "dataset.json" if folder.is_dir() else zipfile.Path(folder, "dataset.json")
+    if not listed.exists() and not folder.is_dir():
+        raise ValueError(f"--data {folder}: a .zip needs EDM's dataset.json; unpack it")
     files, classes = listed_files(listed) if listed.exists() else folder_files(folder)
     stamp = [(str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime, *rest)
              for path, *rest in (files if folder.is_dir() else [(folder,)])]
@@ -977,7 +990,7 @@ def with_held_out(files, choose=True):
     files = [files[i] for i in np.random.RandomState(0).permutation(len(files))]
     left = collections.Counter(label for _, label, _ in files)
     for i, (path, label, _) in enumerate(files if choose else ()):
-        chosen = i % 6 == 0 and left[label] > 1  # but not the last one of its class
+        chosen = i % 6 == 0 and i < 60000 and left[label] > 1  # but not the last of its class
         left[label] -= chosen
         files[i] = path, label, chosen
     return sorted(files, key=lambda entry: entry[2])
@@ -1110,8 +1123,8 @@ class Descent:
 
     Gradients reach the optimizer's own parameters only: networks that a loss goes through on its
     way there (a fake score that judges the generator) stay as they are and accumulate nothing.
-    Several processes average theirs in one message after the last part of the batch; of networks in
-    shards FSDP does that, and gradients of `judges`, other networks' parameters, are thrown away.
+    Several processes average theirs in one message after the last part of the batch. FSDP does that
+    by itself, but can't limit gradients to some parameters: `judges`, others', get back their own.
     """
 
     def __init__(self, optimizer, cfg, device, prefix="", judges=()):
@@ -1156,9 +1169,9 @@ class Descent:
         return dict(optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict())
 
     def load_state_dict(self, state):
-        self.optimizer.load_state_dict(state["optimizer"])
-        for p, moments in self.optimizer.state.items():
-            moments.update({name: like(p, moment) for name, moment in moments.items()})
+        moments = {i: {name: sharded_like(self.parameters[i], value) for name, value in own.items()}
+                   for i, own in state["optimizer"]["state"].items()}
+        self.optimizer.load_state_dict(dict(state["optimizer"], state=moments))
         self.scaler.load_state_dict(state["scaler"])
 
 
@@ -1274,7 +1287,8 @@ def load(path, kind=None):
         raise ValueError(f"{path}: no such checkpoint file{instead}")
     try:
         damaged = zipfile.ZipFile(path).testzip()  # PyTorch looks at no checksum
-        checkpoint = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = None if damaged else torch.load(path, map_location="cpu",
+                                                        weights_only=True, mmap=True)
         found, version = checkpoint["kind"], checkpoint["version"]
     except Exception as error:  # zipfile and torch.load raise a dozen kinds
         raise ValueError(f"{path}: no checkpoint of this project, or damaged{instead}") from error
@@ -1356,7 +1370,8 @@ class Run:
         for name, part in self.parts.items():
             state = checkpoint["training"][name]
             if isinstance(part, nn.Module):
-                state = {key: like(value, state[key]) for key, value in part.state_dict().items()}
+                own = part.state_dict()
+                state = {key: sharded_like(own[key], value) for key, value in state.items()}
             part.load_state_dict(state)
 
     def steps(self, checkpoint):

@@ -1057,7 +1057,7 @@ def inception(tmp_path_factory):
     for p in net.parameters():
         if p.ndim > 1:
             nn.init.kaiming_normal_(p)  # so that features are of order 1
-    net.fc.weight.data *= 100
+    net.fc.weight.data *= 30
     torch.save(net.state_dict(), path)
     return str(path)
 
@@ -1084,8 +1084,8 @@ def test_fid_is_that_of_others(inception, some_digits):
         cuda=False, cache=False, verbose=False, save_cpu_ram=True,
         feature_extractor_weights_path=inception)
     assert ours["fid"] == pytest.approx(theirs["frechet_inception_distance"], rel=1e-4)
-    assert ours["inception_score"] == pytest.approx(theirs["inception_score_mean"], rel=1e-4)
-    assert ours["fid"] > 1 and ours["inception_score"] > 1.1
+    assert ours["fid"] > 1 and ours["inception_score"] > 1.005
+    assert ours["inception_score"] - 1 == pytest.approx(theirs["inception_score_mean"] - 1, rel=1e-3)
     net = reference.nets["fid"]
     net.num_features = 2048
     metric = metrics.FrechetInceptionDistance(net)
@@ -1095,8 +1095,8 @@ def test_fid_is_that_of_others(inception, some_digits):
 
 
 def test_fid_by_a_file_of_statistics(tiny, inception, some_digits, tmp_path, capsys):
-    flags = ["--features", "inception", "--features-weights", inception, "--n", "20", "--seeds", "1",
-             "--reference", f"{tmp_path}/real.npz"]
+    flags = ["--features", "inception", "--features-weights", inception, "--n", "20",
+             "--seeds", "1", "--reference", f"{tmp_path}/real.npz"]
     sample.main([tiny.teacher, "--evaluate", *flags])
     made = json.loads(capsys.readouterr().out.splitlines()[-1])
     cfg = sample.Config(features="inception", features_weights=inception, reference=flags[-1])
@@ -1591,9 +1591,9 @@ def test_losses_of_two_parts_and_of_two_processes(name, flags, tiny, tmp_path):
         assert {key: same[key] for key in losses} == pytest.approx(losses, rel=1e-5, abs=1e-5)
 
 
-def test_rank_that_is_lost_is_started_anew(tmp_path):
+def test_rank_that_is_lost_is_started_anew(tmp_path, monkeypatch):
     """By torchrun, and the run goes on from its last checkpoint, to the same bits."""
-    argv = [*TINY, "--save-every", "2", "--out"]
+    argv = [*TINY, "--save-every", "1", "--out"]
     (tmp_path / "teacher.py").write_text(f"""if True:
         import os, signal, sys
         sys.path.insert(0, {str(ROOT)!r})
@@ -1608,12 +1608,19 @@ def test_rank_that_is_lost_is_started_anew(tmp_path):
         test_all.script("teacher", sys.argv[1:])""")
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-         "--max-restarts", "2", tmp_path / "teacher.py", *argv, tmp_path / "restarted"],
-        text=True, capture_output=True, timeout=300)
+         "--max-restarts", "2", tmp_path / "teacher.py", *argv, "restarted"],
+        text=True, capture_output=True, timeout=300, cwd=tmp_path,
+        env=dict(os.environ, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1"))
     assert done.returncode == 0, done.stderr
     as_ranks("teacher", [*argv, tmp_path / "whole"], tmp_path)
     assert same_end(tmp_path / "restarted", tmp_path / "whole")
     assert done.stderr.count("training images of") == 2
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "2")
+    again = teacher.parse(teacher.Config, [*argv, "restarted"], recipe=teacher.recipe)
+    assert again.resume == str(tmp_path / "restarted" / "teacher.pt")
+    with pytest.raises(ValueError, match="holds a run"):
+        teacher.parse(teacher.Config, [*argv, "restarted", "--seed", "1"], recipe=teacher.recipe)
 
 
 def test_images_of_two_processes_and_of_onnx(tiny, tmp_path):
