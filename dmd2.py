@@ -288,8 +288,8 @@ def save_estimates(teacher, fake_score, sampler, schedule, path, count=10):
 
 
 class Best:
-    """Measures generators as the teacher was measured, and keeps in generator.pt the one with the
-    lowest headline, the first figure; others decide nothing.
+    """Measures the generator as the teacher was measured, and keeps the best in generator.pt: that of
+    the lowest first figure. The other figures decide nothing.
 
     facts  what a generator's checkpoint tells besides its step, weights and figures
     """

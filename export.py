@@ -43,7 +43,7 @@ from teacher import (HEUN_STEPS, Options, Pixels, __version__, arg, codec_of, de
 
 OPSET = 18  # the fewest nodes at run time, and read by every onnxruntime since 1.14
 BATCHES = (1, 16, 256)  # of the benchmark
-LARGE = 2**31 - 2**20  # bytes, less than which a file of protobuf has
+LARGE = 2**31 - 2**20  # bytes: protobuf's limit, less a margin
 INT8_N, INT8_WORSE = 2000, (1.1, 0.01)  # images; times the distance, and share not as asked
 MEANING = dict(noise="standard normal", image="-1 to 1, of uint8 0 to 255", sigma="noise level",
                x="x0 + sigma * standard normal noise", x0_hat="the mean of all x0 that fit",
@@ -137,7 +137,7 @@ class Half(nn.Module):
 def export_onnx(exported):
     """A module of example()'s inputs as an ONNX model with dynamic batch."""
     import onnxscript.optimizer
-    batch = torch.export.Dim("batch", max=63)  # from there diffusers copies, which is no operation
+    batch = torch.export.Dim("batch", max=63)  # diffusers branches at 64; what it does below is right above
     inputs = exported.example(torch.zeros(2, dtype=torch.long))
     with warnings.catch_warnings(action="ignore"):
         program = torch.onnx.export(

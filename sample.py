@@ -421,8 +421,8 @@ def folder_of(pipeline):
     if Path(pipeline).is_dir():
         return pipeline
     if Path(pipeline).is_absolute():
-        raise ValueError(f"{pipeline}: this pipeline is not there any more; where it is now, "
-                         "sample.py takes it with --weights and the student's unet/ or LoRA")
+        raise ValueError(f"{pipeline}: this pipeline is not there any more; give sample.py its new "
+                         "folder, and --weights unet/diffusion_pytorch_model.safetensors")
     from huggingface_hub import snapshot_download
     return snapshot_download(
         pipeline, ignore_patterns=["*.fp16.*", "*.non_ema.*", "safety_checker/*"],
@@ -945,8 +945,8 @@ def evaluate(images, label, reference):
 
 def distances(found, real):
     """Fréchet distances of features [N, D] from real ones in each space, in units of the real
-    ones' variance, the mean over the D, so that those of different spaces can be compared; FID is
-    in none."""
+    ones' variance, the mean over the D, so that those of different spaces can be compared; but FID
+    as it is published."""
     real = {name: gaussian(features) for name, features in real.items()}
     return {name: frechet_distance(found[name], (mean, covariance)) /
             (1 if name == "fid" else covariance.diagonal().mean().item())
