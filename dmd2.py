@@ -288,8 +288,8 @@ def save_estimates(teacher, fake_score, sampler, schedule, path, count=10):
 
 
 class Best:
-    """Measures the generator as the teacher was measured, and keeps the best in generator.pt: that of
-    the lowest first figure. The other figures decide nothing.
+    """Measures the generator as the teacher was measured, and keeps the best in generator.pt: the one
+    with the lowest first figure. The others decide nothing.
 
     facts  what a generator's checkpoint tells besides its step, weights and figures
     """
