@@ -288,7 +288,7 @@ def save_estimates(teacher, fake_score, sampler, schedule, path, count=10):
 
 
 class Best:
-    """Measures the generator as the teacher was measured, and keeps the best in generator.pt: the one
+    """Measures generators as the teacher was measured, and keeps the best in generator.pt: the one
     with the lowest first figure. The others decide nothing.
 
     facts  what a generator's checkpoint tells besides its step, weights and figures
