@@ -98,11 +98,11 @@ class Config(EvaluationOptions, TrainingOptions):
     student_steps: int = arg(1, "steps in which the generator makes an image", (1, 2, 4))
     backward_simulation: bool = arg(True, "train later steps on earlier ones' images, not on real")
     dm_weight: float = arg(1.0, "of the distribution-matching loss; 0 for the GAN only", low=0)
-    dm_range: str = arg("0.02,0.98", "its noise levels, as quantiles of karras, or of timesteps")
+    dm_range: str = arg("0.02,0.98", "its noise levels, as quantiles; by some recipes to 0.6")
     fake_weight: float = arg(1.0, "of the fake score's loss", low=0)
     fake_range: str = arg("0,1", "its noise levels, likewise")
     guidance: float = arg(1.0, "classifier-free guidance of the teacher; 1 is none", low=0)
-    gan_weight: float = arg(0.001, "of the generator's GAN loss; 0 turns the GAN off", low=0)
+    gan_weight: float = arg(0.001, "of the generator's GAN loss; after regression 0: none", low=0)
     gan_features: str = arg("fake", "whose encoder the discriminator sees by", ("fake", "teacher"))
     gan_noise: bool = arg(True, "show the discriminator images with noise (diffusion GAN)")
     gan_range: str = arg("0,1", "noise levels of the discriminator's images, likewise")
@@ -411,6 +411,8 @@ def train(cfg):
                    discriminator_loss=cfg.discriminator_weight,
                    regression_loss=cfg.regression_weight)
 
+    tell(f"distilling on {device}: recipe {cfg.recipe}, {cfg.steps} steps"
+         f"{f', guidance {cfg.guidance:g}' if cfg.guidance != 1 else ''}", sys.stderr)
     teacher, generator, fake_score = initial(cfg, parent, sigmas, device)
     # A pipeline's generator has no average: a second UNet would cost more than it gives.
     ema = generator if pipeline else copy.deepcopy(generator).eval().requires_grad_(False)
@@ -457,8 +459,6 @@ def train(cfg):
     if real_data:
         first = max(run.start, cfg.regression_steps)
         batches = training_batches(real_data, first, cfg, parts, device)
-    tell(f"distilling on {device}: recipe {cfg.recipe}, {cfg.steps} steps"
-         f"{f', guidance {cfg.guidance:g}' if cfg.guidance != 1 else ''}", sys.stderr)
     if best.measure and not cfg.resume:
         run.measure(-1, lambda: {f"teacher_{name}": figure
                                  for name, figure in facts["teacher_figures"].items()})

@@ -224,6 +224,7 @@ def facts_of(checkpoint, path, arithmetic):
     """The origin of an exported file, as its metadata tells it."""
     data = {name: checkpoint["data"][name] for name in ("name", "size", "shape", "classes")}
     data["name"] = data["name"] and Path(data["name"]).name  # of a folder, not where it lies here
+    data["size"] = data["shape"][-1]
     names = "kind", "schedule", "sigmas", "figures", "teacher_figures"
     return dict({name: checkpoint.get(name) for name in names}, data=data, arithmetic=arithmetic,
                 steps=len(checkpoint["sigmas"]), version=__version__,

@@ -736,7 +736,7 @@ def parse(config_class, argv=None, doc="", recipe=lambda given: {}):
             raise ValueError(f"--config {source}: is no run's config.json: {error}") from error
         saved = {name: value for name, value in saved.items() if name not in ("out", "resume")}
     if other := saved.keys() - fields.keys():
-        raise ValueError(f"{source}: is of another script or version, with {min(other)}")
+        raise ValueError(f"{source}: is of another script or version, whose options differ")
     if given.get("profile"):
         given.update({name: 0 for name in ("sample_every", "evaluate_every", "regression_steps")
                       if name in fields})
@@ -766,7 +766,7 @@ MISTAKES = (
     (ModuleNotFoundError, "", 2, "the package {0.name} is not installed; pip install {0.name}"),
     ((ValueError, OSError), "", 2, "{0}"),
     (FloatingPointError, "", 1, "diverged: {0}"),
-    (KeyboardInterrupt, "", 130, "interrupted; --resume goes on from the last checkpoint"),
+    (KeyboardInterrupt, "", 130, "interrupted; --resume goes on from a checkpoint, if there is one"),
     (RuntimeError, "out of memory|can't allocate", 2,
      "out of memory; a smaller --batch, --width or --n takes less, or --accumulate 4"),
     (RuntimeError, r"C(\+\+)? compiler", 2,
@@ -1444,7 +1444,7 @@ class Run:
             self.wandb.log(line, step=step + 1)
         shown = {name: f"{line[name]:.3g}" for name in line if "loss" in name or "per_" in name}
         self.bar.set_postfix(shown)
-        if self.bar.disable and time.perf_counter() > self.said + 60:  # no bar: a line a minute
+        if self.bar.disable and shown and time.perf_counter() > self.said + 60:  # a line a minute
             self.said = time.perf_counter()
             tell(f"step {step + 1} of {self.cfg.steps}: "
                  + ", ".join(f"{name} {value}" for name, value in shown.items()), sys.stderr)
