@@ -411,8 +411,6 @@ def train(cfg):
                    discriminator_loss=cfg.discriminator_weight,
                    regression_loss=cfg.regression_weight)
 
-    tell(f"distilling on {device}: recipe {cfg.recipe}, {cfg.steps} steps"
-         f"{f', guidance {cfg.guidance:g}' if cfg.guidance != 1 else ''}", sys.stderr)
     teacher, generator, fake_score = initial(cfg, parent, sigmas, device)
     # A pipeline's generator has no average: a second UNet would cost more than it gives.
     ema = generator if pipeline else copy.deepcopy(generator).eval().requires_grad_(False)
@@ -444,6 +442,8 @@ def train(cfg):
                                    fake_descent=fake_descent,
                                    **dict(ema=ema) if ema is not generator else {}),
               dict(parent["data"], teacher=digest, count=real_data and len(real_data.labels)))
+    tell(f"distilling on {device}: recipe {cfg.recipe}, {cfg.steps} steps"
+         f"{f', guidance {cfg.guidance:g}' if cfg.guidance != 1 else ''}", sys.stderr)
     facts = dict({name: parent[name] for name in INHERITED}, kind="generator", sigmas=sigmas,
                  version=__version__, config=dataclasses.asdict(cfg), teacher_figures=None)
     teacher_sampler = make_sampler(guide, parent, device)

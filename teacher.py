@@ -735,7 +735,7 @@ def parse(config_class, argv=None, doc="", recipe=lambda given: {}):
         except ValueError as error:
             raise ValueError(f"--config {source}: is no run's config.json: {error}") from error
         saved = {name: value for name, value in saved.items() if name not in ("out", "resume")}
-    if other := saved.keys() - fields.keys():
+    if saved.keys() - fields.keys():
         raise ValueError(f"{source}: is of another script or version, whose options differ")
     if given.get("profile"):
         given.update({name: 0 for name in ("sample_every", "evaluate_every", "regression_steps")
@@ -766,7 +766,7 @@ MISTAKES = (
     (ModuleNotFoundError, "", 2, "the package {0.name} is not installed; pip install {0.name}"),
     ((ValueError, OSError), "", 2, "{0}"),
     (FloatingPointError, "", 1, "diverged: {0}"),
-    (KeyboardInterrupt, "", 130, "interrupted; --resume goes on from a checkpoint, if there is one"),
+    (KeyboardInterrupt, "", 130, "interrupted; --resume goes on from a checkpoint if there is one"),
     (RuntimeError, "out of memory|can't allocate", 2,
      "out of memory; a smaller --batch, --width or --n takes less, or --accumulate 4"),
     (RuntimeError, r"C(\+\+)? compiler", 2,
