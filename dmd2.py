@@ -102,7 +102,7 @@ class Config(EvaluationOptions, TrainingOptions):
     fake_weight: float = arg(1.0, "of the fake score's loss", low=0)
     fake_range: str = arg("0,1", "its noise levels, likewise")
     guidance: float = arg(1.0, "classifier-free guidance of the teacher; 1 is none", low=0)
-    gan_weight: float = arg(0.001, "of the generator's GAN loss; after regression 0: none", low=0)
+    gan_weight: float = arg(0.001, "of the generator's GAN loss; 0 (some recipes) is off", low=0)
     gan_features: str = arg("fake", "whose encoder the discriminator sees by", ("fake", "teacher"))
     gan_noise: bool = arg(True, "show the discriminator images with noise (diffusion GAN)")
     gan_range: str = arg("0,1", "noise levels of the discriminator's images, likewise")
