@@ -182,6 +182,7 @@ def check_onnx(path, exported, device="cpu"):
     comes of rounding, on the scale of [-1, 1]. Of batch 1, 3 and 64, every label among them; of
     prompts, batches of 1, 3 and 8."""
     session, _ = onnx_session(path, device, **dict(use_tf32=0) if device == "cuda" else {})
+    torch.set_float32_matmul_precision("highest")  # nor TF32 here
     exported, differences, most = exported.to(device), [], 8 if exported.prompts else 64
     labels = torch.arange(4 + most * math.ceil(exported.count / most)) % exported.count
     for label in (labels[:1], labels[1:4], *labels[4:].split(most)):

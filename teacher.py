@@ -1494,7 +1494,9 @@ def profiled(run):
     tell(f"{device_name(device)}, torch {torch.__version__}, {dtype_of(cfg, device)}"
          f"{', compiled' * cfg.compile}, batch {cfg.batch}: a step takes {1000 * seconds:.2f} ms "
          f"(median of 20), {cfg.batch / seconds:.0f} images/s, "
-         f"{counter.get_total_flops() / cycle / 1e9:.2f} GFLOP; trace: {trace}")
+         f"{counter.get_total_flops() / cycle / 1e9:.2f} GFLOP"
+         + (f", {torch.cuda.max_memory_allocated() / 1e9:.1f} GB" * (device.type == "cuda"))
+         + f"; trace: {trace}")
 
 
 def clock(device):

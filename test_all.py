@@ -2375,6 +2375,18 @@ def test_resume_on_a_gpu(compared):
 
 
 @gpu
+@pytest.mark.parametrize("flags, tolerance", [
+    ("--dtype float32", 2e-3), ("--lora 4 --checkpointing --dtype float32", 2e-3),
+    ("--lora 4 --dtype bfloat16 --student-steps 4 --guidance 2", 0.1)])
+def test_text_losses_on_a_gpu(flags, tolerance, distil_text, monkeypatch):
+    monkeypatch.setattr(dmd2, "Draw", CPUDraw)
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda precision: None)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    runs = [distil_text(f"{flags} --device {device}", device) for device in ("cuda", "cpu")]
+    assert difference(*runs) < tolerance
+
+
+@gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_two_gpus(tmp_path):
     argv = [*TINY, "--device", "cuda", "--out"]
