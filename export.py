@@ -2,15 +2,14 @@
 
     python export.py runs/dmd2/generator.pt                # runs/dmd2/generator.onnx and .json
     python export.py runs/dmd2/generator.pt --int8 --benchmark    # generator_int8.onnx, timed
+    python export.py runs/teacher/teacher.pt               # a denoiser, for a sampler in the app
 
     inputs    noise  [batch, c, h, w]  float32, standard normal; [K, batch, c, h, w] of K steps; in
                                        the shape of images or, with an autoencoder, of its latents
               label  [batch]           int64, in [0, classes)
               or, of Stable Diffusion, tokens [batch, 77], of SDXL [batch, 2, 77], int64
     output    image  [batch, C, H, W]  float32 in [-1, 1]; with --uint8 [batch, H, W, C] uint8
-
-    python export.py runs/teacher/teacher.pt    # a denoiser, for an app that samples by itself
-    inputs x [batch, c, h, w], sigma [batch], label [batch]; output x0_hat [batch, c, h, w]
+    teacher   x [batch, c, h, w], sigma [batch], label [batch] -> x0_hat [batch, c, h, w]
 
 The file, and the .json that tells the same as its metadata, is written only after onnx.checker
 passed it and onnxruntime gave PyTorch's output.
@@ -37,9 +36,9 @@ from torch.utils._pytree import tree_map
 
 from sample import (build_any, digest_of, exported_noise, few_step, fused, load_reference,
                     make_sampler, measure, onnx_sampler, onnx_session, open_checkpoint)
-from teacher import (HEUN_STEPS, Options, Pixels, __version__, arg, codec_of, device_name,
-                     fresh_noise, parse, pick_device, run_script, sampling_sigmas, shape_of,
-                     start_scale, to_uint8)
+from teacher import (HEUN_STEPS, Options, __version__, arg, codec_of, device_name, fresh_noise,
+                     parse, pick_device, run_script, sampling_sigmas, shape_of, start_scale,
+                     to_uint8)
 
 OPSET = 18  # the fewest nodes at run time, and read by every onnxruntime since 1.14
 BATCHES = (1, 16, 256)  # of the benchmark
@@ -67,18 +66,19 @@ class Config(Options):
 class Exported(nn.Module):
     """A generator with its noise scaling, decoded, clamped and if asked converted to uint8."""
 
-    output = "image"
+    output, nulls = "image", 0
 
-    def __init__(self, denoiser, checkpoint, uint8=False, codec=Pixels):
+    def __init__(self, checkpoint, uint8=False):
         super().__init__()
-        self.denoiser, self.sigmas = denoiser, checkpoint["sigmas"]
-        self.uint8, self.codec, self.shape = uint8, codec, shape_of(checkpoint["network"])
-        self.start = start_scale(checkpoint["schedule"], self.sigmas[0])
-        self.prompts = getattr(denoiser.net, "prompts", None)
+        self.denoiser, autoencoder = fused(build_any(checkpoint)), checkpoint["autoencoder"]
+        self.codec = codec_of(autoencoder)
+        if autoencoder:
+            self.codec.vae.disable_slicing()  # which would fix the batch
+        self.sigmas, self.shape = checkpoint["sigmas"], shape_of(checkpoint["network"])
+        self.uint8, self.start = uint8, start_scale(checkpoint["schedule"], self.sigmas[0])
+        self.prompts = getattr(self.denoiser.net, "prompts", None)
         self.encoders = self.prompts and self.prompts.encoders  # for them to be in the file
-        null = checkpoint["kind"] == "teacher" and checkpoint["config"].get("label_dropout")
-        self.count = len(checkpoint["data"]["classes"]) + bool(null)
-        self.meaning = dict(MEANING, label=f"0 to {self.count - 1}{', which is none' * bool(null)}")
+        self.count = len(checkpoint["data"]["classes"]) + self.nulls
         self.register_buffer("labels", torch.arange(self.count)[:, None])
 
     def forward(self, noise, label):
@@ -106,7 +106,7 @@ class Exported(nn.Module):
 class ExportedTeacher(Exported):
     """A teacher, which is a denoiser, for a sampler in the app; of latents it gives latents."""
 
-    output = "x0_hat"
+    output, nulls = "x0_hat", 1  # after the classes "no label"
 
     def forward(self, x, sigma, label):
         """x [batch, c, h, w], sigma [batch], label [batch] int64 -> x0_hat [batch, c, h, w]"""
@@ -119,17 +119,21 @@ class ExportedTeacher(Exported):
         return {"x": sigma.view(-1, 1, 1, 1) * noise, "sigma": sigma, "label": label}
 
 
-class Half(nn.Module):
-    """A network in float16 behind a float32 input, its first, and outputs."""
-
-    def __init__(self, net):
-        super().__init__()
-        self.net = copy.deepcopy(net)
-        for p in self.net.parameters():  # not the noise levels of timesteps, a buffer
+def halve(exported):
+    """Let the networks of a module compute in float16, between float32 inputs and outputs."""
+    nets, prompts = [exported.denoiser.net], exported.prompts
+    if prompts:
+        exported.prompts = copy.copy(prompts)
+        exported.prompts.encoders = exported.encoders.half()
+    if exported.output == "image" and hasattr(exported.codec, "vae") and not (
+            prompts and prompts.xl):  # whose decoder overflows
+        nets.append(exported.codec.vae.decoder)
+    for net in nets:
+        for p in net.parameters():  # not the noise levels of timesteps, a buffer
             p.data = p.data.half()
-
-    def forward(self, x, *others):
-        return tree_map(torch.Tensor.float, self.net(x.half(), *others))
+        net.register_forward_pre_hook(lambda net, args: (args[0].half(), *args[1:]))
+        net.register_forward_hook(lambda net, args, found: tree_map(torch.Tensor.float, found))
+    return exported
 
 
 # ---- export and check ---------------------------------------------------------------------------
@@ -160,12 +164,12 @@ def store(model, exported, facts, path):
     """Write an ONNX model with facts as its metadata, of more than protobuf's 2 GB with the weights
     in a second file, .data; and for languages that can't read metadata the facts as .json."""
     import onnx
-    values = {value.name: value.type.tensor_type
-              for value in (*model.graph.input, *model.graph.output)}
-    facts = dict(facts, **{name: dict(
-        type=str(onnx.helper.tensor_dtype_to_np_dtype(value.elem_type)),
-        shape=[dim.dim_param or dim.dim_value for dim in value.shape.dim],
-        meaning=exported.meaning[name]) for name, value in values.items()})
+    last = f"0 to {exported.count - 1}{', which is none' * exported.nulls}"
+    for value in (*model.graph.input, *model.graph.output):
+        tensor = value.type.tensor_type
+        facts[value.name] = dict(type=str(onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)),
+                                 shape=[dim.dim_param or dim.dim_value for dim in tensor.shape.dim],
+                                 meaning=dict(MEANING, label=last)[value.name])
     names = dict(enumerate(facts["data"]["classes"]))
     onnx.helper.set_model_props(model, {
         "description": f"{facts['kind']}, {facts['arithmetic']}",
@@ -184,8 +188,8 @@ def check_onnx(path, exported, device="cpu"):
     session, _ = onnx_session(path, device, **dict(use_tf32=0) if device == "cuda" else {})
     torch.set_float32_matmul_precision("highest")  # nor TF32 here
     exported, differences, most = exported.to(device), [], 8 if exported.prompts else 64
-    labels = torch.arange(4 + most * math.ceil(exported.count / most)) % exported.count
-    for label in (labels[:1], labels[1:4], *labels[4:].split(most)):
+    labels = torch.arange(most * math.ceil(exported.count / most)) % exported.count
+    for label in (labels[:1], labels[1:4], *labels.split(most)):
         inputs = exported.example(label)
         found, = session.run(None, {name: value.numpy() for name, value in inputs.items()})
         with torch.no_grad(), torch.backends.cudnn.flags(allow_tf32=False):
@@ -211,9 +215,9 @@ def quantise(model, exported, facts, path, data):
                     activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8)
     store(onnx.load(path), exported, dict(facts, arithmetic="int8"), path)
     samplers.append(onnx_sampler(path, torch.device("cpu")))
-    found = [measure(sampler, reference, INT8_N, 0) for sampler in samplers]
-    far, farther = (figures["frechet_distance"] for figures in found)
-    share, less = (figures["accuracy"] for figures in found)
+    (far, share), (farther, less) = (
+        (figures["frechet_distance"], figures["accuracy"])
+        for figures in (measure(sampler, reference, INT8_N, 0) for sampler in samplers))
     told = (f"int8 of float32: Fréchet distance {farther:.4f} of {far:.4f}, classified as asked "
             f"{less:.4f} of {share:.4f}")
     if not (farther <= INT8_WORSE[0] * far and less >= share - INT8_WORSE[1]):
@@ -223,9 +227,9 @@ def quantise(model, exported, facts, path, data):
 
 def facts_of(checkpoint, path, arithmetic):
     """The origin of an exported file, as its metadata tells it."""
-    data = {name: checkpoint["data"][name] for name in ("name", "size", "shape", "classes")}
-    data["name"] = data["name"] and Path(data["name"]).name  # of a folder, not where it lies here
-    data["size"] = data["shape"][-1]
+    data = {name: checkpoint["data"][name] for name in ("name", "shape", "classes")}
+    data.update(name=data["name"] and Path(data["name"]).name,  # of a folder, not where it lies
+                size=data["shape"][-1])
     names = "kind", "schedule", "sigmas", "figures", "teacher_figures"
     return dict({name: checkpoint.get(name) for name in names}, data=data, arithmetic=arithmetic,
                 steps=len(checkpoint["sigmas"]), version=__version__,
@@ -267,11 +271,11 @@ def benchmark(files, exported, checkpoint, device):
         torch.compiler.reset()
         compiled = torch.compile(exported, dynamic=False)
         compiled(noise, label)
-        calls = {teacher.name: lambda: teacher.decode(teacher.x0(iter(noises), label)),
-                 "PyTorch": lambda: exported(noise, label),
-                 "torch.compile": lambda: compiled(noise, label),
-                 **{name: functools.partial(run, feed) for name, run in hosts.items()}}
-        found = medians(calls)
+        found = medians({
+            teacher.name: lambda: teacher.decode(teacher.x0(iter(noises), label)),
+            "PyTorch": lambda: exported(noise, label),
+            "torch.compile": lambda: compiled(noise, label),
+            **{name: functools.partial(run, feed) for name, run in hosts.items()}})
         for name, seconds in found.items():
             print(f"{batch:5}  {name:22} {1000 * seconds:9.2f} {batch / seconds:10.0f} "
                   f"{found[teacher.name] / seconds:10.1f}", flush=True)
@@ -282,7 +286,11 @@ def main(argv=None):
     device = pick_device(cfg.device)
     checkpoint = open_checkpoint(cfg.checkpoint, data_dir=cfg.data_dir)
     kind, pipeline = checkpoint["kind"], "pipeline" in checkpoint["network"]
-    if pipeline and (kind == "teacher" or len(checkpoint["sigmas"]) > 1):
+    if pipeline:  # whose classes are all the prompts
+        checkpoint["data"]["classes"] = checkpoint["data"]["classes"][:8]
+    if kind == "teacher":
+        checkpoint["sigmas"] = sampling_sigmas(HEUN_STEPS, checkpoint["schedule"])[:-1]
+    if pipeline and len(checkpoint["sigmas"]) > 1:
         raise ValueError(f"{cfg.checkpoint}: a text-to-image file holds a generator's one step, "
                          "which an app repeats; distil with --student-steps 1")
     if cfg.uint8 and kind == "teacher" or cfg.int8 and cfg.fp16 or (cfg.int8 or cfg.benchmark) and (
@@ -291,23 +299,7 @@ def main(argv=None):
                          "text; --int8 not with --fp16")
     ending = "_pixels" * cfg.uint8 + "_fp16" * cfg.fp16 + "_int8" * cfg.int8 + ".onnx"
     path = Path(cfg.out or str(Path(cfg.checkpoint).with_suffix("")) + ending)
-    if pipeline:  # whose classes are all the prompts
-        checkpoint["data"]["classes"] = checkpoint["data"]["classes"][:8]
-    denoiser, codec = fused(build_any(checkpoint)), codec_of(checkpoint["autoencoder"])
-    if checkpoint["autoencoder"]:
-        codec.vae.disable_slicing()  # which would fix the batch
-    if kind == "teacher":
-        checkpoint["sigmas"] = sampling_sigmas(HEUN_STEPS, checkpoint["schedule"])[:-1]
-    module = ExportedTeacher if kind == "teacher" else Exported
-    exported = module(denoiser, checkpoint, cfg.uint8, codec)
-    prompts, to_export = exported.prompts, copy.deepcopy(exported) if cfg.fp16 else exported
-    if cfg.fp16:
-        to_export.denoiser.net = Half(exported.denoiser.net)
-        if prompts:
-            to_export.prompts = copy.copy(prompts)
-            to_export.encoders = to_export.prompts.encoders = copy.deepcopy(prompts.encoders).half()
-        if checkpoint["autoencoder"] and kind == "generator" and not getattr(prompts, "xl", False):
-            to_export.codec.vae.decoder = Half(codec.vae.decoder)  # SDXL's overflows
+    exported = (ExportedTeacher if kind == "teacher" else Exported)(checkpoint, cfg.uint8)
     tolerance = 1e-2 if cfg.fp16 else 1e-4 if device.type == "cuda" else 1e-5
     tolerance *= 2 if checkpoint["autoencoder"] else 1  # two networks, one after the other
     if kind == "teacher" and checkpoint["prediction"] == "eps":
@@ -316,7 +308,7 @@ def main(argv=None):
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         file = Path(folder, path.name)
-        model = export_onnx(to_export)
+        model = export_onnx(halve(copy.deepcopy(exported)) if cfg.fp16 else exported)
         store(model, exported, facts, file)
         error = check_onnx(file, exported, device.type)
         if not error <= tolerance:
@@ -332,9 +324,8 @@ def main(argv=None):
         for name in written:
             Path(folder, name).replace(path.with_name(name))
     print(f"{path}: {sum(written.values()) / 1e6:.2f} MB; {told}"
-          + (f"; its weights are in {path.name}.data" if len(written) > 2 else "")
-          + ("" if pipeline else
-             f"\nnext: python sample.py {path}" if kind == "generator" else ""))
+          + f"; its weights are in {path.name}.data" * (len(written) > 2)
+          + f"\nnext: python sample.py {path}" * (kind == "generator" and not pipeline))
     if cfg.benchmark:
         benchmark(files, exported, checkpoint, device)
 

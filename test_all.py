@@ -1732,8 +1732,7 @@ def test_profile_tells_and_touches_no_run(script, tiny, tmp_path, capsys):
 @pytest.fixture
 def exported(tiny):
     """The module whose graph is in the file."""
-    checkpoint = teacher.load(tiny.generator)
-    return export.Exported(teacher.build(checkpoint), checkpoint)
+    return export.Exported(teacher.load(tiny.generator))
 
 
 def sample_feed(batch):
