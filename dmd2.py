@@ -26,10 +26,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sample import (TITLES, EvaluationOptions, add_roles, batch_of, build_any, digest_of, few_step,
-                    folder_of, generator_sigmas, guided, load_captioned, load_images,
-                    load_reference, make_sampler, measure, open_checkpoint, read_prompts,
-                    recompute_by_role, shard, write_student)
+from sample import (TITLES, EvaluationOptions, batch_of, build_any, digest_of, few_step, folder_of,
+                    generator_sigmas, guided, load_captioned, load_images, load_reference,
+                    make_sampler, measure, open_checkpoint, read_prompts, shard, with_adapter,
+                    write_student)
 from teacher import (GENERATOR, SIGMA_MAX, SIGMA_MIN, TRAINED_STEP, Data, Descent, Draw, Run,
                      TrainingOptions, __version__, arg, batch_at, codec_of, due, encoded, flag,
                      fresh_noise, group_norm, load, lowest_quantile, parse, parts_of, pick_device,
@@ -356,11 +356,11 @@ def initial(cfg, parent, sigmas, device):
     teacher = build_any(parent, device)
     torch.manual_seed(cfg.seed)  # of adapters, the same on every rank
     if cfg.checkpointing and "pipeline" in parent["network"]:
-        recompute_by_role(teacher.net.unet)
+        teacher.net.unet.enable_gradient_checkpointing()
     count = 0 if not cfg.lora else 1 if cfg.fake_lora == 0 else 2  # of adapters
+    adapted = [with_adapter(teacher, cfg.lora, cfg.lora_alpha) for _ in range(count)]
     whole = [copy.deepcopy(teacher) for _ in range(2 - count)]
-    roles = ["generator", "fake_score"][:count]
-    generator, fake_score = students = add_roles(teacher, roles, cfg.lora, cfg.lora_alpha) + whole
+    generator, fake_score = students = adapted + whole
     if cfg.init_from and not cfg.resume:
         source = load(cfg.init_from, "generator")
         for name, wanted in dict(parent, sigmas=sigmas).items():

@@ -10,6 +10,7 @@
 A checkpoint of teacher.py, dmd2.py or NVlabs/edm, or a file of export.py: its path is enough.
 """
 
+import copy
 import dataclasses
 import functools
 import hashlib
@@ -21,7 +22,6 @@ import pickle
 import re
 import statistics
 import sys
-import warnings
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -32,7 +32,6 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.checkpoint import checkpoint as recompute
 
 from teacher import (ENDINGS, FEATURES, HEUN_STEPS, SIGMA_MAX, SUBSET, Denoiser, Options, Pixels,
                      arg, build, codec_of, decoded, fresh_noise, heun, load, load_data, parse,
@@ -207,42 +206,32 @@ IMAGENET_64 = dict(zip(EDM_SIZES, EDM_DEFAULTS["DhariwalUNet"]), model_type="Dha
 
 
 def load_edm(path):
-    """A checkpoint of NVlabs/edm, as load() returns ours and with its promises."""
-    content = Path(path).read_bytes()
+    """A checkpoint of NVlabs/edm or, a .bin, tianweiy/DMD2's one-step generator of ImageNet-64, as
+    load() returns ours and with its promises."""
+    content, official = io.BytesIO(Path(path).read_bytes()), Path(path).suffix == ".bin"
     try:
-        precond = EDMUnpickler(io.BytesIO(content)).load()["ema"]
-        kind, given = precond.model.class_name, precond.model._init_kwargs
-        if precond.class_name != "EDMPrecond" or kind not in EDM_DEFAULTS:
-            raise ValueError(f"holds {precond.class_name} of {kind}; it must be EDMPrecond")
-        if given.get("embedding_type") == "fourier":
-            raise ValueError("its embedding_type is fourier: NCSN++, which is not read")
-        network = dict(zip(EDM_SIZES, EDM_DEFAULTS[kind]), model_type=kind,
-                       img_resolution=given["img_resolution"], img_channels=given["in_channels"])
-        network.update({name: given[name] for name in EDM_SIZES if name in given})
-        weights = {f"net.{name}": value.detach().float() for name, value in
-                   precond.model.named_parameters() if "augment" not in name}  # samples have none
+        if official:
+            state, network = torch.load(content, map_location="cpu", weights_only=True), IMAGENET_64
+        else:
+            precond = EDMUnpickler(content).load()["ema"]
+            kind, args = precond.model.class_name, precond.model._init_kwargs
+            if precond.class_name != "EDMPrecond" or kind not in EDM_DEFAULTS:
+                raise ValueError(f"holds {precond.class_name} of {kind}; it must be EDMPrecond")
+            if args.get("embedding_type") == "fourier":
+                raise ValueError("its embedding_type is fourier: NCSN++, which is not read")
+            network = dict(zip(EDM_SIZES, EDM_DEFAULTS[kind]), model_type=kind)
+            network.update({name: args[name] for name in EDM_SIZES if name in args})
+            network.update(img_resolution=args["img_resolution"], img_channels=args["in_channels"])
+            state = dict(precond.model.named_parameters())
+        weights = {f"net.{name.split('model.')[-1]}": value.detach().float() for name, value in
+                   state.items() if not re.search("augment|resample_filter", name)}
     except Exception as error:  # a damaged pickle raises whatever its bytes happen to say
-        raise ValueError(f"{path}: no checkpoint of NVlabs/edm, or damaged: {error}") from error
-    return of_edm("teacher", network, weights)
-
-
-def load_official(path):
-    """A pytorch_model.bin of tianweiy/DMD2's ImageNet-64, likewise: a one-step generator."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        weights = {f"net.{name.split('model.')[-1]}": value.float() for name, value in state.items()
-                   if "resample_filter" not in name}
-    except Exception as error:  # as of load()
-        raise ValueError(f"{path}: no checkpoint of PyTorch, or damaged: {error}") from error
-    return dict(of_edm("generator", IMAGENET_64, weights), sigmas=[SIGMA_MAX], figures=None,
-                teacher_figures=None)
-
-
-def of_edm(kind, network, weights):
-    """What load() returns of a network of EDM's, which tells no data."""
+        origin = "PyTorch" if official else "NVlabs/edm"
+        raise ValueError(f"{path}: no checkpoint of {origin}, or damaged: {error}") from error
     classes = tuple(map(str, range(network["label_dim"]))) or ("all",)
-    return dict(kind=kind, step=None, config={}, network=network, prediction="edm",
-                schedule="lognormal", model=weights, autoencoder=None,
+    return dict(kind="generator" if official else "teacher", step=None, config={}, network=network,
+                prediction="edm", schedule="lognormal", model=weights, autoencoder=None,
+                sigmas=[SIGMA_MAX],  # of a generator
                 data=dict(name=None, data_dir="data", size=network["img_resolution"], flip=False,
                           shape=shape_of(network), classes=classes))
 
@@ -266,19 +255,18 @@ class Prompts:
         self.encoders = nn.ModuleList(
             kind.from_pretrained(folder / f"text_encoder{part}", use_safetensors=True)
             for part, kind in kinds).float().to(device).eval().requires_grad_(False)
-        none = self.tokens([""])
+        self.table = self.tokens([*texts, ""])
         if index.get("force_zeros_for_empty_prompt"):  # SDXL's is an embedding of zeros
-            none = torch.full_like(none, -1)
-        self.table = torch.cat([*([self.tokens(texts)] if texts else []), none])
+            self.table[-1] = -1
 
     def __deepcopy__(self, memo):
         return self
 
     def tokens(self, texts):
         """B texts -> int64 [B, 77], of SDXL [B, 2, 77]; longer ones are cut."""
-        ids = [tokenizer(list(texts), padding="max_length", truncation=True, max_length=77,
+        ids = [tokenizer(texts, padding="max_length", truncation=True, max_length=77,
                          return_tensors="pt").input_ids for tokenizer in self.tokenizers]
-        return torch.stack(ids, dim=1).to(self.device) if self.xl else ids[0].to(self.device)
+        return torch.stack(ids, dim=1).squeeze(1).to(self.device)
 
     def encoded(self, label):
         """Rows [B] or tokens -> embeddings [B, 77, D] and, of SDXL, the pooled one [B, P]; of -1
@@ -296,20 +284,11 @@ class Prompts:
 
 
 class TextUNet(nn.Module):
-    """A UNet of diffusers as Denoiser calls its network: timesteps for noise levels.
+    """A UNet of diffusers as Denoiser calls its network: timesteps for noise levels."""
 
-    role  of a UNet that plays several, by LoRA: the name of its adapter, whose parameters are the
-          only ones of this module; None computes without any
-    """
-
-    def __init__(self, unet, prompts, network, role=None):
+    def __init__(self, unet, prompts, network):
         super().__init__()
-        self.prompts, self.network, self.role = prompts, network, role
-        if role is None:
-            self.unet = unet
-        else:  # not registered: it has no parameters of its own
-            self.__dict__["unet"] = unet
-            self.adapter = nn.ParameterList(adapter_of(unet, role))
+        self.unet, self.prompts = unet, prompts
         levels = timestep_sigmas("scaled_linear").log().float()
         self.register_buffer("levels", levels, persistent=False)
         channels, side = unet.config.block_out_channels, network["pixels"]
@@ -319,31 +298,24 @@ class TextUNet(nn.Module):
     def forward(self, x, c_noise, label, decode=True):
         """x [B, 4, h, w], c_noise [B], label as of Prompts, or what it encodes to -> F (None
         without decode), and the output of the middle block, the bottleneck"""
-        unet, added = self.unet, None
-        play(unet, self.role)
+        unet = self.unet
         text, pooled = label if isinstance(label, tuple) else self.prompts.encoded(label)
         text = text.to(x.dtype)
         # Timesteps stay float32 until they are waves: in bfloat16 999 is 1000.
         emb = unet.time_embedding(unet.get_time_embed(x, timestep_of(4 * c_noise, self.levels)))
         if pooled is not None:
             sizes = pooled.new_tensor(self.sizes).expand(pooled.shape[0], 6)
-            added = dict(text_embeds=pooled, time_ids=sizes)
-            emb = emb + unet.get_aug_embed(emb, text, added)
-
-        def run(block, *args):
-            return block(*args, **dict(encoder_hidden_states=text) if hasattr(block, "attentions")
-                         else {})
-
+            emb = emb + unet.get_aug_embed(emb, text, dict(text_embeds=pooled, time_ids=sizes))
         h = unet.conv_in(x)
-        skips = [h]
+        skips = (h,)
         for block in unet.down_blocks:
-            h, outputs = run(block, h, emb)
+            h, outputs = block(h, emb, encoder_hidden_states=text)
             skips += outputs
-        features = h = run(unet.mid_block, h, emb)
+        features = h = unet.mid_block(h, emb, encoder_hidden_states=text)
         for block in unet.up_blocks if decode else ():
             count = len(block.resnets)
-            h = run(block, h, tuple(skips[-count:]), emb)
-            del skips[-count:]
+            h = block(h, skips[-count:], emb, encoder_hidden_states=text)
+            skips = skips[:-count]
         return unet.conv_out(F.silu(unet.conv_norm_out(h))) if decode else None, features
 
 
@@ -362,58 +334,16 @@ LORA_LAYERS = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.ne
                "upsamplers.0.conv", "time_emb_proj"]
 
 
-def add_roles(denoiser, roles, rank, alpha):
-    """Denoisers of a denoiser's UNet, by LoRA an adapter of rank and alpha for each of the roles;
-    from then on the given denoiser computes without any."""
-    if not roles:
-        return []
+def with_adapter(denoiser, rank, alpha):
+    """A denoiser whose UNet has the weights of the given one's, of which it copies none, and an
+    adapter (LoRA) of rank and alpha, whose parameters are the only ones that the denoiser has."""
     from peft import LoraConfig
-    net = denoiser.net
-    with warnings.catch_warnings(action="ignore"):  # that there is more than one
-        for role in roles:
-            config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=LORA_LAYERS)
-            net.unet.add_adapter(config, role)
-            net.unet.role = role
-    return [Denoiser(TextUNet(net.unet, net.prompts, net.network, role), denoiser.prediction)
-            for role in roles]
-
-
-def adapter_of(unet, role):
-    return [p for name, p in unet.named_parameters() if f".{role}." in name]
-
-
-def play(unet, role):
-    """Let a UNet play a role. set_adapter() would freeze the other roles' parameters."""
-    if getattr(unet, "role", None) != role:
-        from peft.tuners.tuners_utils import BaseTunerLayer
-        for layer in unet.modules():
-            if isinstance(layer, BaseTunerLayer):
-                layer._disable_adapters, layer._active_adapter = role is None, [role]
-        unet.role = role
-
-
-def fused(denoiser):
-    """The denoiser, of a generator by LoRA with the adapter added to the UNet's own weights."""
-    if not getattr(denoiser.net, "role", None):
-        return denoiser
-    net = denoiser.net
-    play(net.unet, net.role)
-    net.unet.fuse_lora(adapter_names=[net.role])
-    net.unet.unload_lora()
-    return Denoiser(TextUNet(net.unet, net.prompts, net.network), denoiser.prediction)
-
-
-def recompute_by_role(unet):
-    """Gradient checkpointing that computes anew in the role of the first time: with diffusers' own
-    the generator's gradient would be of whatever role is played by then."""
-    def call(block, *args):
-        role = getattr(unet, "role", None)
-
-        def again(*args):
-            play(unet, role)
-            return block(*args)
-        return recompute(again, *args, use_reentrant=False)
-    unet.enable_gradient_checkpointing(call)
+    adapted = copy.deepcopy(denoiser, {id(p): p for p in denoiser.parameters()})
+    net, unet = adapted.net, adapted.net._modules.pop("unet")
+    unet.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=LORA_LAYERS))
+    net.__dict__["unet"] = unet  # not registered
+    net.adapter = nn.ParameterList(p for p in unet.parameters() if p.requires_grad)
+    return adapted
 
 
 def folder_of(pipeline):
@@ -466,28 +396,27 @@ def build_pipeline(checkpoint, device):
     unet = UNet2DConditionModel.from_pretrained(folder / "unet", use_safetensors=True).float()
     prompts = Prompts(folder, checkpoint["data"]["classes"], device)
     if network.get("weights"):
-        load_weights(unet, network["weights"], prompts.xl)
-    denoiser = Denoiser(TextUNet(unet, prompts, network), checkpoint["prediction"])
-    if network.get("lora") and checkpoint["model"]:
-        denoiser, = add_roles(denoiser, ["generator"], network["lora"], network["lora_alpha"])
-        denoiser.net.unet.to(device)
-    if checkpoint["model"]:
+        load_weights(unet, network["weights"])
+    denoiser = Denoiser(TextUNet(unet.to(device), prompts, network), checkpoint["prediction"])
+    if checkpoint["model"] and network.get("lora"):
+        adapted = with_adapter(denoiser, network["lora"], network["lora_alpha"])
+        adapted.load_state_dict(checkpoint["model"])
+        adapted.net.unet.fuse_lora()  # into the weights, which are the denoiser's, too
+    elif checkpoint["model"]:
         denoiser.load_state_dict(checkpoint["model"])
     return denoiser.to(device).eval().requires_grad_(False)
 
 
-def load_weights(unet, path, xl):
+def load_weights(unet, path):
     """Load a UNet's weights, or a LoRA, of a .safetensors or .bin file, as DMD2's releases are."""
-    from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
-    from safetensors.torch import load_file
+    from diffusers import StableDiffusionPipeline  # SDXL's reads the same
+    from diffusers.models.model_loading_utils import load_state_dict
     try:
-        state = load_file(path) if Path(path).suffix == ".safetensors" else torch.load(
-            path, map_location="cpu", weights_only=True)
+        state = load_state_dict(path)
         if any("lora" in name for name in state):
-            kind = StableDiffusionXLPipeline if xl else StableDiffusionPipeline
-            state, alphas, metadata = kind.lora_state_dict(path, unet_config=unet.config,
-                                                           return_lora_metadata=True)
-            kind.load_lora_into_unet(state, alphas, unet, metadata=metadata)
+            *lora, metadata = StableDiffusionPipeline.lora_state_dict(
+                path, unet_config=unet.config, return_lora_metadata=True)
+            StableDiffusionPipeline.load_lora_into_unet(*lora, unet, metadata=metadata)
         else:
             unet.load_state_dict(state)
     except Exception as error:  # torch.load, safetensors and peft have no base in common
@@ -495,9 +424,8 @@ def load_weights(unet, path, xl):
 
 
 def shard(net, *others):
-    """Split a TextUNet, block by block, and other modules over the ranks: each keeps its part of
-    weights, gradients and moments, and gathers a block's weights while it computes (FSDP, Zhao et
-    al. 2023)."""
+    """Split weights, gradients and moments of a TextUNet and other modules over the ranks, which
+    gather a block's weights while they compute with it (FSDP, Zhao et al. 2023)."""
     from torch.distributed.fsdp import fully_shard
     for block in (*net.unet.down_blocks, net.unet.mid_block, *net.unet.up_blocks, net, *others):
         fully_shard(block)
@@ -506,15 +434,14 @@ def shard(net, *others):
 def write_student(generator, path, half=False):
     """The generator as diffusers reads it, beside its checkpoint: pytorch_lora_weights.safetensors,
     its alpha included, or unet/; in float16 if `half`."""
-    from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+    from diffusers import StableDiffusionPipeline, UNet2DConditionModel
     net, folder = generator.net, path.parent
-    if net.role:
+    if hasattr(net, "adapter"):
         from peft import get_peft_model_state_dict
-        state = get_peft_model_state_dict(net.unet, adapter_name=net.role)
+        state = get_peft_model_state_dict(net.unet)
         state = {name: value.half() if half else value for name, value in state.items()}
-        kind = StableDiffusionXLPipeline if net.prompts.xl else StableDiffusionPipeline
-        kind.save_lora_weights(folder, state, unet_lora_adapter_metadata=net.unet.peft_config[
-            net.role].to_dict())
+        StableDiffusionPipeline.save_lora_weights(
+            folder, state, unet_lora_adapter_metadata=net.unet.peft_config["default"].to_dict())
     else:
         with torch.device("meta"):
             unet = UNet2DConditionModel.from_config(net.unet.config)
@@ -532,9 +459,8 @@ def load_captioned(folder, codec, size, data_dir, device):
         lines = map(json.loads, listed.read_text().splitlines())
         found = [(folder / line["file_name"], line["text"]) for line in lines]
     else:
-        paths = [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in ENDINGS]
-        found = [(path, path.with_suffix(".txt").read_text().strip()) for path in paths
-                 if path.with_suffix(".txt").exists()]
+        found = [(path, text.read_text().strip()) for path in sorted(folder.rglob("*"))
+                 if path.suffix.lower() in ENDINGS and (text := path.with_suffix(".txt")).exists()]
     stamp = [(str(path), path.stat().st_size, text) for path, text in found]
     stamp = json.dumps([stamp, size, digest_of(codec.network["pipeline"])])
     key = hashlib.sha256(stamp.encode()).hexdigest()[:16]
@@ -546,10 +472,10 @@ def load_captioned(folder, codec, size, data_dir, device):
                 pixels = decoded(image, size)
                 if isinstance(pixels, Exception):
                     tell(f"{image}: left out, {pixels}", sys.stderr)
-                    continue
-                x0 = codec.encode(to_float(torch.from_numpy(pixels)[None]).to(device))
-                latents.append(x0.cpu())
-                captions.append(text)
+                else:
+                    x0 = to_float(torch.from_numpy(pixels)[None]).to(device)
+                    latents.append(codec.encode(x0).cpu())
+                    captions.append(text)
             if not captions:
                 raise ValueError(f"--data {folder}: has no image with caption, as x.jpg and x.txt")
             save(dict(latents=torch.cat(latents), captions=captions), path)
@@ -574,23 +500,24 @@ class Sampler(NamedTuple):
 
 
 def open_checkpoint(path, data=None, data_dir=None, kind=None, prompts=()):
-    """load(), or of a .pkl load_edm(), of a .bin load_official(), of a folder or a name on the Hub
-    open_pipeline(); not of autoencoders. Its data may have moved meanwhile; prompts may take the
-    place of a pipeline's."""
-    on_hub = (re.fullmatch(r"[\w-]+/[\w.-]+", str(path)) and not Path(path).parent.is_dir()
-              and Path(path).suffix not in (".pt", ".pkl", ".bin"))
-    if Path(path, "model_index.json").is_file() or on_hub:
+    """load(), or of a .pkl or .bin load_edm(), of a folder or a name on the Hub open_pipeline();
+    not of autoencoders. Its data may have moved meanwhile; prompts may take the place of a
+    pipeline's."""
+    suffix, on_hub = Path(path).suffix, re.fullmatch(r"[\w-]+/[\w.-]+", str(path))
+    if suffix in (".pkl", ".bin"):
+        checkpoint = load_edm(path)
+    elif Path(path, "model_index.json").is_file() or (
+            on_hub and suffix != ".pt" and not Path(path).parent.is_dir()):
         checkpoint = open_pipeline(path)
     else:
-        loaders = {".pkl": load_edm, ".bin": load_official}
-        checkpoint = loaders.get(Path(path).suffix, lambda path: load(path, kind))(path)
+        checkpoint = load(path, kind)
     if checkpoint["kind"] == "autoencoder":
         raise ValueError(f"{path}: holds an autoencoder; next: python teacher.py --latent {path}")
     facts = checkpoint["data"]
     facts.update(name=data or facts["name"], data_dir=data_dir or facts["data_dir"])
     if "pipeline" in checkpoint["network"] and prompts:
         facts["classes"] = tuple(prompts)
-    if Path(path).suffix in (".pkl", ".bin") and data:  # which tell no names of classes
+    if suffix in (".pkl", ".bin") and data:  # which tell no names of classes
         found = load_data(data, "train", facts["data_dir"], facts["size"]).classes
         facts["classes"] = found if len(found) == len(facts["classes"]) else facts["classes"]
     return checkpoint
@@ -648,12 +575,9 @@ def digest_of(path):
     """SHA-256 of a checkpoint; of a pipeline, of the beginnings of its files."""
     if Path(path).is_file():
         return hashlib.sha256(Path(path).read_bytes()).hexdigest()
-    path = Path(folder_of(path))
-    digest = hashlib.sha256()
-    for file in sorted(filter(Path.is_file, path.rglob("*"))):
-        with open(file, "rb") as content:
-            digest.update(content.read(2**20))
-    return digest.hexdigest()
+    files = sorted(filter(Path.is_file, Path(folder_of(path)).rglob("*")))
+    content = [np.fromfile(file, np.uint8, 2**20) for file in files]
+    return hashlib.sha256(np.concatenate(content)).hexdigest()
 
 
 def make_sampler(denoiser, checkpoint, device, sampler=None, steps=None):
@@ -728,10 +652,9 @@ def batch_of(sampler, batch=BATCH):
 
 def generate(sampler, label, seed, batch=BATCH):
     """Images uint8 [N, C, H, W] of label [N]; image i is made of seed, i and label[i] only: batches
-    are filled up to multiples of 16, for at odd sizes kernels add in another order (large images
-    are not: that costs more than it gives). Several ranks share the work, and each gets all images.
-    FloatingPointError if they are not finite."""
-    fill = 16 if math.prod(sampler.data["shape"]) < 2**17 else 1
+    are filled up to multiples of 16, for at odd sizes kernels add in another order. Several ranks
+    share the work, and each gets all images. FloatingPointError if they are not finite."""
+    fill = 16 if math.prod(sampler.data["shape"]) < 2**17 else 1  # of large ones it costs too much
     batch = batch_of(sampler, batch)
     batch, count = batch + -batch % fill, len(label) + -len(label) % fill
     images = torch.zeros(count, *sampler.data["shape"], dtype=torch.uint8, device=sampler.device)
@@ -797,8 +720,8 @@ def load_features(data, facts, device="cpu"):
     names of their distances, and a classifier; and the head of a SHA-256 to tell figures apart by.
 
     A distance is measured in each of three spaces: the trained encoder's, the training images'
-    principal components, and a random network's, in which nothing is tuned. The trained networks
-    are in assets/, or trained once, which takes a minute or so, and kept in data_dir.
+    principal components, and a random network's. The trained networks are in assets/, or trained
+    once and kept in data_dir.
     """
     path, channels = ASSETS / f"features_{facts['name']}.pt", data.images.shape[1]
     if facts["name"] not in ("digits", "mnist"):
@@ -873,42 +796,37 @@ class Reference(NamedTuple):
 
 
 def load_reference(facts, device="cpu", cfg=EvaluationOptions()):
-    """The Reference to evaluate against, of the data a checkpoint tells of."""
+    """The Reference to evaluate against: training images of the data that a checkpoint tells of, in
+    the spaces of load_features(), or in that of --features, of which --reference may tell."""
     if cfg.features:
-        return network_reference(facts, device, cfg)
+        net, digest = load_network(cfg.features, cfg.features_weights, device)
+        nets = {"fid" if cfg.features == "inception" else "frechet_distance": net}
+        about = f"features {Path(cfg.features).name} {digest}"
+        if cfg.reference and Path(cfg.reference).exists():
+            with np.load(cfg.reference) as file:
+                real = tuple(torch.from_numpy(file[part]).double() for part in ("mu", "sigma"))
+            return Reference(nets, dict.fromkeys(nets, real), torch.arange(len(facts["classes"])),
+                             {}, f"reference {Path(cfg.reference).name}, {about}", device)
     data, held_out = (load_images(facts, split) for split in ("train", "test"))
-    if len(held_out.images) <= NEIGHBOURS:
-        raise ValueError(f"{facts['name']}: too few held-out images; try --evaluate-every 0")
-    nets, digest = load_features(data, facts, device)
+    if not cfg.features:
+        if len(held_out.images) <= NEIGHBOURS:
+            raise ValueError(f"{facts['name']}: too few held-out images; try --evaluate-every 0")
+        nets, digest = load_features(data, facts, device)
+        about = f"feature networks {digest}"
     order = torch.randperm(len(data.images), generator=seeded(SUBSET))  # a prefix is a fair sample
-    features = {name: found[order] for name, found in extract(nets, data.images, device).items()}
-    del features["classifier"]
-    about = f"reference {len(order)} training images of {facts['name']}, feature networks {digest}"
-    reference = Reference(nets, features, data.labels[order], {}, about, device)
+    real = {name: found[order] for name, found in extract(nets, data.images, device).items()
+            if name != "classifier"}
+    about = f"reference {len(order)} training images of {facts['name']}, {about}"
+    reference = Reference(nets, real, data.labels[order], {}, about, device)
+    if cfg.features:
+        if cfg.reference and rank() == 0:
+            mu, sigma = gaussian(*real.values())
+            with replacing(cfg.reference) as file:
+                np.savez(file, mu=mu, sigma=sigma)
+        return reference
     floor = evaluate(held_out.images, held_out.labels, reference)
     del floor["precision"], floor["recall"]  # of so few images they compare with no others
     return reference._replace(floor=dict(floor, n=len(held_out.images)))
-
-
-def network_reference(facts, device, cfg):
-    """The Reference in the space of --features: training images, or what --reference tells."""
-    net, digest = load_network(cfg.features, cfg.features_weights, device)
-    name = "fid" if cfg.features == "inception" else "frechet_distance"
-    if cfg.reference and Path(cfg.reference).exists():
-        with np.load(cfg.reference) as file:
-            real = tuple(torch.from_numpy(file[part]).double() for part in ("mu", "sigma"))
-        labels, source = torch.arange(len(facts["classes"])), Path(cfg.reference).name
-    else:
-        data = load_images(facts, "train")
-        order = torch.randperm(len(data.labels), generator=seeded(SUBSET))
-        real = extract({name: net}, data.images, device)[name][order]
-        labels, source = data.labels[order], f"{len(order)} training images of {facts['name']}"
-        if cfg.reference and rank() == 0:
-            mu, sigma = gaussian(real)
-            with replacing(cfg.reference) as file:
-                np.savez(file, mu=mu, sigma=sigma)
-    about = f"reference {source}, features {Path(cfg.features).name} {digest}"
-    return Reference({name: net}, {name: real}, labels, {}, about, device)
 
 
 @torch.no_grad()
@@ -917,11 +835,10 @@ def extract(nets, images, device):
     found = {name: torch.cat([net(to_float(part.to(device))).cpu() for part in
                               images.tensor_split(ranks())[rank()].split(500)])
              for name, net in nets.items()}
+    of_ranks = [found] * ranks()
     if ranks() > 1:
-        of_ranks = [None] * ranks()
         dist.all_gather_object(of_ranks, found)
-        found = {name: torch.cat([part[name] for part in of_ranks]) for name in found}
-    return found
+    return {name: torch.cat([part[name] for part in of_ranks]) for name in found}
 
 
 def evaluate(images, label, reference):
@@ -937,9 +854,8 @@ def evaluate(images, label, reference):
     if name == "fid":
         figures["inception_score"] = reference.nets[name].score(found[name])
     if torch.is_tensor(real):  # and not only its mean and covariance
-        count = min(len(real), len(images), 10000)
-        precision, recall = precision_recall(real[:count], found[name][:count])
-        figures.update(precision=precision, recall=recall)
+        n = min(len(real), len(images), 10000)
+        figures["precision"], figures["recall"] = precision_recall(real[:n], found[name][:n])
     return figures
 
 
@@ -947,10 +863,9 @@ def distances(found, real):
     """Fréchet distances of features [N, D] from real ones in each space, in units of the real
     ones' variance, the mean over the D, so that those of different spaces can be compared; but FID
     as it is published."""
-    real = {name: gaussian(features) for name, features in real.items()}
-    return {name: frechet_distance(found[name], (mean, covariance)) /
-            (1 if name == "fid" else covariance.diagonal().mean().item())
-            for name, (mean, covariance) in real.items()}
+    return {name: frechet_distance(found[name], features) /
+            (1 if name == "fid" else gaussian(features)[1].diagonal().mean().item())
+            for name, features in real.items()}
 
 
 def gaussian(features):
@@ -1016,11 +931,10 @@ def clip_score(images, texts, folder, device="cpu"):
     from transformers import CLIPModel, CLIPProcessor
     model, scores = CLIPModel.from_pretrained(folder).to(device).eval(), []
     processor = CLIPProcessor.from_pretrained(folder)
-    for start in range(0, len(texts), 64):
-        part = slice(start, start + 64)
+    for part in (slice(start, start + 64) for start in range(0, len(texts), 64)):
         inputs = processor(text=texts[part], images=[*images[part]], padding=True, truncation=True,
-                           return_tensors="pt").to(device)
-        found = model(**inputs)
+                           return_tensors="pt")
+        found = model(**inputs.to(device))
         scores.append((found.image_embeds * found.text_embeds).sum(1))
     return 100 * torch.cat(scores).mean().item()
 
