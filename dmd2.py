@@ -32,10 +32,10 @@ from sample import (TITLES, EvaluationOptions, batch_of, build_any, digest_of, f
                     write_student)
 from teacher import (GENERATOR, SIGMA_MAX, SIGMA_MIN, TRAINED_STEP, Data, Descent, Draw, Run,
                      TrainingOptions, __version__, arg, batch_at, codec_of, due, encoded, flag,
-                     fresh_noise, group_norm, load, lowest_quantile, parse, parts_of, pick_device,
-                     prepare, progress, ranges_of, rank, rank_0_first, ranks, rate_at, recipe_of,
-                     run_script, save, save_grid, seeded, shape_of, sigma_at, start_scale, tell,
-                     to_uint8, training_batches, unit_error, update_ema)
+                     fresh_noise, group_norm, load, parse, parts_of, pick_device, prepare, progress,
+                     ranges_of, rank, rank_0_first, ranks, rate_at, recipe_of, run_script, save,
+                     save_grid, seeded, shape_of, sigma_at, start_scale, tell, to_uint8,
+                     training_batches, unit_error, update_ema)
 
 # What of dmd2.py depends on the data: it fills the options that were not given.
 RECIPES = {
@@ -296,8 +296,7 @@ class Best:
 
     def __init__(self, cfg, facts, sampler, teacher):
         self.facts, self.sampler, self.path = facts, sampler, Path(cfg.out, "generator.pt")
-        self.half = cfg.half
-        self.best = self.measure = None
+        self.best, self.measure, self.half = None, None, cfg.half
         if cfg.evaluate_every:
             reference = load_reference(facts["data"], sampler.device, cfg)
             self.measure = functools.partial(measure, reference=reference, n=cfg.evaluate_n,
@@ -391,19 +390,20 @@ def train(cfg):
     device, parts = pick_device(cfg.device), parts_of(cfg)
     texts = read_prompts(cfg.prompts) if cfg.prompts else ()
     parent = open_checkpoint(cfg.teacher, cfg.data, cfg.data_dir, prompts=texts)
-    pipeline, schedule = parent["network"].get("pipeline"), ranges_of(parent["schedule"])
+    pipeline = parent["network"].get("pipeline")
     if pipeline and not texts:
         raise ValueError("--prompts is missing: give a file of prompts, one a line")
     if cfg.shard and (not pipeline or cfg.lora or ranks() == 1):
         raise ValueError("--shard: is for whole networks of Stable Diffusion, under torchrun")
     if pipeline and cfg.lora:
         parent["network"].update(lora=cfg.lora, lora_alpha=cfg.lora_alpha)
+    schedule, lowest = ranges_of(parent["schedule"])
     sigmas = generator_sigmas(cfg.student_steps, cfg.conditioning_sigma,
                               cfg.first_timestep if schedule == "scaled_linear" else None)
     start = start_scale(parent["schedule"], sigmas[0])
     num_classes, shape = len(parent["data"]["classes"]), shape_of(parent["network"])
-    dm_range, fake_range, gan_range = (interval(cfg, name, lowest_quantile(parent["schedule"]))
-                                       for name in ("dm_range", "fake_range", "gan_range"))
+    dm_range, fake_range, gan_range = (interval(cfg, name, lowest) for name in
+                                       ("dm_range", "fake_range", "gan_range"))
     gan_range = gan_range if cfg.gan_noise else None
     # The discriminator may see the generator's images in the pass by which the fake score learns.
     shares_pass = cfg.gan_features == "fake" and gan_range == fake_range
@@ -445,7 +445,7 @@ def train(cfg):
     tell(f"distilling on {device}: recipe {cfg.recipe}, {cfg.steps} steps"
          f"{f', guidance {cfg.guidance:g}' if cfg.guidance != 1 else ''}", sys.stderr)
     facts = dict({name: parent[name] for name in INHERITED}, kind="generator", sigmas=sigmas,
-                 version=__version__, config=dataclasses.asdict(cfg), teacher_figures=None)
+                 version=__version__, config=vars(cfg), teacher_figures=None)
     teacher_sampler = make_sampler(guide, parent, device)
     best = Best(cfg, facts, make_sampler(ema, facts, device), teacher_sampler)
     if cfg.regression_steps or cfg.regression_weight:

@@ -49,7 +49,7 @@ from tqdm import tqdm
 __version__ = "1.2"  # of checkpoints, too
 SIGMA_MIN, SIGMA_MAX, RHO, SIGMA_DATA = 0.002, 80.0, 7.0, 0.5  # EDM, Table 1
 HEUN_STEPS = 18  # of a teacher's sampler, as EDM has for CIFAR-10
-KNOWN_DATA = ("digits", "mnist", "fashion", "cifar10")
+KNOWN_DATA = dict(digits=None, mnist="MNIST", fashion="FashionMNIST", cifar10="CIFAR10")
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".ppm", ".pgm")
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "PPM")  # PIL would run a program in PostScript
 
@@ -102,10 +102,8 @@ PREDICTIONS = {
 
 
 def sigma_at(u, schedule):
-    """Noise level at quantile u in [0, 1], of any shape, of a schedule; it rises with u.
-
-    Those of lognormal and karras are in [SIGMA_MIN, SIGMA_MAX], the others in their own range.
-    """
+    """Noise level at quantile u in [0, 1], of any shape, of a schedule; it rises with u. Those of
+    lognormal and karras are in [SIGMA_MIN, SIGMA_MAX], the others in their own range."""
     sigma = SCHEDULES[schedule](u)
     return sigma.clamp(SIGMA_MIN, SIGMA_MAX) if schedule in ("lognormal", "karras") else sigma
 
@@ -132,12 +130,6 @@ def timestep_sigma(u, schedule):
     return torch.lerp(log_sigmas[below], log_sigmas[below + 1], timestep - below).exp()
 
 
-def ranges_of(schedule):
-    """The schedule in whose quantiles --dm-range and the like are given: karras or, of a teacher of
-    Stable Diffusion's, its own, beyond whose timesteps it knows nothing."""
-    return schedule if schedule == "scaled_linear" else "karras"
-
-
 def start_scale(schedule, sigma):
     """What unit noise is multiplied by to be a sampler's first input, at noise level sigma, a
     float: Stable Diffusion's networks, which see x / sqrt(1 + sigma^2), are given it as it is."""
@@ -149,11 +141,12 @@ def quantile_of(sigma):
     return min(max((sigma ** (1 / RHO) - LOW) / (HIGH - LOW), 0.0), 1.0)
 
 
-def lowest_quantile(schedule):
-    """The quantile of its ranges_of() where a schedule's range of noise levels begins."""
-    if ranges_of(schedule) == schedule:
-        return 0.0
-    return quantile_of(sigma_at(torch.zeros((), dtype=torch.float64), schedule).item())
+def ranges_of(schedule):
+    """The schedule in whose quantiles --dm-range and the like are given, and its quantile where the
+    teacher's begins: karras or, of Stable Diffusion, its own, beyond which it knows nothing."""
+    if schedule == "scaled_linear":
+        return schedule, 0.0
+    return "karras", quantile_of(sigma_at(torch.zeros(()).double(), schedule).item())
 
 
 # ---- denoiser and loss --------------------------------------------------------------------------
@@ -196,10 +189,9 @@ def unit_error(prediction, x0_hat, x0, sigma, min_snr_gamma=None):
     """Squared error of an estimate x0_hat [B, C, H, W] in the network's units: of F, not of x0.
 
         mean(((x0_hat - x0) / c_out)^2)         1 / c_out^2 is EDM's weight lambda(sigma)
-        mean(min(SNR, gamma) (x0_hat - x0)^2)   with min_snr_gamma; SNR = 1 / sigma^2
+        mean(min(SNR, gamma) (x0_hat - x0)^2)   min_snr_gamma, Hang et al. 2023; SNR = 1 / sigma^2
 
-    returns a scalar, 1 for an edm network that has learnt nothing; min_snr_gamma is of Hang et al.
-    2023, "Efficient Diffusion Training via Min-SNR Weighting Strategy"
+    returns a scalar, 1 for an edm network that has learnt nothing
     """
     sigma = sigma.view(-1, 1, 1, 1)
     _, c_out, _ = PREDICTIONS[prediction](sigma)
@@ -220,8 +212,7 @@ def sampling_sigmas(steps, schedule, own=False):
     elif own and schedule != "lognormal":
         sigmas = sigma_at(torch.linspace(1, 0, steps, dtype=torch.float64), schedule)
     else:
-        low, high = (quantile_of(sigma_at(torch.tensor(u, dtype=torch.float64), schedule).item())
-                     for u in (0.0, 1.0))
+        low, high = map(quantile_of, sigma_at(torch.tensor([0, 1]).double(), schedule).tolist())
         sigmas = sigma_at(torch.linspace(high, low, steps, dtype=torch.float64), "karras")
     return [*sigmas.tolist(), 0.0]
 
@@ -257,8 +248,10 @@ class DiffusionTask:
         network = dict(img_resolution=side, img_channels=data.shape[0], label_dim=len(data.classes),
                        model_channels=cfg.width, channel_mult=mults, num_blocks=cfg.blocks,
                        attn_resolutions=(halved(side, mults, cfg.patch),), patch=cfg.patch)
-        self.facts = dict(kind="teacher", network=network, prediction=cfg.prediction,
-                          schedule=cfg.schedule, autoencoder=codec.checkpoint())
+        autoencoder = None if isinstance(codec, Pixels) else dict(
+            kind="autoencoder", network=codec.network, model=codec.state_dict())
+        self.facts = dict(kind="teacher", network=network, prediction=cfg.prediction, model=None,
+                          schedule=cfg.schedule, autoencoder=autoencoder)
 
     def losses(self, denoiser, x0, label, draw):
         """Losses, scalars, of which `loss` is descended; x0 [B, C, H, W], label [B] int64"""
@@ -289,11 +282,20 @@ def train(cfg):
     device, parts = pick_device(cfg.device), parts_of(cfg)
     codec = codec_of(load(cfg.resume).get("autoencoder") if cfg.resume else
                      cfg.latent and load(cfg.latent, "autoencoder"), device)
-    data, held_out, facts = load_to_train(cfg, codec, device)
+    data, test = (load_data(cfg.data, split, cfg.data_dir, cfg.size) for split in ("train", "test"))
+    facts = dict(name=cfg.data, data_dir=cfg.data_dir, size=cfg.size, shape=data.shape,
+                 classes=data.classes, flip=cfg.flip, count=len(data.labels))
+    some = min(512, 2**24 // math.prod(data.shape))  # images that a network takes at once
+    if cfg.latent and not cfg.resume:
+        index = permutation(len(data.labels), 0, 0, "cpu")[:some]
+        codec.calibrate(to_float(data.images[index]).to(device))
+    held_out = codec.encode(to_float(test.images[:some]).to(device)), test.labels[:some].to(device)
+    data = encoded(data._replace(flip=cfg.flip), codec, device)
+
     task = (AutoencoderTask if cfg.autoencoder else DiffusionTask)(cfg, data, codec)
     torch.manual_seed(cfg.seed)
-    model = network_of(task.facts).to(device)
-    ema = copy.deepcopy(model).eval().requires_grad_(False)
+    ema = build(task.facts, device)
+    model = copy.deepcopy(ema).train().requires_grad_(True)
     descent = Descent(torch.optim.Adam(model.parameters(), fused=device.type != "mps"), cfg, device)
     run = Run(cfg, f"{task.facts['kind']}.pt", dict(model=model, ema=ema, descent=descent), facts)
     prepare(cfg, device, model)  # not ema: samples and validation are always float32
@@ -334,11 +336,11 @@ class Block(nn.Module):
         self.conv0 = nn.Conv2d(c_in, c_out, 3, padding=1)
         self.affine = nn.Linear(c_emb, 2 * c_out if adm else c_out)
         self.norm1 = group_norm(c_out, eps)
-        self.conv1 = scaled(nn.Conv2d(c_out, c_out, 3, padding=1), 1e-5)
+        self.conv1 = nn.Conv2d(c_out, c_out, 3, padding=1)
         self.skip = nn.Conv2d(c_in, c_out, 1) if has_skip else nn.Identity()
         self.norm2 = group_norm(c_out, eps) if attention else None
-        self.qkv = scaled(nn.Conv2d(c_out, 3 * c_out, 1), 0.2**0.5) if attention else None
-        self.proj = scaled(nn.Conv2d(c_out, c_out, 1), 1e-5) if attention else None
+        self.qkv = nn.Conv2d(c_out, 3 * c_out, 1) if attention else None
+        self.proj = nn.Conv2d(c_out, c_out, 1) if attention else None
 
     def forward(self, x, emb):
         """x [B, c_in, H, W], emb [B, c_emb] -> [B, c_out, H', W'], H' = H, H / 2 or 2 H"""
@@ -372,11 +374,6 @@ def group_norm(channels, eps=1e-6):
     return nn.GroupNorm(groups, channels, eps)
 
 
-def scaled(layer, scale):
-    layer.init_scale = scale
-    return layer
-
-
 class UNet(nn.Module):
     """EDM's network F. Argument and parameter names are those of NVlabs/edm.
 
@@ -404,12 +401,12 @@ class UNet(nn.Module):
 
         self.enc, self.dec = nn.ModuleDict(), nn.ModuleDict()
         block = functools.partial(Block, self.adm, c_emb)
-        channels, skips = model_channels * (channel_mult[0] if self.adm else 1), []
+        channels = model_channels * (channel_mult[0] if self.adm else 1)
+        skips, res = [], img_resolution
+        self.enc[f"{res}x{res}_conv"] = nn.Conv2d(img_channels, channels, 3, padding=1)
         for level, mult in enumerate(channel_mult):
             res = img_resolution >> level
-            if level == 0:
-                self.enc[f"{res}x{res}_conv"] = nn.Conv2d(img_channels, channels, 3, padding=1)
-            else:
+            if level > 0:
                 self.enc[f"{res}x{res}_down"] = block(channels, channels, "down")
             skips.append(channels)
             for i in range(num_blocks):
@@ -419,32 +416,34 @@ class UNet(nn.Module):
                 skips.append(channels)
         self.bottleneck = channels, res  # channels and side of the encoder's output
 
+        self.dec[f"{res}x{res}_in0"] = block(channels, channels, attention=True)
+        self.dec[f"{res}x{res}_in1"] = block(channels, channels)
         for level, mult in reversed(list(enumerate(channel_mult))):
             res = img_resolution >> level
-            if level == len(channel_mult) - 1:
-                self.dec[f"{res}x{res}_in0"] = block(channels, channels, attention=True)
-                self.dec[f"{res}x{res}_in1"] = block(channels, channels)
-            else:
+            if level < len(channel_mult) - 1:
                 self.dec[f"{res}x{res}_up"] = block(channels, channels, "up")
             for i in range(num_blocks + 1):
                 attends = res in attn_resolutions and (self.adm or i == num_blocks)
                 self.dec[f"{res}x{res}_block{i}"] = block(
                     channels + skips.pop(), mult * model_channels, attention=attends)
                 channels = mult * model_channels
-        norm = group_norm(channels, eps)
-        conv = scaled(nn.Conv2d(channels, img_channels, 3, padding=1), 1e-5)
+        last = group_norm(channels, eps), nn.Conv2d(channels, img_channels, 3, padding=1)
         if self.adm:
-            self.out_norm, self.out_conv = norm, conv
+            self.out_norm, self.out_conv = last
         else:
-            self.dec[f"{res}x{res}_aux_norm"], self.dec[f"{res}x{res}_aux_conv"] = norm, conv
-        self.apply(initialise)
+            self.dec[f"{res}x{res}_aux_norm"], self.dec[f"{res}x{res}_aux_conv"] = last
+        # EDM's initialisation of DDPM++: Xavier uniform, residual branches ending near zero.
+        for name, layer in self.named_modules():
+            if isinstance(layer, (nn.Conv2d, nn.Linear)):
+                ends = name.endswith(("conv1", "proj", "aux_conv", "out_conv"))
+                gain = 1e-5 if ends else 0.2**0.5 if name.endswith("qkv") else 1
+                nn.init.xavier_uniform_(layer.weight, gain)
+                if layer.bias is not None:
+                    nn.init.zeros_(layer.bias)
 
     def forward(self, x, c_noise, label, decode=True):
-        """x [B, C, H, W], c_noise [B], label [B] int64, label_dim for "no label"
-
-        returns F [B, C, H, W], or without decode None; and the output of the encoder's last block
-        [B, c, h, w], the bottleneck
-        """
+        """x [B, C, H, W], c_noise [B], label [B] int64, label_dim for "no label" -> F [B, C, H, W],
+        None without decode; and the output of the encoder's last block [B, c, h, w]"""
         emb, skips = self.embedding(c_noise, label, x.dtype), []
         x = F.pixel_unshuffle(x, self.patch)
         for layer in self.enc.values():
@@ -486,36 +485,25 @@ def halved(side, channel_mult, patch=1):
     return side // factor
 
 
-def initialise(layer):
-    """EDM's initialisation of DDPM++: Xavier uniform, residual branches ending near zero."""
-    if isinstance(layer, (nn.Conv2d, nn.Linear)):
-        nn.init.xavier_uniform_(layer.weight, gain=getattr(layer, "init_scale", 1))
-        if layer.bias is not None:
-            nn.init.zeros_(layer.bias)
-
-
 # ---- latents: x0 is an image, or what an autoencoder makes of it -------------------------------
 
 class Pixels:
     """The codec of models whose x0 is the image."""
 
     encode = decode = staticmethod(lambda images: images)
-    checkpoint = staticmethod(lambda: None)
 
 
 class Autoencoder(nn.Module):
-    """The codec of latent diffusion (Rombach et al. 2022): diffusers' variational autoencoder.
-
-    network  arguments of AutoencoderKL, or `pipeline`: a folder of diffusers, or name on the Hub
-    """
+    """The codec of latent diffusion (Rombach et al. 2022): an AutoencoderKL of the arguments
+    `network`, or where that names a `pipeline`, a folder of diffusers or name on the Hub, its."""
 
     def __init__(self, **network):
         from diffusers import AutoencoderKL
         super().__init__()
         self.network, pipeline = network, network.get("pipeline")
         if pipeline:  # in float32, because SDXL's overflows in float16
-            self.vae = AutoencoderKL.from_pretrained(pipeline, subfolder="vae",
-                                                     use_safetensors=True).float()
+            options = dict(subfolder="vae", use_safetensors=True)
+            self.vae = AutoencoderKL.from_pretrained(pipeline, **options).float()
             self.vae.enable_slicing()  # images one by one, for less memory
         else:
             self.vae = AutoencoderKL(**network)
@@ -542,11 +530,6 @@ class Autoencoder(nn.Module):
         """x0 [B, c, h, w] -> images [B, C, H, W] in about [-1, 1]"""
         return self.vae.decode(x0 / SIGMA_DATA * self.std + self.mean).sample.float()
 
-    def checkpoint(self):
-        """What codec_of() makes it of."""
-        model = None if "pipeline" in self.network else self.state_dict()
-        return dict(kind="autoencoder", network=self.network, model=model)
-
 
 class AutoencoderTask:
     """Training an autoencoder, likewise: without perceptual and adversarial losses."""
@@ -555,7 +538,7 @@ class AutoencoderTask:
         widths = [cfg.width * int(mult) for mult in cfg.mults.split(",")]
         channels, side = data.shape[0], halved(data.shape[-1], widths)
         self.cfg, self.stream, self.shape = cfg, AUTOENCODER, (cfg.latent_channels, side, side)
-        self.facts = dict(kind="autoencoder", network=dict(
+        self.facts = dict(kind="autoencoder", model=None, network=dict(
             in_channels=channels, out_channels=channels, latent_channels=cfg.latent_channels,
             block_out_channels=widths, layers_per_block=cfg.blocks, norm_num_groups=cfg.width // 4,
             down_block_types=["DownEncoderBlock2D"] * len(widths), scaling_factor=1.0,
@@ -678,8 +661,8 @@ def recipe(given):
     kind, found = "autoencoder" if given.get("autoencoder") else None, {}
     if "latent" in given:
         source = load(given["latent"], "autoencoder")
-        facts, halvings = source["data"], len(source["network"]["block_out_channels"]) - 1
-        side = facts["shape"][-1] >> halvings
+        facts = source["data"]
+        side = halved(facts["shape"][-1], source["network"]["block_out_channels"])
         levels = next(n for n in itertools.count(1) if side % 2**n or side >> n < 4)
         kind, found = "latents", dict(mults="1" + ",2" * (levels - 1), data=facts["name"],
                                       size=facts["size"], data_dir=facts["data_dir"])
@@ -725,40 +708,30 @@ def parse(config_class, argv=None, doc="", recipe=lambda given: {}):
     if "resume" in given:
         saved = dict(load(source)["config"], out=str(Path(source).parent))
         for name in given.keys() & saved.keys():
-            same = (Path(given[name]).resolve() == Path(saved[name]) if name == "out" else
-                    given[name] == saved[name])
+            same = saved[name] in (given[name], str(Path(str(given[name])).resolve()))  # as `out`
             if not same and not fields[name].metadata["free"]:
                 raise ValueError(f"{flag(name)} {given[name]}: the run to resume has {saved[name]}")
     elif source:
         try:
-            saved = json.loads(Path(source).read_text())
+            saved = dict(json.loads(Path(source).read_text()), out=None, resume=None)
         except ValueError as error:
             raise ValueError(f"--config {source}: is no run's config.json: {error}") from error
-        saved = {name: value for name, value in saved.items() if name not in ("out", "resume")}
     if saved.keys() - fields.keys():
         raise ValueError(f"{source}: is of another script or version, whose options differ")
-    if given.get("profile"):
-        given.update({name: 0 for name in ("sample_every", "evaluate_every", "regression_steps")
-                      if name in fields})
+    off = {"sample_every", "evaluate_every", "regression_steps"} if given.get("profile") else set()
+    given.update(dict.fromkeys(off & fields.keys(), 0))
     known = {name: value for name, value in {**saved, **given}.items() if value is not None}
     cfg = config_class(**{**({} if "resume" in given else recipe(known)), **known})
     for name in ("autoencoder.pt", "teacher.pt", "last.pt", "generator.pt"):
         if trains and not cfg.resume and not cfg.profile and (path := Path(cfg.out, name)).exists():
-            if name != "generator.pt" and is_restart_of(path, cfg):
+            restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))  # for lost ranks
+            before = load(path)["config"] if restarts else {}
+            if all(getattr(cfg, f.name) == before.get(f.name) for f in fields.values()
+                   if not f.metadata["free"] and f.name != "out"):
                 return parse(config_class, ["--resume", str(path)])
             raise ValueError(f"--out {cfg.out}: holds a run, {name}; go on with it by --resume, or "
                              "name another folder")
     return cfg
-
-
-def is_restart_of(path, cfg):
-    """Whether torchrun began this process again, for a rank was lost, and a checkpoint is of a run
-    with these options."""
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) == 0:
-        return False
-    before = load(path)["config"]
-    return all(getattr(cfg, f.name) == before[f.name] for f in dataclasses.fields(cfg)
-               if not f.metadata["free"] and f.name != "out")
 
 
 # What the user can mend: the error, a pattern in it, the exit status and what is told.
@@ -834,14 +807,10 @@ def average(tensors):
         nn.utils.vector_to_parameters(means, tensors)
 
 
-def is_sharded(tensor):
-    """Whether a tensor is split over the ranks, by FSDP."""
-    return hasattr(tensor, "full_tensor")
-
-
 def sharded_like(shard, tensor):
-    """This rank's part of a tensor, split as `shard` is; all of it, if that is of another shape."""
-    if not is_sharded(shard) or tensor.shape != shard.shape:
+    """This rank's part of a tensor, split by FSDP as `shard` is; all of it, if that is whole or of
+    another shape."""
+    if not hasattr(shard, "full_tensor") or tensor.shape != shard.shape:
         return tensor
     from torch.distributed.tensor import distribute_tensor
     return distribute_tensor(tensor, shard.device_mesh, shard.placements, src_data_rank=None)
@@ -875,28 +844,24 @@ class Data(NamedTuple):
 def load_data(name, split, data_dir="data", size=32):
     """The training images ("train") of a data set as Data, or those held out ("test").
 
-    name  one of KNOWN_DATA, or a folder of images (see folder_files), or a folder or .zip of EDM's
-          (see listed_files), then of side `size`
+    name  one of KNOWN_DATA, or a folder or .zip of images (see folder_files), then of side `size`
 
-    Held out are the official test set, the folder's own, or every sixth image in a fixed order, of
-    the first 60,000.
+    Held out are the official test set, the folder's own, or every sixth of the first 60,000, mixed.
     Raises ValueError for an unknown name or an unfit folder, OSError where files can't be had.
     """
     if name == "digits":
         from sklearn.datasets import load_digits
-        digits = load_digits()
-        images = torch.from_numpy(np.rint(digits.images * 255 / 16).astype(np.uint8))[:, None]
-        order = torch.from_numpy(np.random.RandomState(0).permutation(len(images)))
-        chosen = order[(torch.arange(len(order)) % 6 == 0) == (split == "test")]
-        return Data(images[chosen], torch.from_numpy(digits.target).long()[chosen],
-                    tuple("0123456789"))
+        images, labels = load_digits(return_X_y=True)
+        order = np.random.RandomState(0).permutation(len(labels))
+        order = order[(np.arange(len(order)) % 6 == 0) == (split == "test")]
+        images = np.rint(images[order] * 255 / 16).astype(np.uint8).reshape(-1, 1, 8, 8)
+        return Data(*map(torch.from_numpy, (images, labels[order])), tuple("0123456789"))
     if name in KNOWN_DATA:
         import torchvision
-        source = dict(mnist="MNIST", fashion="FashionMNIST", cifar10="CIFAR10")[name]
+        source = getattr(torchvision.datasets, KNOWN_DATA[name])
         with rank_0_first():
             try:  # which downloads what is not there
-                found = getattr(torchvision.datasets, source)(data_dir, split == "train",
-                                                              download=True)
+                found = source(data_dir, split == "train", download=True)
             except (RuntimeError, OSError) as error:
                 raise OSError(f"--data {name}: is not in {data_dir}, or damaged, and can't be "
                               f"downloaded ({error}); --data-dir tells where it is") from error
@@ -906,22 +871,13 @@ def load_data(name, split, data_dir="data", size=32):
         return Data(images, torch.as_tensor(found.targets).long(), classes)
     if not Path(name).is_dir() and not zipfile.is_zipfile(name):
         raise ValueError(f"--data {name}: no such folder, and none of {', '.join(KNOWN_DATA)}")
-    images, labels, classes, count = load_folder(Path(name), size, Path(data_dir))
-    chosen = slice(count) if split == "train" else slice(count, None)  # views: nothing is read yet
-    return Data(images[chosen], labels[chosen], classes)
+    return load_folder(Path(name), split, size, Path(data_dir))
 
 
-def load_folder(folder, size, data_dir):
-    """The images of a folder or .zip, decoded once into a file in data_dir, which is then mapped.
-
-    returns images uint8 [N, C, size, size], grey if all of them are, else RGB, those to train on
-    first; labels [N]; the classes' names; how many are to train on
-    Raises ValueError if a class has no image to train on, or none is held out.
-    """
-    listed = folder / "dataset.json" if folder.is_dir() else zipfile.Path(folder, "dataset.json")
-    if not listed.exists() and not folder.is_dir():
-        raise ValueError(f"--data {folder}: a .zip needs EDM's dataset.json; unpack it")
-    files, classes = listed_files(listed) if listed.exists() else folder_files(folder)
+def load_folder(folder, split, size, data_dir):
+    """The Data of a folder or .zip, decoded once into a file in data_dir, which is then mapped; RGB
+    unless all are grey. ValueError if a class has no image to train on, or none is held out."""
+    files, classes = folder_files(folder)
     stamp = [(str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime, *rest)
              for path, *rest in (files if folder.is_dir() else [(folder,)])]
     key = hashlib.sha256(json.dumps([stamp, size]).encode()).hexdigest()[:16]
@@ -952,48 +908,47 @@ def load_folder(folder, size, data_dir):
                          f"{len(classes)} classes, and {len(labels) - count} to hold out")
     images = torch.from_file(str(pixels), size=len(labels) * 3 * size**2, dtype=torch.uint8)
     images = images.view(-1, 3, size, size)[:, :3 if colour else 1]
-    return images, torch.tensor(labels), classes, count
+    chosen = slice(count) if split == "train" else slice(count, None)  # views: nothing is read yet
+    return Data(images[chosen], torch.tensor(labels[chosen]), classes)
 
 
 def folder_files(folder):
-    """The images in a folder of a folder for each class, or in two of such folders, train and test.
+    """The images in a folder of a folder for each class, or in two of such folders, train and test;
+    or by a dataset.json of NVlabs/edm's dataset_tool.py, in a folder or .zip. ValueError for others
 
     returns path, class number and whether it is held out of each, in a fixed random order, those to
     train on first; and the classes' names
     """
-    inner = {path.name.lower(): path for path in sorted(folder.iterdir()) if path.is_dir()}
-    train = next((inner[name] for name in ("train", "training") if name in inner), folder)
-    tests = [inner[name] for name in ("test", "testing", "val", "valid", "validation")
-             if name in inner and train != folder][:1]
-    classes = sorted(path.name for path in train.iterdir() if path.is_dir() and path.name[0] != ".")
-    files = [(path, label, part != train) for part in (train, *tests)
-             for label, name in enumerate(classes or [""])  # images without classes are one class
-             for path in sorted(Path(part, name).rglob("*")) if path.suffix.lower() in ENDINGS
-             and not any(name[0] == "." for name in path.relative_to(folder).parts)]
-    return with_held_out(files, not tests), tuple(classes) or ("all",)
-
-
-def listed_files(listed):
-    """As folder_files(), by a dataset.json of NVlabs/edm's dataset_tool.py, in a folder or .zip."""
-    root, labels = listed.parent, json.loads(listed.read_text())["labels"]
-    if labels is None:  # no classes
-        names = (root.root.namelist() if isinstance(root, zipfile.Path) else
-                 [str(path.relative_to(root)) for path in root.rglob("*")])
-        labels = [(name, 0) for name in names if name.endswith(ENDINGS)]
-    files = [(root / name, label, False) for name, label in sorted(labels)]
-    count = 1 + max(label for _, label in labels)
-    return with_held_out(files), tuple(map(str, range(count))) if count > 1 else ("all",)
-
-
-def with_held_out(files, choose=True):
-    """Files in a fixed random order, those to hold out last: if `choose`, every sixth."""
+    root = folder if folder.is_dir() else zipfile.Path(folder)
+    tests, listed = [], root / "dataset.json"
+    if listed.exists():
+        labels = json.loads(listed.read_text())["labels"]
+        if labels is None:  # no classes
+            names = ([str(path.relative_to(root)) for path in root.rglob("*")] if folder.is_dir()
+                     else root.root.namelist())
+            labels = [(name, 0) for name in names if name.endswith(ENDINGS)]
+        files = [(root / name, label, False) for name, label in sorted(labels)]
+        count = 1 + max(label for _, label in labels)
+        classes = [str(label) for label in range(count) if count > 1]
+    elif folder.is_dir():
+        inner = {path.name.lower(): path for path in sorted(folder.iterdir()) if path.is_dir()}
+        train = next((inner[name] for name in ("train", "training") if name in inner), folder)
+        tests = [inner[name] for name in ("test", "testing", "val", "valid", "validation")
+                 if name in inner and train != folder][:1]
+        classes = sorted(p.name for p in train.iterdir() if p.is_dir() and p.name[0] != ".")
+        files = [(path, label, part != train) for part in (train, *tests)
+                 for label, name in enumerate(classes or [""])  # without classes: all are one
+                 for path in sorted(Path(part, name).rglob("*")) if path.suffix.lower() in ENDINGS
+                 and not any(name[0] == "." for name in path.relative_to(folder).parts)]
+    else:
+        raise ValueError(f"--data {folder}: a .zip needs EDM's dataset.json; unpack it")
     files = [files[i] for i in np.random.RandomState(0).permutation(len(files))]
     left = collections.Counter(label for _, label, _ in files)
-    for i, (path, label, _) in enumerate(files if choose else ()):
+    for i, (path, label, _) in enumerate(files if not tests else ()):
         chosen = i % 6 == 0 and i < 60000 and left[label] > 1  # but not the last of its class
         left[label] -= chosen
         files[i] = path, label, chosen
-    return sorted(files, key=lambda entry: entry[2])
+    return sorted(files, key=lambda entry: entry[2]), tuple(classes) or ("all",)
 
 
 def decoded(path, size):
@@ -1010,21 +965,6 @@ def decoded(path, size):
             return np.array(ImageOps.fit(image.convert("RGB"), (size, size))).transpose(2, 0, 1)
     except Exception as error:  # PIL's many decoders have no base in common for theirs
         return error
-
-
-def load_to_train(cfg, codec, device):
-    """Training data, as x0; x0 and labels of some held-out images; what checkpoints tell of it."""
-    data, held_out = (load_data(cfg.data, split, cfg.data_dir, cfg.size)
-                      for split in ("train", "test"))
-    facts = dict(name=cfg.data, data_dir=cfg.data_dir, size=cfg.size, shape=data.shape,
-                 classes=data.classes, flip=cfg.flip, count=len(data.labels))
-    some = min(512, 2**24 // math.prod(data.shape))  # what a network takes at once
-    if cfg.latent and not cfg.resume:
-        index = permutation(len(data.labels), 0, 0, "cpu")[:some]
-        codec.calibrate(to_float(data.images[index]).to(device))
-    x0 = codec.encode(to_float(held_out.images[:some]).to(device))
-    data = encoded(data._replace(flip=cfg.flip), codec, device)
-    return data, (x0, held_out.labels[:some].to(device)), facts
 
 
 @torch.no_grad()
@@ -1122,23 +1062,22 @@ class Descent:
     """Steps of an optimizer, each down the mean of the losses whose gradients were added before.
 
     Gradients reach the optimizer's own parameters only: networks that a loss goes through on its
-    way there (a fake score that judges the generator) stay as they are and accumulate nothing.
-    Several processes average theirs in one message after the last part of the batch. FSDP does that
-    by itself, but can't limit gradients to some parameters: `judges`, others', get back their own.
+    way there (a fake score that judges the generator) stay as they are and accumulate nothing. FSDP
+    can't limit gradients to some parameters: with it `judges`, others', get back their own.
     """
 
     def __init__(self, optimizer, cfg, device, prefix="", judges=()):
         self.optimizer, self.clip, self.parts = optimizer, cfg.clip, cfg.accumulate
-        self.judges = list(judges)
-        self.prefix = prefix  # of the names of what is logged
+        self.judges, self.prefix = list(judges), prefix  # of the names of what is logged
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self.sharded = hasattr(self.parameters[0], "full_tensor")
         self.scaler = torch.amp.GradScaler(  # of small gradients, which would vanish in float16
             device.type, init_scale=2.0**10, enabled=dtype_of(cfg, device) == torch.float16)
 
     def add(self, loss):
         """Add the gradient of the loss of a part of the batch, of --accumulate such parts."""
         loss = self.scaler.scale(loss / self.parts)
-        if not is_sharded(self.parameters[0]):
+        if not self.sharded:
             return loss.backward(inputs=self.parameters)
         own = [p.grad for p in self.judges]  # of earlier parts of the batch
         for p in self.judges:
@@ -1148,15 +1087,13 @@ class Descent:
             p.grad = grad
 
     def step(self, lr):
-        """Step at learning rate `lr` with a gradient of norm at most --clip.
-
-        returns gradient_norm, of before, to be logged; 0 where a float16 step is left out
-        """
-        if not is_sharded(self.parameters[0]):
+        """Step at learning rate `lr` with a gradient of norm at most --clip; returns gradient_norm,
+        of before, to be logged: 0 where a float16 step is left out."""
+        if not self.sharded:  # FSDP does it by itself
             average([p.grad for p in self.parameters if p.grad is not None])
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.parameters, self.clip)
-        norm = norm.full_tensor() if is_sharded(norm) else norm
+        norm = norm.full_tensor() if self.sharded else norm
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         left_out = ~norm.isfinite() & (self.scaler.scale(torch.ones_like(norm)) > 1)
@@ -1204,11 +1141,9 @@ def pick_device(name):
 
 def dtype_of(cfg, device):
     """The torch.dtype of arithmetic; not compiled, autocast costs what bfloat16 saves."""
-    if cfg.dtype != "auto":
-        return getattr(torch, cfg.dtype)
-    compiled = cfg.compile and device.type == "cuda"
-    bfloat16 = compiled and torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.bfloat16 if bfloat16 else torch.float32
+    has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    auto = "bfloat16" if cfg.compile and has_bfloat16 else "float32"
+    return getattr(torch, auto if cfg.dtype == "auto" else cfg.dtype)
 
 
 def prepare(cfg, device, *denoisers):
@@ -1262,11 +1197,8 @@ def replacing(path, keep=False):
 
 def save(state, path, keep=False):
     """torch.save() by replacing(), on rank 0; shards, of which all ranks call it, are gathered."""
-    def gathered(value):
-        full = value.full_tensor() if is_sharded(value) else value
-        return full.cpu() if full is not value and rank() == 0 else value
-
-    state = tree_map(gathered, state)
+    state = tree_map(lambda part: part.full_tensor().to("meta" if rank() else "cpu")
+                     if hasattr(part, "full_tensor") else part, state)
     if rank() == 0:
         with replacing(path, keep) as file:
             torch.save(state, file)
@@ -1287,8 +1219,7 @@ def load(path, kind=None):
         raise ValueError(f"{path}: no such checkpoint file{instead}")
     try:
         damaged = zipfile.ZipFile(path).testzip()  # PyTorch looks at no checksum
-        checkpoint = None if damaged else torch.load(path, map_location="cpu",
-                                                        weights_only=True, mmap=True)
+        checkpoint = None if damaged else torch.load(path, "cpu", weights_only=True, mmap=True)
         found, version = checkpoint["kind"], checkpoint["version"]
     except Exception as error:  # zipfile and torch.load raise a dozen kinds
         raise ValueError(f"{path}: no checkpoint of this project, or damaged{instead}") from error
@@ -1298,16 +1229,11 @@ def load(path, kind=None):
     return checkpoint
 
 
-def network_of(checkpoint):
-    """A new denoiser or autoencoder of a checkpoint's arguments."""
-    if checkpoint["kind"] == "autoencoder":
-        return Autoencoder(**checkpoint["network"])
-    return Denoiser(UNet(**checkpoint["network"]), checkpoint["prediction"])
-
-
 def build(checkpoint, device="cpu"):
-    """The denoiser or autoencoder of a checkpoint, in eval mode, without gradients."""
-    model = network_of(checkpoint)
+    """The denoiser or autoencoder of a checkpoint, in eval mode, without gradients; a new one where
+    `model` is None."""
+    model = (Autoencoder(**checkpoint["network"]) if checkpoint["kind"] == "autoencoder" else
+             Denoiser(UNet(**checkpoint["network"]), checkpoint["prediction"]))
     try:
         if checkpoint["model"]:
             model.load_state_dict(checkpoint["model"])
@@ -1344,15 +1270,14 @@ class Run:
                         disable=True if rank() else None)
         if rank() == 0:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            options = dataclasses.asdict(cfg)
-            self.path.with_name("config.json").write_text(json.dumps(options, indent=1) + "\n")
+            self.path.with_name("config.json").write_text(json.dumps(vars(cfg), indent=1) + "\n")
             lines = [line for line in read_log(self.log) if line["step"] <= self.start]
             self.log.write_text("".join(json.dumps(line) + "\n" for line in lines if cfg.resume))
             if cfg.wandb:
                 import wandb
                 ids = [path.name.split("-")[-1] for path in Path(cfg.out).glob("wandb/*run-*-*")]
                 self.wandb = wandb.init(  # offline where nobody is logged in: it must not ask
-                    project="dmd2", dir=cfg.out, config=options, id=ids[0] if cfg.resume and ids
+                    project="dmd2", dir=cfg.out, config=vars(cfg), id=ids[0] if cfg.resume and ids
                     else None, resume="allow", mode=None if wandb.api.api_key else "offline")
 
     def restore(self, checkpoint):
@@ -1368,23 +1293,18 @@ class Run:
                 raise ValueError(f"--resume {path}: the data's {name} was {before!s:.200}, "
                                  f"and is {now!s:.200}")
         for name, part in self.parts.items():
-            state = checkpoint["training"][name]
-            if isinstance(part, nn.Module):
-                own = part.state_dict()
-                state = {key: sharded_like(own[key], value) for key, value in state.items()}
-            part.load_state_dict(state)
+            own, state = part.state_dict(), checkpoint["training"][name]
+            part.load_state_dict({key: sharded_like(own[key], state[key]) for key in state})
 
     def steps(self, checkpoint):
-        """Yield the numbers of the steps to do, from 0; log and save between them.
+        """Yield the numbers of the steps to do, from 0; log and save between them. SIGINT and
+        SIGTERM end the process when the step under way is done and saved.
 
         checkpoint  () -> what a checkpoint holds besides version, config, step, data and parts
-
-        SIGINT and SIGTERM end the process when the step under way is done and saved.
         """
         cfg = self.cfg
         steps = profiled(self) if cfg.profile else range(self.start, cfg.steps)
-        handlers = {number: signal.signal(number, self.stop)
-                    for number in (signal.SIGINT, signal.SIGTERM)}
+        handlers = {n: signal.signal(n, self.stop) for n in (signal.SIGINT, signal.SIGTERM)}
         try:
             for step in steps:
                 self.step, self.began = step, self.began if self.pending else time.perf_counter()
@@ -1398,8 +1318,8 @@ class Run:
                     self.write(step)  # which raises if the run diverged
                 if saves:
                     training = {name: part.state_dict() for name, part in self.parts.items()}
-                    save(dict(checkpoint(), version=__version__, config=dataclasses.asdict(cfg),
-                              step=step + 1, data=self.facts, training=training), self.path, True)
+                    save(dict(checkpoint(), version=__version__, config=vars(cfg), step=step + 1,
+                              data=self.facts, training=training), self.path, True)
                 if number and step + 1 < cfg.steps and not cfg.profile:
                     tell(f"step {step + 1} is saved; go on with --resume {self.path}", sys.stderr)
                     sys.exit(128 + number.item())
@@ -1476,17 +1396,17 @@ def profiled(run):
     """Yield some steps of a run, meanwhile time them, count operations and trace some; report."""
     cfg, device = run.cfg, next(next(iter(run.parts.values())).parameters()).device
     cycle = getattr(cfg, "fake_steps", 1)  # the steps in which each kind of update happens
-    steps, seconds = itertools.count(run.start), []
-    yield from itertools.islice(steps, 5 * cycle)
-    for _ in range(20):
-        began = clock(device)
+    steps, times = itertools.count(run.start), []
+    yield from itertools.islice(steps, 4 * cycle)
+    for _ in range(21):
         yield from itertools.islice(steps, cycle)
-        seconds.append((clock(device) - began) / cycle)
+        getattr(torch, device.type).synchronize()  # for all that it was asked for
+        times.append(time.perf_counter())
     with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
         yield from itertools.islice(steps, cycle)
     with torch.profiler.profile() as profiler:
         yield from itertools.islice(steps, cycle)
-    trace, seconds = run.path.with_name("trace.json"), sorted(seconds)[10]
+    trace, seconds = run.path.with_name("trace.json"), np.median(np.diff(times)) / cycle
     if rank() == 0:
         profiler.export_chrome_trace(str(trace))
     by = "cpu_time_total" if device.type == "cpu" else "device_time_total"
@@ -1497,13 +1417,6 @@ def profiled(run):
          f"{counter.get_total_flops() / cycle / 1e9:.2f} GFLOP"
          + (f", {torch.cuda.max_memory_allocated() / 1e9:.1f} GB" * (device.type == "cuda"))
          + f"; trace: {trace}")
-
-
-def clock(device):
-    """Seconds, when all is done that the device was asked for."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize()
-    return time.perf_counter()
 
 
 def device_name(device):
@@ -1523,10 +1436,9 @@ def read_log(path):
 def plot_log(path):
     """Draw a log.jsonl as loss.png beside it: a panel per quantity, the teacher's dashed."""
     from matplotlib.figure import Figure
-    curves = {}
-    for line in read_log(path):
-        for name in line.keys() - {"step"}:
-            curves.setdefault(name, []).append((line["step"], line[name]))
+    lines = read_log(path)
+    curves = {name: [(line["step"], line[name]) for line in lines if name in line]
+              for name in {*itertools.chain(*lines)} - {"step"}}
     names = sorted(name for name in curves if not name.startswith(("teacher_", "validation_")))
     rows = -(-len(names) // 3)
     figure = Figure(figsize=(12, 2.6 * rows), layout="constrained")

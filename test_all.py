@@ -519,7 +519,7 @@ def latent(tiny):
 def test_latents_have_edm_s_deviation_and_kl_is_that_of_normals(latent):
     cfg, images = options("--autoencoder", "--width", "8"), torch.rand(64, 3, 28, 28)
     task = teacher.AutoencoderTask(cfg, teacher.Data(images, None, ()), None)
-    autoencoder, noise = teacher.network_of(task.facts), torch.randn(64, 4, 7, 7)
+    autoencoder, noise = teacher.build(task.facts), torch.randn(64, 4, 7, 7)
     losses = task.losses(autoencoder, images, None, types.SimpleNamespace(normal=lambda: noise))
     mean, std = (posterior := autoencoder.posterior(images)).mean, posterior.std
     close(losses["kl"], (mean**2 + std**2 - 1 - 2 * std.log()).mean() / 2)
