@@ -296,14 +296,14 @@ class Best:
 
     def __init__(self, cfg, facts, sampler, teacher):
         self.facts, self.sampler, self.path = facts, sampler, Path(cfg.out, "generator.pt")
-        self.best, self.measure, self.half = None, None, cfg.half
+        before = load(self.path, "generator") if cfg.resume and self.path.exists() else {}
+        self.best = before.get("figures")  # it may be of a later step, and is not to be lost
+        self.measure, self.half = None, cfg.half
         if cfg.evaluate_every:
             reference = load_reference(facts["data"], sampler.device, cfg)
             self.measure = functools.partial(measure, reference=reference, n=cfg.evaluate_n,
                                              seed=EVALUATION_SEED)
-            facts["teacher_figures"] = self.measure(teacher)
-        if cfg.resume and self.path.exists():  # it may be of a later step, and is not to be lost
-            self.best = load(self.path, "generator")["figures"]
+            facts["teacher_figures"] = before.get("teacher_figures") or self.measure(teacher)
 
     def consider(self, step, run, fake_score):
         """Keep the generator after a step, and the fake score for a second stage, if it is best; if

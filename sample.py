@@ -138,8 +138,8 @@ class EvaluationOptions:
                               "TorchScript or ONNX, of images in [-1, 1]")
     features_weights: str = arg(None, "of inception: a file of them (default: downloaded)",
                                 free=True)
-    reference: str = arg(None, "an .npz with mu and sigma of the real images' features, such as "
-                               "EDM's; made if it is not there", free=True)
+    reference: str = arg(None, "of --features: an .npz with mu and sigma of the real images', such "
+                               "as EDM's; made if it is not there", free=True)
 
 
 @dataclasses.dataclass(frozen=True)
