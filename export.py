@@ -146,8 +146,8 @@ def export_onnx(exported):
     inputs = exported.example(torch.zeros(2, dtype=torch.long))
     with warnings.catch_warnings(action="ignore"):
         program = torch.onnx.export(
-            exported, tuple(inputs.values()), dynamo=True, verbose=False, opset_version=OPSET,
-            input_names=[*inputs], output_names=[exported.output],
+            exported, tuple(inputs.values()), dynamo=True, optimize=False, opset_version=OPSET,
+            input_names=[*inputs], output_names=[exported.output], verbose=False,
             dynamic_shapes=tuple({max(0, value.ndim - 4): batch} for value in inputs.values()))
     # Weights that are made of weights: quantisers want them as they are.
     onnxscript.optimizer.optimize(program.model, input_size_limit=LARGE, output_size_limit=LARGE)
