@@ -66,7 +66,7 @@ class Config(Options):
 class Exported(nn.Module):
     """A generator with its noise scaling, decoded, clamped and if asked converted to uint8."""
 
-    output, nulls = "image", 0
+    output = "image"
 
     def __init__(self, checkpoint, uint8=False):
         super().__init__()
@@ -78,7 +78,8 @@ class Exported(nn.Module):
         self.uint8, self.start = uint8, start_scale(checkpoint["schedule"], self.sigmas[0])
         self.prompts = getattr(self.denoiser.net, "prompts", None)
         self.encoders = self.prompts and self.prompts.encoders  # for them to be in the file
-        self.count = len(checkpoint["data"]["classes"]) + self.nulls
+        self.none = bool(checkpoint["config"].get("label_dropout"))  # of a teacher, the last label
+        self.count = len(checkpoint["data"]["classes"]) + self.none
         self.register_buffer("labels", torch.arange(self.count)[:, None])
 
     def forward(self, noise, label):
@@ -106,7 +107,7 @@ class Exported(nn.Module):
 class ExportedTeacher(Exported):
     """A teacher, which is a denoiser, for a sampler in the app; of latents it gives latents."""
 
-    output, nulls = "x0_hat", 1  # after the classes "no label"
+    output = "x0_hat"
 
     def forward(self, x, sigma, label):
         """x [batch, c, h, w], sigma [batch], label [batch] int64 -> x0_hat [batch, c, h, w]"""
@@ -164,7 +165,7 @@ def store(model, exported, facts, path):
     """Write an ONNX model with facts as its metadata, of more than protobuf's 2 GB with the weights
     in a second file, .data; and for languages that can't read metadata the facts as .json."""
     import onnx
-    last = f"0 to {exported.count - 1}{', which is none' * exported.nulls}"
+    last = f"0 to {exported.count - 1}{', which is none' * exported.none}"
     for value in (*model.graph.input, *model.graph.output):
         tensor = value.type.tensor_type
         facts[value.name] = dict(type=str(onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)),

@@ -1773,6 +1773,8 @@ def test_onnx_of_teacher_samples_as_it_does(tiny, tmp_path):
     sampler = sample.load_sampler(tiny.teacher)
     found = teacher.heun(denoiser, facts["sigmas"][0] * noise, [*facts["sigmas"], 0.0], label)
     assert (found - sampler.x0(iter([noise]), label)).abs().max() < 1e-4
+    without = dict(teacher.load(tiny.teacher), config={}, sigmas=[1.0])  # --label-dropout
+    assert export.ExportedTeacher(without).count == 10
     with pytest.raises(ValueError, match="takes x and sigma and label"):
         sample.load_sampler(tmp_path / "teacher.onnx")
 
