@@ -289,7 +289,7 @@ def save_estimates(teacher, fake_score, sampler, schedule, path, count=10):
 
 class Best:
     """Measures generators as the teacher was measured, and keeps the best in generator.pt: the one
-    with the lowest first figure. The others decide nothing.
+    with the lowest first figure. The others decide nothing. On resume it tells the teacher's, too.
 
     facts  what a generator's checkpoint tells besides its step, weights and figures
     """

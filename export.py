@@ -193,7 +193,7 @@ def check_onnx(path, exported, device="cpu"):
     for label in (labels[:1], labels[1:4], *labels.split(most)):
         inputs = exported.example(label)
         found, = session.run(None, {name: value.numpy() for name, value in inputs.items()})
-        with torch.no_grad(), torch.backends.cudnn.flags(allow_tf32=False):
+        with torch.no_grad(), torch.backends.cudnn.flags(True, allow_tf32=False):
             expected = exported(*(value.to(device) for value in inputs.values())).cpu().numpy()
         assert found.shape == expected.shape and found.dtype == expected.dtype
         differences.append(np.abs(found.astype(float) - expected.astype(float)).max())

@@ -207,11 +207,12 @@ IMAGENET_64 = dict(zip(EDM_SIZES, EDM_DEFAULTS["DhariwalUNet"]), model_type="Dha
 
 def load_edm(path):
     """A checkpoint of NVlabs/edm or, a .bin, tianweiy/DMD2's one-step generator of ImageNet-64, as
-    load() returns ours and with its promises."""
+    load() returns ours, without figures and training state, and with its promises."""
     content, official = io.BytesIO(Path(path).read_bytes()), Path(path).suffix == ".bin"
     try:
         if official:
-            state, network = torch.load(content, map_location="cpu", weights_only=True), IMAGENET_64
+            network = IMAGENET_64
+            state = torch.load(content, map_location="cpu", weights_only=True)
         else:
             precond = EDMUnpickler(content).load()["ema"]
             kind, args = precond.model.class_name, precond.model._init_kwargs
@@ -338,10 +339,11 @@ def with_adapter(denoiser, rank, alpha):
     """A denoiser whose UNet has the weights of the given one's, of which it copies none, and an
     adapter (LoRA) of rank and alpha, whose parameters are the only ones that the denoiser has."""
     from peft import LoraConfig
-    adapted = copy.deepcopy(denoiser, {id(p): p for p in denoiser.parameters()})
+    shared = {id(p): p for p in denoiser.parameters()}  # which deepcopy takes for copied
+    adapted = copy.deepcopy(denoiser, shared)
     net, unet = adapted.net, adapted.net._modules.pop("unet")
     unet.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=LORA_LAYERS))
-    net.__dict__["unet"] = unet  # not registered
+    net.__dict__["unet"] = unet  # not registered: no state_dict() or to() of the role's reaches it
     net.adapter = nn.ParameterList(p for p in unet.parameters() if p.requires_grad)
     return adapted
 
@@ -863,9 +865,10 @@ def distances(found, real):
     """Fréchet distances of features [N, D] from real ones in each space, in units of the real
     ones' variance, the mean over the D, so that those of different spaces can be compared; but FID
     as it is published."""
-    return {name: frechet_distance(found[name], features) /
-            (1 if name == "fid" else gaussian(features)[1].diagonal().mean().item())
-            for name, features in real.items()}
+    real = {name: gaussian(features) for name, features in real.items()}
+    return {name: frechet_distance(found[name], (mean, covariance)) /
+            (1 if name == "fid" else covariance.diagonal().mean().item())
+            for name, (mean, covariance) in real.items()}
 
 
 def gaussian(features):

@@ -708,8 +708,8 @@ def parse(config_class, argv=None, doc="", recipe=lambda given: {}):
     if "resume" in given:
         saved = dict(load(source)["config"], out=str(Path(source).parent))
         for name in given.keys() & saved.keys():
-            same = saved[name] in (given[name], str(Path(str(given[name])).resolve()))  # as `out`
-            if not same and not fields[name].metadata["free"]:
+            value = str(Path(given[name]).resolve()) if name == "out" else given[name]
+            if value != saved[name] and not fields[name].metadata["free"]:
                 raise ValueError(f"{flag(name)} {given[name]}: the run to resume has {saved[name]}")
     elif source:
         try:
@@ -718,16 +718,18 @@ def parse(config_class, argv=None, doc="", recipe=lambda given: {}):
             raise ValueError(f"--config {source}: is no run's config.json: {error}") from error
     if saved.keys() - fields.keys():
         raise ValueError(f"{source}: is of another script or version, whose options differ")
-    off = {"sample_every", "evaluate_every", "regression_steps"} if given.get("profile") else set()
-    given.update(dict.fromkeys(off & fields.keys(), 0))
+    if given.get("profile"):
+        off = {"sample_every", "evaluate_every", "regression_steps"} & fields.keys()
+        given.update(dict.fromkeys(off, 0))
     known = {name: value for name, value in {**saved, **given}.items() if value is not None}
     cfg = config_class(**{**({} if "resume" in given else recipe(known)), **known})
     for name in ("autoencoder.pt", "teacher.pt", "last.pt", "generator.pt"):
         if trains and not cfg.resume and not cfg.profile and (path := Path(cfg.out, name)).exists():
             restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))  # for lost ranks
-            before = load(path)["config"] if restarts else {}
-            if all(getattr(cfg, f.name) == before.get(f.name) for f in fields.values()
-                   if not f.metadata["free"] and f.name != "out"):
+            before = restarts and load(path)["config"]
+            if restarts and name != "generator.pt" and all(
+                    getattr(cfg, f.name) == before.get(f.name) for f in fields.values()
+                    if not f.metadata["free"] and f.name != "out"):
                 return parse(config_class, ["--resume", str(path)])
             raise ValueError(f"--out {cfg.out}: holds a run, {name}; go on with it by --resume, or "
                              "name another folder")
@@ -846,7 +848,8 @@ def load_data(name, split, data_dir="data", size=32):
 
     name  one of KNOWN_DATA, or a folder or .zip of images (see folder_files), then of side `size`
 
-    Held out are the official test set, the folder's own, or every sixth of the first 60,000, mixed.
+    Held out are the official test set, the folder's own, or every sixth of the first 60,000 in a
+    fixed random order.
     Raises ValueError for an unknown name or an unfit folder, OSError where files can't be had.
     """
     if name == "digits":
@@ -913,8 +916,9 @@ def load_folder(folder, split, size, data_dir):
 
 
 def folder_files(folder):
-    """The images in a folder of a folder for each class, or in two of such folders, train and test;
-    or by a dataset.json of NVlabs/edm's dataset_tool.py, in a folder or .zip. ValueError for others
+    """The images of a folder that holds a folder for each class, or a train and a test folder of
+    such folders. Or those that a dataset.json of NVlabs/edm's dataset_tool.py lists, in a folder or
+    .zip; ValueError for a .zip without one.
 
     returns path, class number and whether it is held out of each, in a fixed random order, those to
     train on first; and the classes' names
@@ -1062,8 +1066,9 @@ class Descent:
     """Steps of an optimizer, each down the mean of the losses whose gradients were added before.
 
     Gradients reach the optimizer's own parameters only: networks that a loss goes through on its
-    way there (a fake score that judges the generator) stay as they are and accumulate nothing. FSDP
-    can't limit gradients to some parameters: with it `judges`, others', get back their own.
+    way there (a fake score that judges the generator) stay as they are and accumulate nothing.
+    Several processes average theirs. FSDP does that by itself, but can't limit gradients to some
+    parameters: with it `judges`, others', get back their own.
     """
 
     def __init__(self, optimizer, cfg, device, prefix="", judges=()):
@@ -1159,7 +1164,7 @@ def prepare(cfg, device, *denoisers):
         kinds = (nn.Conv2d, nn.Linear) if of_text else nn.Conv2d
         for layer in denoiser.modules():
             if isinstance(layer, kinds) and not layer.weight.requires_grad:
-                layer.to(dtype)  # once, and not in every pass as autocast would
+                layer.to(dtype)  # once, not in every pass as by autocast; for roles by LoRA, too
             if isinstance(layer, Block) and cfg.checkpointing:
                 layer.forward = functools.partial(recompute, layer.forward, use_reentrant=False,
                                                   preserve_rng_state=False)
@@ -1197,7 +1202,8 @@ def replacing(path, keep=False):
 
 def save(state, path, keep=False):
     """torch.save() by replacing(), on rank 0; shards, of which all ranks call it, are gathered."""
-    state = tree_map(lambda part: part.full_tensor().to("meta" if rank() else "cpu")
+    where = "meta" if rank() else "cpu"  # "meta": the other ranks drop it
+    state = tree_map(lambda part: part.full_tensor().to(where)
                      if hasattr(part, "full_tensor") else part, state)
     if rank() == 0:
         with replacing(path, keep) as file:

@@ -1986,7 +1986,7 @@ def moved_roles(denoiser):
     return *roles, (torch.randn(2, 4, 8, 8), torch.tensor([10.0, 1.0]), torch.arange(2))
 
 
-def test_roles_of_one_text_unet(pipeline):
+def test_text_adapters_share_the_weights(pipeline):
     """An adapter does not see the others, nor the teacher any."""
     denoiser = pipeline.build()
     *roles, inputs = moved_roles(denoiser)
@@ -1999,7 +1999,7 @@ def test_roles_of_one_text_unet(pipeline):
     assert all({*role.net.unet.parameters()} == weights | {*role.parameters()} for role in roles)
 
 
-def test_text_checkpointing_computes_in_the_role_of_the_first_pass(pipeline):
+def test_text_checkpointing_changes_no_gradient(pipeline):
     def gradients(recompute):
         denoiser = pipeline.build()
         if recompute:
