@@ -226,17 +226,6 @@ def quantise(model, exported, facts, path, data):
     return told
 
 
-def facts_of(checkpoint, path, arithmetic):
-    """The origin of an exported file, as its metadata tells it."""
-    data = {name: checkpoint["data"][name] for name in ("name", "shape", "classes")}
-    data.update(name=data["name"] and Path(data["name"]).name,  # of a folder, not where it lies
-                size=data["shape"][-1])
-    names = "kind", "schedule", "sigmas", "figures", "teacher_figures"
-    return dict({name: checkpoint.get(name) for name in names}, data=data, arithmetic=arithmetic,
-                steps=len(checkpoint["sigmas"]), version=__version__,
-                training_step=checkpoint["step"], checkpoint_sha256=digest_of(path))
-
-
 # ---- benchmark ----------------------------------------------------------------------------------
 
 def medians(calls, rounds=5):
@@ -305,7 +294,14 @@ def main(argv=None):
     tolerance *= 2 if checkpoint["autoencoder"] else 1  # two networks, one after the other
     if kind == "teacher" and checkpoint["prediction"] == "eps":
         tolerance *= checkpoint["sigmas"][0]  # which multiplies the network's errors
-    facts = facts_of(checkpoint, cfg.checkpoint, "float16" if cfg.fp16 else "float32")
+    data, sigmas = checkpoint["data"], checkpoint["sigmas"]
+    facts = dict(  # the file's origin
+        {name: checkpoint.get(name) for name in ("kind", "schedule", "figures", "teacher_figures")},
+        sigmas=sigmas, steps=len(sigmas), arithmetic="float16" if cfg.fp16 else "float32",
+        data=dict(name=data["name"] and Path(data["name"]).name,  # of a folder, not where it lies
+                  size=data["shape"][-1], shape=data["shape"], classes=data["classes"]),
+        version=__version__, training_step=checkpoint["step"],
+        checkpoint_sha256=digest_of(cfg.checkpoint))
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         file = Path(folder, path.name)
@@ -319,7 +315,7 @@ def main(argv=None):
                 f"{' beyond one level' * cfg.uint8}")
         files = {"onnxruntime": file.read_bytes()} if not pipeline else {}
         if cfg.int8:
-            told = quantise(model, exported, facts, file, checkpoint["data"])
+            told = quantise(model, exported, facts, file, data)
             files["onnxruntime, int8"] = file.read_bytes()
         written = {file.name: file.stat().st_size for file in Path(folder).iterdir()}
         for name in written:

@@ -728,7 +728,7 @@ def parse(config_class, argv=None, doc="", recipe=lambda given: {}):
             restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))  # for lost ranks
             before = restarts and load(path)["config"]
             if restarts and name != "generator.pt" and all(
-                    getattr(cfg, f.name) == before.get(f.name) for f in fields.values()
+                    getattr(cfg, f.name) == before[f.name] for f in fields.values()
                     if not f.metadata["free"] and f.name != "out"):
                 return parse(config_class, ["--resume", str(path)])
             raise ValueError(f"--out {cfg.out}: holds a run, {name}; go on with it by --resume, or "
