@@ -185,7 +185,8 @@ class Discriminator(nn.Module):
 
     def forward(self, x, sigma, label):
         """x [B, C, H, W], sigma [B], label [B] int64 -> logits [B], positive for real"""
-        return self.head(self.denoiser.features(x, sigma, label))
+        _, features = self.denoiser.estimate(x, sigma, label, decode=False)
+        return self.head(features)
 
 
 def diffused(x0, draw, quantiles, schedule="karras"):
@@ -392,7 +393,7 @@ def train(cfg):
     parent = open_checkpoint(cfg.teacher, cfg.data, cfg.data_dir, prompts=texts)
     pipeline = parent["network"].get("pipeline")
     if pipeline and not texts:
-        raise ValueError("--prompts is missing: give a file of prompts, one a line")
+        raise ValueError("--prompts: give a file of prompts, one a line")
     if cfg.shard and (not pipeline or cfg.lora or ranks() == 1):
         raise ValueError("--shard: is for whole networks of Stable Diffusion, under torchrun")
     if pipeline and cfg.lora:

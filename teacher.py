@@ -162,12 +162,9 @@ class Denoiser(nn.Module):
         """x [B, C, H, W], sigma [B], label [B] int64 -> x0_hat [B, C, H, W] float32"""
         return self.estimate(x, sigma, label)[0]
 
-    def features(self, x, sigma, label):
-        """The same inputs -> [B, c, h, w] float32, the output of the network's encoder"""
-        return self.estimate(x, sigma, label, decode=False)[1]
-
     def estimate(self, x, sigma, label, decode=True):
-        """Both in one pass, x0_hat and features; x0_hat None without decode."""
+        """The same inputs -> x0_hat, None without decode; features [B, c, h, w] float32, the output
+        of the network's encoder"""
         x, sigma_ = x.float(), sigma.float().view(-1, 1, 1, 1)
         c_skip, c_out, c_in = PREDICTIONS[self.prediction](sigma_)
         f, features = self.net(c_in * x, sigma.float().log() / 4, label, decode)

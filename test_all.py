@@ -258,7 +258,7 @@ def test_networks_take_sides_they_can_halve(side, mults):
     denoiser = teacher.Denoiser(teacher.UNet(side, 3, 2, 8, mults, 1, ()))
     x0_hat, features = denoiser.estimate(*x)
     assert x0_hat.dtype == torch.float32 and x0_hat.isfinite().all() and x0_hat.shape == x[0].shape
-    assert equal((denoiser(*x), denoiser.features(*x)), (x0_hat, features))
+    assert equal((denoiser(*x), denoiser.estimate(*x, decode=False)[1]), (x0_hat, features))
     logits = dmd2.Discriminator(denoiser)(*x)
     assert logits.shape == (2,) and logits[0] != logits[1]
     with pytest.raises(ValueError, match=f"side {4 * side + 2}: .* a multiple of 4, such as"):
@@ -2173,7 +2173,8 @@ def test_official_turns_of_text(name, timesteps, guidance, tolerance):
 
     def logits(x0, timestep, noise, label):
         sigma = sigmas[timestep].float()
-        return head(fake.features(x0 + sigma.view(-1, 1, 1, 1) * noise, sigma, label))
+        x = x0 + sigma.view(-1, 1, 1, 1) * noise
+        return head(fake.estimate(x, sigma, label, decode=False)[1])
     label, real_label = torch.arange(2), torch.arange(2, 4)
     levels, k, noise = [sigmas[t].item() for t in timesteps], 0, v[f"{name}/noise"]
     drawn = [v[f"{name}/drawn_{i}"] for i in range(9 if len(timesteps) > 1 else 4)]
