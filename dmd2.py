@@ -45,7 +45,7 @@ RECIPES = {
     "mnist": dict(batch=128, pairs=12000, regression_steps=1200, regression_weight=1.0, steps=6000,
                   lr=2e-4, decay_after=720, fake_lr=1e-3, fake_steps=4, ema=0.995, gan_weight=0.0,
                   dm_range="0.02,0.6", save_every=1200, sample_every=2400, evaluate_every=1200),
-    "mnist-cpu": dict(batch=64, pairs=4000, regression_steps=1000, regression_weight=1.0,
+    "mnist-cpu": dict(batch=64, pairs=4000, regression_steps=1000, regression_weight=0.1,
                       steps=2600, lr=2e-4, decay_after=240, fake_lr=1e-3, fake_steps=4, ema=0.99,
                       gan_weight=0.0, dm_range="0.02,0.6", evaluate_every=1300),
     "cifar10": dict(batch=256, steps=100000, lr=5e-5, fake_lr=1e-4, fake_steps=5, ema=0.999,
