@@ -45,9 +45,6 @@ RECIPES = {
     "mnist": dict(batch=128, pairs=12000, regression_steps=1200, regression_weight=1.0, steps=6000,
                   lr=2e-4, decay_after=720, fake_lr=1e-3, fake_steps=4, ema=0.995, gan_weight=0.0,
                   dm_range="0.02,0.6", save_every=1200, sample_every=2400, evaluate_every=1200),
-    "mnist-cpu": dict(batch=64, pairs=4000, regression_steps=1000, regression_weight=0.1,
-                      steps=2600, lr=2e-4, decay_after=240, fake_lr=1e-3, fake_steps=4, ema=0.99,
-                      gan_weight=0.0, dm_range="0.02,0.6", evaluate_every=1300),
     "cifar10": dict(batch=256, steps=100000, lr=5e-5, fake_lr=1e-4, fake_steps=5, ema=0.999,
                     save_every=5000, sample_every=5000, evaluate_every=5000),
     "folder": dict(batch=64, steps=20000, lr=5e-5, fake_lr=1e-4, fake_steps=5, ema=0.999,
@@ -55,6 +52,8 @@ RECIPES = {
 }
 RECIPES["digits-best"] = dict(RECIPES["digits"], pairs=8000, regression_steps=1800, steps=4000,
                               decay_after=330)
+RECIPES["mnist-cpu"] = dict(RECIPES["digits"], pairs=4000, regression_weight=0.1, steps=2600,
+                            decay_after=240, evaluate_every=1300)
 # The official settings of Stable Diffusion, of whole networks; without EMA.
 RECIPES["sd15"] = dict(batch=2048, steps=40000, lr=1e-5, fake_lr=1e-5, fake_steps=10, guidance=1.75,
                        ema=0.0, save_every=500, sample_every=500, evaluate_every=0)
@@ -185,8 +184,7 @@ class Discriminator(nn.Module):
 
     def forward(self, x, sigma, label):
         """x [B, C, H, W], sigma [B], label [B] int64 -> logits [B], positive for real"""
-        _, features = self.denoiser.estimate(x, sigma, label, decode=False)
-        return self.head(features)
+        return self.head(self.denoiser.estimate(x, sigma, label, decode=False)[1])
 
 
 def diffused(x0, draw, quantiles, schedule="karras"):
@@ -393,7 +391,7 @@ def train(cfg):
     parent = open_checkpoint(cfg.teacher, cfg.data, cfg.data_dir, prompts=texts)
     pipeline = parent["network"].get("pipeline")
     if pipeline and not texts:
-        raise ValueError("--prompts: give a file of prompts, one a line")
+        raise ValueError("--prompts is missing: give a file of prompts, one a line")
     if cfg.shard and (not pipeline or cfg.lora or ranks() == 1):
         raise ValueError("--shard: is for whole networks of Stable Diffusion, under torchrun")
     if pipeline and cfg.lora:

@@ -561,7 +561,10 @@ def load_sampler(path, device="cpu", cfg=None):
 
 def read_prompts(path):
     """The lines of a file that are not empty."""
-    return [line.strip() for line in Path(path).read_text().splitlines() if line.strip()]
+    texts = [line.strip() for line in Path(path).read_text().splitlines() if line.strip()]
+    if not texts:
+        raise ValueError(f"--prompts {path}: has no line")
+    return texts
 
 
 def build_any(checkpoint, device="cpu"):
