@@ -184,13 +184,13 @@ def store(model, exported, facts, path):
 
 def check_onnx(path, exported, device="cpu"):
     """Largest difference of onnxruntime's output from PyTorch's; of uint8 beyond one level, which
-    comes of rounding, on the scale of [-1, 1]. Of batch 1, 3 and 64, every label among them; of
-    text, where an image may take gigabytes, of batch 1 and 3."""
+    comes of rounding, on the scale of [-1, 1]. Of batch 1, 2 and 64, every label among them; of
+    text, where an image may take gigabytes, of batch 1 and 2."""
     session, _ = onnx_session(path, device, **dict(use_tf32=0) if device == "cuda" else {})
     torch.set_float32_matmul_precision("highest")  # nor TF32 here
     exported, differences = exported.to(device), []
     labels = torch.arange(64 * math.ceil(exported.count / 64)) % exported.count
-    for label in (labels[:1], labels[1:4], *(labels.split(64) if not exported.prompts else ())):
+    for label in (labels[:1], labels[1:3], *(labels.split(64) if not exported.prompts else ())):
         inputs = exported.example(label)
         found, = session.run(None, {name: value.numpy() for name, value in inputs.items()})
         with torch.no_grad(), torch.backends.cudnn.flags(True, allow_tf32=False):
@@ -277,7 +277,7 @@ def main(argv=None):
     checkpoint = open_checkpoint(cfg.checkpoint, data_dir=cfg.data_dir)
     kind, pipeline = checkpoint["kind"], "pipeline" in checkpoint["network"]
     if pipeline:  # whose classes are all the prompts
-        checkpoint["data"]["classes"] = checkpoint["data"]["classes"][:4]
+        checkpoint["data"]["classes"] = checkpoint["data"]["classes"][:3]
     if kind == "teacher":
         checkpoint["sigmas"] = sampling_sigmas(HEUN_STEPS, checkpoint["schedule"])[:-1]
     if pipeline and len(checkpoint["sigmas"]) > 1:
