@@ -409,15 +409,6 @@ def test_heun_matches_edm(steps):
     close(x0, v[f"edm_heun_{steps}"], rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("function, ratio", [(teacher.heun, 4), (sample.ddim, 2)])
-def test_order_of_convergence(function, ratio):
-    errors, x = [], torch.full((1, 1, 1, 1), 80.0, dtype=torch.float64)
-    for steps in (100, 200):
-        x0 = function(Gaussian(0, 0.5).double(), x, teacher.sampling_sigmas(steps, "karras"), None)
-        errors.append(abs(x0.item() - 80 * 0.5 / math.hypot(80, 0.5)))  # the flow of N(0, 0.5^2)
-    assert 0.85 * ratio < errors[0] / errors[1] < 1.15 * ratio
-
-
 @pytest.mark.parametrize("name", ["linear", "squaredcos_cap_v2"])
 def test_ddim_and_ddpm_match_diffusers(name):
     v = {key.removeprefix(f"{name}_"): value for key, value in vectors("samplers").items()}
@@ -434,14 +425,14 @@ def test_ddim_and_ddpm_match_diffusers(name):
         close((at_1 - at_0) ** 2, var.expand_as(x), rtol=1e-3, atol=0)
 
 
-@pytest.mark.parametrize("eta", [1.0, 0.5])
-def test_fresh_noise_keeps_the_moments(eta):
+@pytest.mark.parametrize("name, steps", [("heun", 30), ("euler", 150), ("ddpm", 150)])
+def test_samplers_keep_the_moments(name, steps):
     torch.manual_seed(0)
-    noise, sigmas = torch.randn(1000, 1, 4, 4), teacher.sampling_sigmas(150, "lognormal")
-    fresh = torch.randn(150, *noise.shape)
-    x0 = sample.ddim(Gaussian(0.3, 0.5), 80 * noise, sigmas, None, fresh, eta)
+    noise, *fresh = torch.randn(1 + steps, 1000, 1, 4, 4)
+    sampler, sigmas = sample.SAMPLERS[name][0], teacher.sampling_sigmas(steps, "lognormal")
+    x0 = sampler(Gaussian(0.3, 0.5), 80 * noise, sigmas, None, fresh)
     assert abs(x0.mean() - 0.3) < 0.02 and abs(x0.std() - 0.5) < 0.03
-    assert abs((x0 * noise).mean()) < 0.3  # a deterministic sampler has 0.5
+    assert (abs((x0 * noise).mean()) < 0.3) == (name == "ddpm")  # of the others it is 0.5
 
 
 @pytest.mark.parametrize("schedule", teacher.SCHEDULES)
