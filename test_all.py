@@ -1762,19 +1762,16 @@ def make_pipeline(folder, xl):
     letters = [*map(chr, range(33, 127))]
     words = [*letters, *(c + "</w>" for c in letters), "<|startoftext|>", "<|endoftext|>"]
     torch.manual_seed(xl)
-
-    def tokenizer(name, pad):  # CLIP's, of single letters
-        (folder / name).mkdir(parents=True)
-        (folder / name / "vocab.json").write_text(json.dumps({w: i for i, w in enumerate(words)}))
-        (folder / name / "merges.txt").write_text("#version: 0.2\n")
-        return transformers.CLIPTokenizer.from_pretrained(folder / name, model_max_length=77,
-                                                          pad_token=pad)
-
-    def text(kind):
-        return kind(transformers.CLIPTextConfig(
-            vocab_size=190, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-            num_attention_heads=4, bos_token_id=188, eos_token_id=189, pad_token_id=189,
-            projection_dim=32)).eval()
+    path = folder / "tokenizer"  # CLIP's, of single letters
+    path.mkdir(parents=True)
+    (path / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
+    (path / "merges.txt").write_text("#version: 0.2\n")
+    tokenizers = [transformers.CLIPTokenizer.from_pretrained(
+        path, model_max_length=77, pad_token=pad) for pad in ("<|endoftext|>", "!")]
+    text = transformers.CLIPTextConfig(
+        vocab_size=190, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, bos_token_id=188, eos_token_id=189, pad_token_id=189,
+        projection_dim=32)
     blocks = ("CrossAttn{}Block2D", "{}Block2D")[::-1 if xl else 1]
     more = dict(use_linear_projection=True, addition_embed_type="text_time",
                 addition_time_embed_dim=8, projection_class_embeddings_input_dim=6 * 8 + 32)
@@ -1788,14 +1785,14 @@ def make_pipeline(folder, xl):
         down_block_types=[name.format("Down") for name in blocks],
         up_block_types=[name.format("Up") for name in blocks[::-1]])
     parts = dict(
-        vae=vae, unet=unet, text_encoder=text(transformers.CLIPTextModel),
-        tokenizer=tokenizer("tokenizer", "<|endoftext|>"), scheduler=diffusers.DDIMScheduler(
+        vae=vae, unet=unet, text_encoder=transformers.CLIPTextModel(text).eval(),
+        tokenizer=tokenizers[0], scheduler=diffusers.DDIMScheduler(
             beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
             set_alpha_to_one=True, steps_offset=1, timestep_spacing="trailing"))
     if xl:
         pipe = diffusers.StableDiffusionXLPipeline(
-            **parts, text_encoder_2=text(transformers.CLIPTextModelWithProjection),
-            tokenizer_2=tokenizer("tokenizer_2", "!"))
+            **parts, text_encoder_2=transformers.CLIPTextModelWithProjection(text).eval(),
+            tokenizer_2=tokenizers[1])
     else:
         pipe = diffusers.StableDiffusionPipeline(
             **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
@@ -1870,19 +1867,12 @@ def test_text_student_in_diffusers_makes_our_images(flags, timesteps, distil_tex
         return sample.load_sampler(pipeline.folder, "cpu", sample.Config(
             checkpoint=pipeline.folder, prompts=pipeline.prompts, student_steps=len(timesteps),
             weights=str(weights), first_timestep=timesteps[0])).x0(iter(noises), label)
-
-    def theirs():
-        fresh = iter(noises[1:])
-        diffusers.schedulers.scheduling_lcm.randn_tensor = lambda *args, **more: next(fresh)
-        return pipe(PROMPTS, timesteps=timesteps, guidance_scale=0.0, latents=noises[0],
-                    output_type="latent").images
     diffusers, out = pytest.importorskip("diffusers"), distil_text(flags)
     tolerance, lora = 2e-3 if "--half" in flags else 1e-6, "--lora" in flags
     torch.manual_seed(0)
     noises, label = torch.randn(len(timesteps), 2, 4, 8, 8), torch.arange(2)
     x0 = sample.load_sampler(str(out / "generator.pt")).x0(iter(noises), label)
-    weights = out / ("pytorch_lora_weights.safetensors" if lora else
-                     "unet/diffusion_pytorch_model.safetensors")
+    weights, = out.rglob("*.safetensors")
     with warnings.catch_warnings(action="ignore"):
         pipe = type(pipeline.pipe).from_pretrained(pipeline.folder)
         if lora:
@@ -1891,7 +1881,10 @@ def test_text_student_in_diffusers_makes_our_images(flags, timesteps, distil_tex
             pipe.unet = pipe.unet.from_pretrained(out / "unet", torch_dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     pipe.scheduler = diffusers.LCMScheduler.from_config(pipe.scheduler.config)
-    near(x0, theirs(), tolerance)
+    fresh = iter(noises[1:])
+    diffusers.schedulers.scheduling_lcm.randn_tensor = lambda *args, **more: next(fresh)
+    near(x0, pipe(PROMPTS, timesteps=timesteps, guidance_scale=0.0, latents=noises[0],
+                  output_type="latent").images, tolerance)
     near(ours(weights), x0, tolerance)
     if lora:  # under the names of the official code, too
         from safetensors.torch import load_file, save_file
@@ -1955,7 +1948,6 @@ def test_text_losses_of_two_processes(flags, more, pipeline, distil_text, captio
 
 @pytest.fixture
 def captioned(tmp_path):
-    """A folder of images with captions."""
     folder = Path(photographs(tmp_path, 4, ["captioned"]), "captioned")
     for i, text in enumerate(("a dog", "the sea", "red", "a cat")):
         (folder / f"{i}.txt").write_text(text + "\n")
@@ -1976,13 +1968,10 @@ def test_clip_score_of_text(pipeline, tmp_path, capsys):
                  "--clip", str(tmp_path / "clip"), "--out", str(tmp_path / "x.npz")])
     score = float(re.search(r"CLIP score (-?[\d.]+): 3 images", capsys.readouterr().out)[1])
     with np.load(tmp_path / "x.npz") as file, torch.no_grad():
-        pixels = processor([*file["images"]], return_tensors="pt").pixel_values
-        texts = [PROMPTS[c] for c in file["labels"]]
-        tokens = tokenizer(texts, padding=True, return_tensors="pt")
-        vision = model.visual_projection(model.vision_model(pixels).pooler_output)
-        words = model.text_projection(model.text_model(**tokens).pooler_output)
-    cosine = torch.cosine_similarity(vision, words).mean().item()
-    assert score == pytest.approx(100 * cosine, abs=0.006)
+        pixels = processor([*file["images"]], return_tensors="pt")
+        tokens = tokenizer([PROMPTS[c] for c in file["labels"]], padding=True, return_tensors="pt")
+        cosines = model(**pixels, **tokens).logits_per_image / model.logit_scale.exp()
+    assert score == pytest.approx(100 * cosines.diagonal().mean().item(), abs=0.006)
 
 
 def test_text_of_images_beside_them_or_in_one_file(captioned, pipeline, tmp_path, capsys):
@@ -2024,11 +2013,10 @@ def check_turn(v, name, teacher_, fake, x0, sigma, label, noise, tolerance=2e-5)
     return loss
 
 
-@pytest.mark.parametrize("kind, guidance", [("sd15", 1.75), ("sdxl", 8.0)])
-def test_official_distribution_matching_of_text(kind, guidance):
+@pytest.mark.parametrize("name, guidance", [("closed_sd15", 1.75), ("closed_sdxl", 8.0)])
+def test_official_distribution_matching_of_text(name, guidance):
     v, sigmas = vectors("sd_vectors"), teacher.timestep_sigmas("scaled_linear")
     close(sigmas, (1 / v["alphas_cumprod"].double() - 1).sqrt(), rtol=1e-6, atol=0)
-    name = f"closed_{kind}"
     text = torch.cat([v[f"{name}/text"], v[f"{name}/uncond"][:1]]).mean((1, 2))
 
     def closed(a, b):
@@ -2070,10 +2058,8 @@ def test_official_turns_of_text(name, timesteps, guidance, tolerance):
     def denoiser(factor):
         unet = diffusers.UNet2DConditionModel(**config).eval()
         unet.load_state_dict(weights_of("unet", factor))
-        net = sample.TextUNet(unet, prompts, dict(img_resolution=config["sample_size"], pixels=0))
-        if kind == "sdxl":
-            net.sizes = v["sdxl/time_ids"][0].tolist()
-        return teacher.Denoiser(net, "eps")
+        network = dict(img_resolution=config["sample_size"], pixels=v["sdxl/time_ids"][0, 0].item())
+        return teacher.Denoiser(sample.TextUNet(unet, prompts, network), "eps")
     guide, fake, generator = sample.Guided(denoiser(1), guidance, 4), denoiser(1.05), denoiser(0.95)
     head = nn.Sequential(nn.Conv2d(16, 16, 4, stride=4), nn.GroupNorm(4, 16), nn.SiLU(),
                          nn.Conv2d(16, 1, 1), nn.Flatten(0))
@@ -2084,16 +2070,15 @@ def test_official_turns_of_text(name, timesteps, guidance, tolerance):
         x = x0 + sigma.view(-1, 1, 1, 1) * noise
         return head(fake.estimate(x, sigma, label, decode=False)[1])
     label, real_label = torch.arange(2), torch.arange(2, 4)
-    levels, k, noise = [sigmas[t].item() for t in timesteps], 0, v[f"{name}/noise"]
-    drawn = [v[f"{name}/drawn_{i}"] for i in range(9 if len(timesteps) > 1 else 4)]
-    start = teacher.start_scale("scaled_linear", levels[0])
-    x = start * noise
-    if len(timesteps) > 1:  # what step k sees: the images of the steps before it, with noise
-        k = drawn[2].item()
-        normals = iter([drawn[1], *drawn[3:3 + k - 1], noise])
-        draw = types.SimpleNamespace(normal=lambda: next(normals))
-        x, _ = dmd2.step_input(generator, levels, start, k, label, draw)
-    x0 = generator(x, torch.full((2,), levels[k]), label)
+    levels, several = [sigmas[t].item() for t in timesteps], len(timesteps) > 1
+    drawn = [v[f"{name}/drawn_{i}"] for i in range(9 if several else 4)]
+    k = drawn[2].item() if several else 0
+    earlier = [drawn[1], *drawn[3:2 + k]] if several else []  # noise of the steps before k
+    normals = iter([*earlier, v[f"{name}/noise"]])
+    x, sigma = dmd2.step_input(
+        generator, levels, teacher.start_scale("scaled_linear", levels[0]), k, label,
+        types.SimpleNamespace(normal=lambda: next(normals)))
+    x0 = generator(x, sigma, label)
     near(x0.detach(), v[f"{name}/generated"], 1e-6)
     timestep, noise, gan_timestep, gan_noise = drawn[-4:]
     loss = check_turn(v, name, guide, fake, x0, sigmas[timestep].float(), label, noise, tolerance)
@@ -2104,8 +2089,7 @@ def test_official_turns_of_text(name, timesteps, guidance, tolerance):
     fake.zero_grad()
     x0, drawn = x0.detach(), [v[f"{name}_guidance/drawn_{i}"] for i in range(6)]
     sigma = sigmas[drawn[1]].float()
-    x0_hat = fake(x0 + sigma.view(-1, 1, 1, 1) * drawn[0], sigma, label)
-    loss = teacher.unit_error("eps", x0_hat, x0, sigma)
+    loss = teacher.denoising_loss(fake, x0, sigma, label, drawn[0])
     near(loss.detach(), v[f"{name}_guidance/loss_fake_mean"], 3e-6)
     gan_loss = dmd2.discriminator_loss(logits(v[f"{name}/real"], *drawn[2:4], real_label),
                                        logits(x0, *drawn[4:], label))
