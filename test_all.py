@@ -370,8 +370,8 @@ def test_edm_goes_the_whole_way(edm_pkl, distil, capsys):
     path = edm_pkl(label_dim=0)
     for main, flags in ((sample.main, [path, "--evaluate"]), (dmd2.main, ["--teacher", path])):
         assert "--data is missing: an EDM checkpoint" in fails(main, flags, capsys)
-        flags = [*flags, "--data", "digits", "--guidance", "2"]
-        assert "the teacher had no --label-dropout" in fails(main, flags, capsys)
+    flags = [path, "--guidance", "2", "--out", f"{path}.png"]
+    assert "the teacher had no --label-dropout" in fails(sample.main, flags, capsys)
     sample.main([path, *"--data digits --evaluate --n 100 --sampler ddim --steps 3".split()])
     assert "teacher, 3 DDIM steps" in capsys.readouterr().out
     run = distil(f"--teacher {path} --data digits")
