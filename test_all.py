@@ -1926,14 +1926,19 @@ def test_text_student_in_diffusers_makes_our_images(flags, timesteps, distil_tex
         near(ours(out / "official.safetensors"), x0, 1e-6)
 
 
+def moved_roles(denoiser):
+    """Generator and fake score by adapters of random weights, and inputs."""
+    torch.manual_seed(0)
+    roles = [sample.with_adapter(denoiser, 4, 8) for _ in range(2)]
+    for p in itertools.chain(*(role.requires_grad_(True).parameters() for role in roles)):
+        p.data += 0.1 * torch.randn(p.shape)
+    return *roles, (torch.randn(2, 4, 8, 8), torch.tensor([10.0, 1.0]), torch.arange(2))
+
+
 def test_text_adapters_share_the_weights(pipeline):
     """An adapter does not see the others, nor the teacher any."""
-    torch.manual_seed(0)
     denoiser = pipeline.build()
-    roles = [sample.with_adapter(denoiser, 4, 8) for _ in range(2)]
-    for p in itertools.chain(*(role.parameters() for role in roles)):
-        p.data += 0.1 * torch.randn(p.shape)
-    inputs = torch.randn(2, 4, 8, 8), torch.tensor([10.0, 1.0]), torch.arange(2)
+    *roles, inputs = moved_roles(denoiser)
     with torch.no_grad():
         first = [role(*inputs) for role in (denoiser, *roles)]
         again = [role(*inputs) for role in (*roles, denoiser)]
@@ -1941,6 +1946,19 @@ def test_text_adapters_share_the_weights(pipeline):
     assert (first[1] - first[2]).abs().max() > 0.1
     weights = {*denoiser.net.unet.parameters()}
     assert all({*role.net.unet.parameters()} == weights | {*role.parameters()} for role in roles)
+
+
+def test_text_checkpointing_changes_no_gradient(pipeline):
+    def gradients(recompute):
+        denoiser = pipeline.build()
+        if recompute:
+            denoiser.net.unet.enable_gradient_checkpointing()
+        generator, fake_score, (x, sigma, label) = moved_roles(denoiser)
+        x0 = generator(x, sigma, label)
+        fake_score(x0, sigma / 2, label).square().mean().backward()
+        return [p.grad for p in generator.parameters()]
+    for one, other in zip(gradients(True), gradients(False), strict=True):
+        close(one, other)
 
 
 @pytest.mark.parametrize("pipeline, flags", [("sd15", ""), ("sdxl", "--lora 4")],
