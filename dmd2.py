@@ -468,8 +468,10 @@ def train(cfg):
         distilled = step - cfg.regression_steps
         update, rest = (step, 0) if regresses else divmod(distilled, cfg.fake_steps)
         update_generator = rest == 0  # DMD2's two time-scale update rule
-        # Which of the generator's steps is trained: one for the whole batch and on every GPU.
-        k = torch.randint(len(sigmas), (), generator=seeded(TRAINED_STEP, cfg.seed, step)).item()
+        # Which of the generator's steps is trained: one for the whole batch and on every GPU, and
+        # all the fake score's updates before the generator's, for it to know that step's images.
+        cycle = seeded(TRAINED_STEP, cfg.seed, update + (rest > 0))
+        k = torch.randint(len(sigmas), (), generator=cycle).item()
         for part in parts:
             if regresses:
                 losses = dict(regression_loss=regression(update, part))
