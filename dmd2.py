@@ -50,8 +50,9 @@ RECIPES = {
     "folder": dict(batch=64, steps=20000, lr=5e-5, fake_lr=1e-4, fake_steps=5, ema=0.999,
                    save_every=1000, sample_every=1000, evaluate_every=1000),
 }
-RECIPES["digits-best"] = dict(RECIPES["digits"], pairs=8000, regression_steps=1800, steps=4000,
-                              decay_after=330)
+RECIPES["digits-best"] = dict(RECIPES["digits"], batch=32, pairs=8000, regression_steps=3600,
+                              steps=10000, lr=4e-4, decay_after=960, fake_lr=1.5e-3,
+                              evaluate_every=2500)
 RECIPES["mnist-cpu"] = dict(RECIPES["digits"], batch=32, pairs=4000, regression_steps=2000,
                             regression_weight=0.25, steps=5200, lr=4e-4, decay_after=480,
                             fake_lr=1.5e-3, evaluate_every=2600)
@@ -348,7 +349,7 @@ def recipe(given):
     return found
 
 
-def initial(cfg, parent, sigmas, device):
+def initial(cfg, parent, device):
     """Teacher, generator and fake score to begin with: the two are copies of the teacher, or by
     --lora adapters of it, or --init-from's, of which the generator is the EMA; ValueError if they
     are not of this teacher's kind."""
@@ -362,10 +363,10 @@ def initial(cfg, parent, sigmas, device):
     generator, fake_score = students = adapted + whole
     if cfg.init_from and not cfg.resume:
         source = load(cfg.init_from, "generator")
-        for name, wanted in dict(parent, sigmas=sigmas).items():
-            if name in ("network", "prediction", "sigmas") and source[name] != wanted:
+        for name in ("network", "prediction"):
+            if source[name] != parent[name]:
                 raise ValueError(f"--init-from {cfg.init_from}: its {name} is {source[name]}, not "
-                                 f"{wanted}; give a generator.pt of this teacher's kind and steps")
+                                 f"{parent[name]}; give a generator.pt of this teacher's kind")
         generator.load_state_dict(source["model"])
         fake_score.load_state_dict(source["fake_score"])
     return teacher, *(student.to(device).requires_grad_(True) for student in students)
@@ -411,7 +412,7 @@ def train(cfg):
                    discriminator_loss=cfg.discriminator_weight,
                    regression_loss=cfg.regression_weight)
 
-    teacher, generator, fake_score = initial(cfg, parent, sigmas, device)
+    teacher, generator, fake_score = initial(cfg, parent, device)
     # A pipeline's generator has no average: a second UNet would cost more than it gives.
     ema = generator if pipeline else copy.deepcopy(generator).eval().requires_grad_(False)
     kept_every = cfg.save_every if pipeline else cfg.steps  # if nothing is measured
