@@ -111,7 +111,8 @@ class Config(EvaluationOptions, TrainingOptions):
     regression_weight: float = arg(None, "of this loss in later steps (default: by data)", low=0)
     regression_distance: str = arg("mse", "of this loss; lpips is a package", ("mse", "lpips"))
     pairs: int = arg(None, "noise and teacher's image, for it (default: by data)", low=1)
-    init_from: str = arg(None, "generator.pt to start from, with its fake score: a second stage")
+    init_from: str = arg(None, "generator.pt to start from, with its fake score, for a second stage "
+                               "or more steps")
     evaluate_every: int = arg(None, "steps between evaluations, 0: none (default: by data)", low=0)
     evaluate_n: int = arg(2000, "images per evaluation", low=100)
 
@@ -469,9 +470,9 @@ def train(cfg):
         update, rest = (step, 0) if regresses else divmod(distilled, cfg.fake_steps)
         update_generator = rest == 0  # DMD2's two time-scale update rule
         # Which of the generator's steps is trained: one for the whole batch and on every GPU, and
-        # all the fake score's updates before the generator's, for it to know that step's images.
-        cycle = seeded(TRAINED_STEP, cfg.seed, update + (rest > 0))
-        k = torch.randint(len(sigmas), (), generator=cycle).item()
+        # until the generator is updated, for the fake score to know the images that it judges.
+        rng = seeded(TRAINED_STEP, cfg.seed, update + (rest > 0))
+        k = torch.randint(len(sigmas), (), generator=rng).item()
         for part in parts:
             if regresses:
                 losses = dict(regression_loss=regression(update, part))
