@@ -111,8 +111,8 @@ class Config(EvaluationOptions, TrainingOptions):
     regression_weight: float = arg(None, "of this loss in later steps (default: by data)", low=0)
     regression_distance: str = arg("mse", "of this loss; lpips is a package", ("mse", "lpips"))
     pairs: int = arg(None, "noise and teacher's image, for it (default: by data)", low=1)
-    init_from: str = arg(None, "generator.pt to start from, with its fake score, for a second stage "
-                               "or more steps")
+    init_from: str = arg(None, "generator.pt to start from, with its fake score: for a second "
+                               "stage, or more steps")
     evaluate_every: int = arg(None, "steps between evaluations, 0: none (default: by data)", low=0)
     evaluate_n: int = arg(2000, "images per evaluation", low=100)
 
