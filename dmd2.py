@@ -112,7 +112,7 @@ class Config(EvaluationOptions, TrainingOptions):
     regression_distance: str = arg("mse", "of this loss; lpips is a package", ("mse", "lpips"))
     pairs: int = arg(None, "noise and teacher's image, for it (default: by data)", low=1)
     init_from: str = arg(None, "generator.pt to start from, with its fake score: for a second "
-                               "stage, or more steps")
+                               "stage, or for more --student-steps")
     evaluate_every: int = arg(None, "steps between evaluations, 0: none (default: by data)", low=0)
     evaluate_n: int = arg(2000, "images per evaluation", low=100)
 
@@ -349,7 +349,7 @@ def recipe(given):
     return found
 
 
-def initial(cfg, parent, device):
+def initial(cfg, parent, sigmas, device):
     """Teacher, generator and fake score to begin with: the two are copies of the teacher, or by
     --lora adapters of it, or --init-from's, of which the generator is the EMA; ValueError if they
     are not of this teacher's kind."""
@@ -363,10 +363,11 @@ def initial(cfg, parent, device):
     generator, fake_score = students = adapted + whole
     if cfg.init_from and not cfg.resume:
         source = load(cfg.init_from, "generator")
-        for name in ("network", "prediction"):
-            if source[name] != parent[name]:
-                raise ValueError(f"--init-from {cfg.init_from}: its {name} is {source[name]}, not "
-                                 f"{parent[name]}; give a generator.pt of this teacher's kind")
+        found, wanted = ((part["network"], part["prediction"], levels[0]) for part, levels in
+                         ((source, source["sigmas"]), (parent, sigmas)))
+        if found != wanted:
+            raise ValueError(f"--init-from {cfg.init_from}: its network, prediction and first "
+                             f"noise level are {found}, not {wanted}")
         generator.load_state_dict(source["model"])
         fake_score.load_state_dict(source["fake_score"])
     return teacher, *(student.to(device).requires_grad_(True) for student in students)
@@ -412,7 +413,7 @@ def train(cfg):
                    discriminator_loss=cfg.discriminator_weight,
                    regression_loss=cfg.regression_weight)
 
-    teacher, generator, fake_score = initial(cfg, parent, device)
+    teacher, generator, fake_score = initial(cfg, parent, sigmas, device)
     # A pipeline's generator has no average: a second UNet would cost more than it gives.
     ema = generator if pipeline else copy.deepcopy(generator).eval().requires_grad_(False)
     kept_every = cfg.save_every if pipeline else cfg.steps  # if nothing is measured
@@ -469,8 +470,8 @@ def train(cfg):
         distilled = step - cfg.regression_steps
         update, rest = (step, 0) if regresses else divmod(distilled, cfg.fake_steps)
         update_generator = rest == 0  # DMD2's two time-scale update rule
-        # Which of the generator's steps is trained: one for the whole batch and on every GPU, and
-        # until the generator is updated, for the fake score to know the images that it judges.
+        # Which of the generator's steps is trained: one for the whole batch and on every GPU, drawn
+        # anew after each update of the generator, for the fake score to learn what it judges next.
         rng = seeded(TRAINED_STEP, cfg.seed, update + (rest > 0))
         k = torch.randint(len(sigmas), (), generator=rng).item()
         for part in parts:
