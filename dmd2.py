@@ -363,11 +363,11 @@ def initial(cfg, parent, sigmas, device):
     generator, fake_score = students = adapted + whole
     if cfg.init_from and not cfg.resume:
         source = load(cfg.init_from, "generator")
-        found, wanted = ((part["network"], part["prediction"], levels[0]) for part, levels in
-                         ((source, source["sigmas"]), (parent, sigmas)))
-        if found != wanted:
-            raise ValueError(f"--init-from {cfg.init_from}: its network, prediction and first "
-                             f"noise level are {found}, not {wanted}")
+        found, wanted = dict(source, sigmas=source["sigmas"][:1]), dict(parent, sigmas=sigmas[:1])
+        for name in ("network", "prediction", "sigmas"):  # of these the first: steps may differ
+            if found[name] != wanted[name]:
+                raise ValueError(f"--init-from {cfg.init_from}: its {name} is {found[name]}, not "
+                                 f"{wanted[name]}; give a generator.pt of this teacher's kind")
         generator.load_state_dict(source["model"])
         fake_score.load_state_dict(source["fake_score"])
     return teacher, *(student.to(device).requires_grad_(True) for student in students)
