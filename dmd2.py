@@ -425,10 +425,9 @@ def train(cfg):
         shard(generator.net)
         shard(fake_score.net, discriminator.head)
     adamw = functools.partial(torch.optim.AdamW, weight_decay=0.01, fused=device.type != "mps")
-    descent = Descent(adamw(generator.parameters()), cfg, device, "generator_",
-                      judges=discriminator.parameters())
-    fake_descent = Descent(adamw([*fake_score.parameters(), *discriminator.head.parameters()]), cfg,
-                           device, "fake_")
+    judges = nn.ModuleList([fake_score, discriminator.head])  # of the generator's images
+    descent = Descent(adamw(generator.parameters()), cfg, device, "generator_")
+    fake_descent = Descent(adamw(judges.parameters()), cfg, device, "fake_")
 
     real_data, batches = None, itertools.repeat((None, None))
     if cfg.gan_weight or not cfg.backward_simulation:
@@ -490,8 +489,9 @@ def train(cfg):
 
             # Generator: move its samples along the distribution-matching gradient, and to where
             # the discriminator takes them for real ones. Gradients go through fake score and head,
-            # but reach the generator's parameters only (Descent).
+            # but are not of their parameters.
             if update_generator:
+                judges.requires_grad_(False)
                 losses = {}
                 if cfg.dm_weight:
                     sigma, noise = sigma_at(draw.uniform(*dm_range), schedule), draw.normal()
@@ -503,6 +503,7 @@ def train(cfg):
                     losses["regression_loss"] = regression(update, part)
                 descent.add(sum(weights[name] * loss for name, loss in losses.items()))
                 run.note(**losses)
+                judges.requires_grad_(True)
 
             # Fake score: a teacher's loss, on the generator's samples, at every step.
             # Discriminator: real images from generated ones.

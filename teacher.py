@@ -1060,17 +1060,12 @@ def fresh_noise(count, shape, seed, start=0):
 # ---- optimisation -------------------------------------------------------------------------------
 
 class Descent:
-    """Steps of an optimizer, each down the mean of the losses whose gradients were added before.
+    """Steps of an optimizer, each down the mean of the losses whose gradients were added before;
+    several processes average theirs."""
 
-    Gradients reach the optimizer's own parameters only: networks that a loss goes through on its
-    way there (a fake score that judges the generator) stay as they are and accumulate nothing.
-    Several processes average theirs. FSDP does that by itself, but can't limit gradients to some
-    parameters: with it `judges`, others', get back their own.
-    """
-
-    def __init__(self, optimizer, cfg, device, prefix="", judges=()):
+    def __init__(self, optimizer, cfg, device, prefix=""):
         self.optimizer, self.clip, self.parts = optimizer, cfg.clip, cfg.accumulate
-        self.judges, self.prefix = list(judges), prefix  # of the names of what is logged
+        self.prefix = prefix  # of the names of what is logged
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.sharded = hasattr(self.parameters[0], "full_tensor")
         self.scaler = torch.amp.GradScaler(  # of small gradients, which would vanish in float16
@@ -1078,15 +1073,7 @@ class Descent:
 
     def add(self, loss):
         """Add the gradient of the loss of a part of the batch, of --accumulate such parts."""
-        loss = self.scaler.scale(loss / self.parts)
-        if not self.sharded:
-            return loss.backward(inputs=self.parameters)
-        own = [p.grad for p in self.judges]  # of earlier parts of the batch
-        for p in self.judges:
-            p.grad = None
-        loss.backward()  # `inputs` can't be shards
-        for p, grad in zip(self.judges, own):
-            p.grad = grad
+        self.scaler.scale(loss / self.parts).backward()
 
     def step(self, lr):
         """Step at learning rate `lr` with a gradient of norm at most --clip; returns gradient_norm,
