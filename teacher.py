@@ -326,7 +326,9 @@ class Block(nn.Module):
 
     def __init__(self, adm, c_emb, c_in, c_out, resample=None, attention=False):
         super().__init__()
-        self.adm, self.resample, self.heads = adm, resample, c_out // 64 if adm else 1
+        self.adm, self.heads = adm, c_out // 64 if adm else 1
+        self.resized = {None: nn.Identity(), "down": nn.AvgPool2d(2),
+                        "up": nn.Upsample(scale_factor=2)}[resample]
         self.skip_scale, eps = (1, 1e-5) if adm else (0.5**0.5, 1e-6)
         has_skip = c_in != c_out or resample and not adm
         self.norm0 = group_norm(c_in, eps)
@@ -358,11 +360,6 @@ class Block(nn.Module):
             attended = F.scaled_dot_product_attention(q, k, v).mT
             x = (self.proj(attended.reshape(x.shape)) + x) * self.skip_scale
         return x
-
-    def resized(self, x):
-        if self.resample == "down":
-            return F.avg_pool2d(x, 2)
-        return F.interpolate(x, scale_factor=2, mode="nearest") if self.resample == "up" else x
 
 
 def group_norm(channels, eps=1e-6):
