@@ -568,9 +568,9 @@ def codec_of(autoencoder, device="cpu"):
 
 def arg(default, help, choices=None, low=-math.inf, high=math.inf, free=False, positional=False):
     """A dataclass field that is also a flag: one of choices, or a number from low to high; a `free`
-    one may change when a run is resumed."""
-    return dataclasses.field(default=default, metadata=dict(
-        help=help, choices=choices, low=low, high=high, free=free, positional=positional))
+    one may change when a run is resumed: configs that differ in such only are equal."""
+    return dataclasses.field(default=default, compare=not free, metadata=dict(
+        help=help, choices=choices, low=low, high=high, positional=positional))
 
 
 def flag(name):
@@ -680,6 +680,9 @@ def parse(config_class, argv=None, doc="", recipe=lambda given: {}):
     What is given goes before what --resume or --config has, that before recipe(), and that before
     the fields' defaults. Raises ValueError if a given option does not fit.
     """
+    def config_json(path):  # a file of which argparse tells that it is none
+        return dict(json.loads(Path(path).read_text()), out=None, resume=None)
+
     parser = argparse.ArgumentParser(  # without usage, so that its errors are one line
         description=doc, usage=argparse.SUPPRESS, argument_default=argparse.SUPPRESS,
         allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -691,27 +694,21 @@ def parse(config_class, argv=None, doc="", recipe=lambda given: {}):
         parser.add_argument(f.name if f.metadata["positional"] else flag(f.name),
                             help=f.metadata["help"] + told, **kind)
     if trains := issubclass(config_class, TrainingOptions):
-        parser.add_argument("--config", help="config.json of a run, for its options")
-    given, saved = vars(parser.parse_args(argv)), {}
+        parser.add_argument("--config", type=config_json, help="a run's config.json, to start by")
+    given = vars(parser.parse_args(argv))
+    saved = given.pop("config", {})
     for name in given.keys() & {"data", "data_dir", "latent", "teacher", "init_from", "resume",
                                "prompts", "features", "features_weights", "reference"}:
         if given[name] not in KNOWN_DATA and (name == "data_dir" or Path(given[name]).exists()):
             given[name] = str(Path(given[name]).resolve())  # a path, which is kept
-    config = given.pop("config", None)
-    source = given.get("resume", config)
-    if "resume" in given:
+    if source := given.get("resume"):
         saved = dict(load(source)["config"], out=str(Path(source).parent))
         for name in given.keys() & saved.keys():
             value = str(Path(given[name]).resolve()) if name == "out" else given[name]
-            if value != saved[name] and not fields[name].metadata["free"]:
+            if value != saved[name] and fields[name].compare:
                 raise ValueError(f"{flag(name)} {given[name]}: the run to resume has {saved[name]}")
-    elif source:
-        try:
-            saved = dict(json.loads(Path(source).read_text()), out=None, resume=None)
-        except ValueError as error:
-            raise ValueError(f"--config {source}: is no run's config.json: {error}") from error
     if saved.keys() - fields.keys():
-        raise ValueError(f"{source}: is of another script or version, whose options differ")
+        raise ValueError(f"{source or '--config'}: has options of another script or version")
     if given.get("profile"):
         off = {"sample_every", "evaluate_every", "regression_steps"} & fields.keys()
         given.update(dict.fromkeys(off, 0))
@@ -720,11 +717,9 @@ def parse(config_class, argv=None, doc="", recipe=lambda given: {}):
     for name in ("autoencoder.pt", "teacher.pt", "last.pt", "generator.pt"):
         if trains and not cfg.resume and not cfg.profile and (path := Path(cfg.out, name)).exists():
             restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))  # for lost ranks
-            before = restarts and load(path)["config"]
-            if restarts and name != "generator.pt" and all(
-                    getattr(cfg, f.name) == before[f.name] for f in fields.values()
-                    if not f.metadata["free"] and f.name != "out"):
-                return parse(config_class, ["--resume", str(path)])
+            again = restarts and parse(config_class, ["--resume", str(path)])
+            if again and dataclasses.replace(cfg, out=again.out) == again:
+                return again
             raise ValueError(f"--out {cfg.out}: holds a run, {name}; go on with it by --resume, or "
                              "name another folder")
     return cfg

@@ -1554,7 +1554,7 @@ def test_backend_with_cuda(monkeypatch):
     (teacher, "--resume TEACHER", "--steps 4: "),
     (teacher, "--resume TEACHER --steps 9 --lr 0.1", "--lr 0.1: the run to resume has 0.002"),
     (teacher, "--resume LAST --steps 9", "another script"),
-    (teacher, "--config TEACHER", "teacher.pt: is no"),
+    (teacher, "--config TEACHER", "invalid config_json value: '"),
     (teacher, "--latent TEACHER", "autoencoder"),
     (dmd2, "", "--teacher is missing"),
     (dmd2, "--teacher GENERATOR", "holds a generator"),
