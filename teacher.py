@@ -31,7 +31,7 @@ import signal
 import sys
 import time
 import zipfile
-from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import NamedTuple
 
@@ -877,18 +877,16 @@ def load_folder(folder, split, size, data_dir):
     with rank_0_first():
         if not index.exists():
             labels, count, colour, damaged = [], 0, False, []
-            with ThreadPoolExecutor() as pool, replacing(pixels) as file:
-                for start in progress(range(0, len(files), 256), "images"):
-                    part = files[start:start + 256]
-                    images = pool.map(lambda entry: decoded(entry[0], size), part)
-                    for (path, label, held_out), image in zip(part, images):
-                        if isinstance(image, Exception):
-                            damaged.append(f"{path} ({image})")
-                            continue
-                        file.write(image.tobytes())
-                        labels.append(label)
-                        count += not held_out
-                        colour = colour or bool((image != image[:1]).any())
+            with ThreadPool() as pool, replacing(pixels) as file:
+                images = pool.imap(lambda entry: decoded(entry[0], size), files)
+                for (path, label, held_out), image in zip(progress(files, "images"), images):
+                    if isinstance(image, Exception):
+                        damaged.append(f"{path} ({image})")
+                        continue
+                    file.write(image.tobytes())
+                    labels.append(label)
+                    count += not held_out
+                    colour = colour or bool((image != image[:1]).any())
             with replacing(index) as file:
                 file.write(json.dumps([labels, count, colour]).encode())
             tell(f"{folder}: {len(labels)} images, kept decoded as {pixels} "
@@ -898,10 +896,9 @@ def load_folder(folder, split, size, data_dir):
     if (found := len({*labels[:count]})) < len(classes) or count == len(labels):
         raise ValueError(f"--data {folder}: has images to train on of {found} of its "
                          f"{len(classes)} classes, and {len(labels) - count} to hold out")
-    images = torch.from_file(str(pixels), size=len(labels) * 3 * size**2, dtype=torch.uint8)
-    images = images.view(-1, 3, size, size)[:, :3 if colour else 1]
+    images = torch.from_numpy(np.memmap(pixels, mode="c").reshape(-1, 3, size, size))
     chosen = slice(count) if split == "train" else slice(count, None)  # views: nothing is read yet
-    return Data(images[chosen], torch.tensor(labels[chosen]), classes)
+    return Data(images[chosen, :3 if colour else 1], torch.tensor(labels[chosen]), classes)
 
 
 def folder_files(folder):
