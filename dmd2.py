@@ -31,7 +31,7 @@ from sample import (TITLES, EvaluationOptions, batch_of, build_any, digest_of, f
                     make_sampler, measure, open_checkpoint, read_prompts, shard, with_adapter,
                     write_student)
 from teacher import (GENERATOR, SIGMA_MAX, SIGMA_MIN, TRAINED_STEP, Data, Descent, Draw, Run,
-                     TrainingOptions, __version__, arg, batch_at, codec_of, due, encoded, flag,
+                     TrainingOptions, __version__, arg, batch_at, build, due, encoded, flag,
                      fresh_noise, group_norm, load, parse, parts_of, pick_device, prepare, progress,
                      ranges_of, rank, rank_0_first, ranks, rate_at, recipe_of, run_script, save,
                      save_grid, seeded, shape_of, sigma_at, start_scale, tell, to_uint8,
@@ -431,7 +431,7 @@ def train(cfg):
 
     real_data, batches = None, itertools.repeat((None, None))
     if cfg.gan_weight or not cfg.backward_simulation:
-        codec = codec_of(parent["autoencoder"], device)
+        codec = build(parent["autoencoder"], device)
         if pipeline:
             real_data = load_real(parent, codec, teacher.net.prompts, device)
         else:

@@ -36,7 +36,7 @@ from torch.utils._pytree import tree_map
 
 from sample import (build_any, digest_of, exported_noise, few_step, load_reference, make_sampler,
                     measure, onnx_sampler, onnx_session, open_checkpoint)
-from teacher import (HEUN_STEPS, Options, __version__, arg, codec_of, device_name, fresh_noise,
+from teacher import (HEUN_STEPS, Options, __version__, arg, build, device_name, fresh_noise,
                      parse, pick_device, run_script, sampling_sigmas, shape_of, start_scale,
                      to_uint8)
 
@@ -71,7 +71,7 @@ class Exported(nn.Module):
     def __init__(self, checkpoint, uint8=False):
         super().__init__()
         self.denoiser, autoencoder = build_any(checkpoint), checkpoint["autoencoder"]
-        self.codec = codec_of(autoencoder)
+        self.codec = build(autoencoder)
         if autoencoder:
             self.codec.vae.disable_slicing()  # which would fix the batch
         self.sigmas, self.shape = checkpoint["sigmas"], shape_of(checkpoint["network"])

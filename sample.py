@@ -34,7 +34,7 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
 from teacher import (ENDINGS, FEATURES, HEUN_STEPS, SIGMA_MAX, SUBSET, Denoiser, Options, Pixels,
-                     arg, build, codec_of, decoded, fresh_noise, heun, load, load_data, parse,
+                     arg, build, decoded, fresh_noise, heun, load, load_data, parse,
                      pick_device, progress, quantile_of, rank, rank_0_first, ranks, replacing,
                      run_script, sampling_sigmas, save, save_grid, seeded, shape_of, sigma_at,
                      start_scale, tell, timestep_sigmas, to_float, to_uint8)
@@ -601,7 +601,7 @@ def make_sampler(denoiser, checkpoint, device, sampler=None, steps=None):
         noises = (noise.to(device) for noise in noises)
         x = start_scale(checkpoint["schedule"], sigmas[0]) * next(noises)
         return function(denoiser, x, sigmas, label.to(device), noises)
-    codec, shape = codec_of(checkpoint["autoencoder"], device), shape_of(checkpoint["network"])
+    codec, shape = build(checkpoint["autoencoder"], device), shape_of(checkpoint["network"])
     return Sampler(x0, codec.decode, shape, name, evaluations, checkpoint["data"], device, denoiser)
 
 

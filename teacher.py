@@ -277,8 +277,8 @@ class DiffusionTask:
 def train(cfg):
     """Train a teacher, or by AutoencoderTask an autoencoder; returns its checkpoint's path."""
     device, parts = pick_device(cfg.device), parts_of(cfg)
-    codec = codec_of(load(cfg.resume).get("autoencoder") if cfg.resume else
-                     cfg.latent and load(cfg.latent, "autoencoder"), device)
+    codec = build(load(cfg.resume).get("autoencoder") if cfg.resume else
+                  cfg.latent and load(cfg.latent, "autoencoder"), device)
     data, test = (load_data(cfg.data, split, cfg.data_dir, cfg.size) for split in ("train", "test"))
     facts = dict(name=cfg.data, data_dir=cfg.data_dir, size=cfg.size, shape=data.shape,
                  classes=data.classes, flip=cfg.flip, count=len(data.labels))
@@ -556,11 +556,6 @@ class AutoencoderTask:
         save_grid(to_uint8(pair), ("real", "decoded"), path)
 
 
-def codec_of(autoencoder, device="cpu"):
-    """What turns images into x0 and back: a checkpoint's autoencoder or, for None, Pixels."""
-    return Pixels() if autoencoder is None else build(autoencoder, device)
-
-
 # =================================================================================================
 # From here on: what any training script needs.
 
@@ -733,6 +728,7 @@ MISTAKES = (
     (KeyboardInterrupt, "", 130, "interrupted; --resume goes on from a checkpoint if there is one"),
     (RuntimeError, "out of memory|can't allocate", 2,
      "out of memory; a smaller --batch, --width or --n takes less, or --accumulate 4"),
+    (RuntimeError, "loading state_dict", 2, "the weights don't fit: {0}"),
     (RuntimeError, r"C(\+\+)? compiler", 2,
      "--compile: PyTorch finds no C compiler; install one, such as gcc"),
 )
@@ -1210,14 +1206,13 @@ def load(path, kind=None):
 
 def build(checkpoint, device="cpu"):
     """The denoiser or autoencoder of a checkpoint, in eval mode, without gradients; a new one where
-    `model` is None."""
+    `model` is None; and where an autoencoder would be but None is, Pixels."""
+    if checkpoint is None:
+        return Pixels()
     model = (Autoencoder(**checkpoint["network"]) if checkpoint["kind"] == "autoencoder" else
              Denoiser(UNet(**checkpoint["network"]), checkpoint["prediction"]))
-    try:
-        if checkpoint["model"]:
-            model.load_state_dict(checkpoint["model"])
-    except RuntimeError as error:
-        raise ValueError(f"the {checkpoint['kind']}'s weights don't fit: {error}") from error
+    if checkpoint["model"]:
+        model.load_state_dict(checkpoint["model"])
     return model.to(device).eval().requires_grad_(False)
 
 

@@ -2029,7 +2029,7 @@ def test_clip_score_of_text(pipeline, tmp_path, capsys):
 
 
 def test_text_of_images_beside_them_or_in_one_file(captioned, pipeline, tmp_path, capsys):
-    codec = teacher.codec_of(pipeline.checkpoint["autoencoder"])
+    codec = teacher.build(pipeline.checkpoint["autoencoder"])
     latents, captions = sample.load_captioned(captioned, codec, 16, tmp_path, "cpu")
     assert latents.shape == (4, 4, 8, 8) and captions == ["a dog", "the sea", "red", "a cat"]
     (captioned / "metadata.jsonl").write_text("\n".join(
