@@ -107,13 +107,13 @@ class Config(EvaluationOptions, TrainingOptions):
     gan_noise: bool = arg(True, "show the discriminator images with noise (diffusion GAN)")
     gan_range: str = arg("0,1", "noise levels of the discriminator's images, likewise")
     discriminator_weight: float = arg(0.01, "of its loss beside the fake score's", low=0)
-    regression_steps: int = arg(None, "first steps, by regression alone (default: by data)", low=0)
-    regression_weight: float = arg(None, "of this loss in later steps (default: by data)", low=0)
+    regression_steps: int = arg(0, "first steps, by regression alone; more by data", low=0)
+    regression_weight: float = arg(0.0, "of this loss in later steps; more by data", low=0)
     regression_distance: str = arg("mse", "of this loss; lpips is a package", ("mse", "lpips"))
-    pairs: int = arg(None, "noise and teacher's image, for it (default: by data)", low=1)
+    pairs: int = arg(10000, "noise and teacher's image, for it; or by data", low=1)
     init_from: str = arg(None, "generator.pt to start from, with its fake score: for a second "
                                "stage, or for more --student-steps")
-    evaluate_every: int = arg(None, "steps between evaluations, 0: none (default: by data)", low=0)
+    evaluate_every: int = arg(200, "steps between evaluations, 0: none; or by data", low=0)
     evaluate_n: int = arg(2000, "images per evaluation", low=100)
 
     def __post_init__(self):
@@ -335,16 +335,14 @@ def recipe(given):
         xl = Path(folder_of(pipeline), "text_encoder_2").is_dir()
         kind = ("sdxl" if xl else "sd15") + "-lora" * bool(given.get("lora"))
     chosen = given.get("recipe") or recipe_of(kind, given, RECIPES)
-    found = {**dict(regression_steps=0, regression_weight=0.0, pairs=10000, save_every=200,
-                    sample_every=500, evaluate_every=200, data_dir=parent["data"]["data_dir"]),
-             **(EPS if parent["prediction"] == "eps" and not pipeline else {}), **RECIPES[chosen],
-             "recipe": chosen}
+    found = {**(EPS if parent["prediction"] == "eps" and not pipeline else {}), **RECIPES[chosen],
+             "data_dir": parent["data"]["data_dir"], "recipe": chosen}
     if pipeline and "data" not in given:
         found["gan_weight"] = 0.0  # which is what real images are for
     if not pipeline and (given.get("student_steps", 1) > 1 or "init_from" in given):
         found.update(regression_steps=0, regression_weight=0.0)
         found.pop("gan_weight", None)  # which only a start by regression makes dispensable
-    found["regression_steps"] = min(found["regression_steps"],
+    found["regression_steps"] = min(found.get("regression_steps", 0),
                                     given.get("steps", found["steps"]) // 2)
     return found
 

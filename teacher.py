@@ -607,8 +607,8 @@ class TrainingOptions(Options):
     compile: bool = arg(False, "torch.compile the networks, which takes minutes: for long runs")
     profile: bool = arg(False, "time some steps, tell where they go, and stop", free=True)
     log_every: int = arg(50, "steps between lines of log.jsonl", low=1, free=True)
-    save_every: int = arg(None, "steps between checkpoints (default: by data)", low=1, free=True)
-    sample_every: int = arg(None, "steps between pictures (default: by data)", low=0, free=True)
+    save_every: int = arg(200, "steps between checkpoints; more by data", low=1, free=True)
+    sample_every: int = arg(500, "steps between pictures; more by data", low=0, free=True)
     wandb: bool = arg(False, "log to Weights & Biases, too", free=True)
     resume: str = arg(None, "a run's checkpoint to go on from, with its options", free=True)
 
@@ -617,7 +617,7 @@ class TrainingOptions(Options):
 class Config(TrainingOptions):
     """Options of teacher.py."""
 
-    out: str = arg(None, "folder of the run (default: runs/teacher, or runs/autoencoder)")
+    out: str = arg("runs/teacher", "folder of the run; of --autoencoder runs/autoencoder")
     recipe: str = arg(None, "row of RECIPES (default: by data and device)",
                       sorted(RECIPES.keys() - {"autoencoder", "latents"}))  # which have flags
     data: str = arg(None, f"{', '.join(KNOWN_DATA)} (default: digits) or a folder that holds a "
@@ -656,10 +656,9 @@ def recipe(given):
         kind, found = "latents", dict(mults="1" + ",2" * (levels - 1), data=facts["name"],
                                       size=facts["size"], data_dir=facts["data_dir"])
     data = given.get("data", found.get("data", "digits"))
-    base = dict(out="runs/teacher", data_dir=str(Path("data").resolve()), flip=data == "cifar10",
-                save_every=200, sample_every=500)
     chosen = given.get("recipe") or recipe_of(kind or data, given, RECIPES)
-    return {**base, **RECIPES[chosen], "recipe": chosen, **found, "data": data}
+    return {"data_dir": str(Path("data").resolve()), "flip": data == "cifar10", **RECIPES[chosen],
+            "recipe": chosen, **found, "data": data}
 
 
 def recipe_of(data, given, recipes):
