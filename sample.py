@@ -388,8 +388,10 @@ def open_pipeline(folder):
                           shape=(3, pixels, pixels), classes=()))
 
 
-def build_pipeline(checkpoint, device):
-    """The denoiser of a pipeline: its own, or of a generator with the weights that it holds."""
+def build_any(checkpoint, device="cpu"):
+    """build(), or the denoiser of a pipeline: its own, or of a generator with its weights."""
+    if "pipeline" not in checkpoint["network"]:
+        return build(checkpoint, device)
     from diffusers import UNet2DConditionModel
     from transformers.utils import logging
     logging.disable_progress_bar()
@@ -565,12 +567,6 @@ def read_prompts(path):
     if not texts:
         raise ValueError(f"--prompts {path}: has no line")
     return texts
-
-
-def build_any(checkpoint, device="cpu"):
-    """build(), or of a pipeline build_pipeline()."""
-    of_pipeline = "pipeline" in checkpoint["network"]
-    return (build_pipeline if of_pipeline else build)(checkpoint, device)
 
 
 def digest_of(path):
