@@ -15,7 +15,6 @@ The file, and the .json that tells the same as its metadata, is written only aft
 passed it and onnxruntime gave PyTorch's output.
 """
 
-import copy
 import dataclasses
 import functools
 import importlib.util
@@ -32,7 +31,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils._pytree import tree_map
 
 from sample import (build_any, digest_of, exported_noise, few_step, load_reference, make_sampler,
                     measure, onnx_sampler, onnx_session, open_checkpoint)
@@ -121,19 +119,16 @@ class ExportedTeacher(Exported):
 
 
 def halve(exported):
-    """Let the networks of a module compute in float16, between float32 inputs and outputs."""
+    """Let the networks of a module compute in float16; denoiser and codec make that float32."""
     nets, prompts = [exported.denoiser.net], exported.prompts
     if prompts:
-        exported.prompts = copy.copy(prompts)
-        exported.prompts.encoders = exported.encoders.half()
-    if exported.output == "image" and hasattr(exported.codec, "vae") and not (
-            prompts and prompts.xl):  # whose decoder overflows
+        prompts.encoders.half()
+    if hasattr(exported.codec, "vae") and not (prompts and prompts.xl):  # whose decoder overflows
         nets.append(exported.codec.vae.decoder)
     for net in nets:
         for p in net.parameters():  # not the noise levels of timesteps, a buffer
             p.data = p.data.half()
         net.register_forward_pre_hook(lambda net, args: (args[0].half(), *args[1:]))
-        net.register_forward_hook(lambda net, args, found: tree_map(torch.Tensor.float, found))
     return exported
 
 
@@ -289,7 +284,8 @@ def main(argv=None):
                          "text; --int8 not with --fp16")
     ending = "_pixels" * cfg.uint8 + "_fp16" * cfg.fp16 + "_int8" * cfg.int8 + ".onnx"
     path = Path(cfg.out or str(Path(cfg.checkpoint).with_suffix("")) + ending)
-    exported = (ExportedTeacher if kind == "teacher" else Exported)(checkpoint, cfg.uint8)
+    make = ExportedTeacher if kind == "teacher" else Exported
+    exported = make(checkpoint, cfg.uint8)
     tolerance = 1e-2 if cfg.fp16 else 1e-4 if device.type == "cuda" else 1e-5
     tolerance *= 2 if checkpoint["autoencoder"] else 1  # two networks, one after the other
     if kind == "teacher" and checkpoint["prediction"] == "eps":
@@ -305,7 +301,7 @@ def main(argv=None):
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         file = Path(folder, path.name)
-        model = export_onnx(halve(copy.deepcopy(exported)) if cfg.fp16 else exported)
+        model = export_onnx(halve(make(checkpoint, cfg.uint8)) if cfg.fp16 else exported)
         store(model, exported, facts, file)
         error = check_onnx(file, exported, device.type)
         if not error <= tolerance:
