@@ -563,10 +563,7 @@ def load_sampler(path, device="cpu", cfg=None):
 
 def read_prompts(path):
     """The lines of a file that are not empty."""
-    texts = [line.strip() for line in Path(path).read_text().splitlines() if line.strip()]
-    if not texts:
-        raise ValueError(f"--prompts {path}: has no line")
-    return texts
+    return [line.strip() for line in Path(path).read_text().splitlines() if line.strip()]
 
 
 def digest_of(path):
