@@ -28,8 +28,7 @@ from torch import nn
 
 from sample import (TITLES, EvaluationOptions, batch_of, build_any, digest_of, few_step, folder_of,
                     generator_sigmas, guided, load_captioned, load_images, load_reference,
-                    make_sampler, measure, open_checkpoint, read_prompts, shard, with_adapter,
-                    write_student)
+                    make_sampler, measure, open_checkpoint, shard, with_adapter, write_student)
 from teacher import (GENERATOR, SIGMA_MAX, SIGMA_MIN, TRAINED_STEP, Data, Descent, Draw, Run,
                      TrainingOptions, __version__, arg, batch_at, build, due, encoded, flag,
                      fresh_noise, group_norm, load, parse, parts_of, pick_device, prepare, progress,
@@ -388,10 +387,9 @@ def load_real(parent, codec, prompts, device):
 def train(cfg):
     """Distil a teacher into a generator, kept as generator.pt in the run's folder."""
     device, parts = pick_device(cfg.device), parts_of(cfg)
-    texts = read_prompts(cfg.prompts) if cfg.prompts else ()
-    parent = open_checkpoint(cfg.teacher, cfg.data, cfg.data_dir, prompts=texts)
+    parent = open_checkpoint(cfg.teacher, cfg.data, cfg.data_dir, prompts=cfg.prompts)
     pipeline = parent["network"].get("pipeline")
-    if pipeline and not texts:
+    if pipeline and not parent["data"]["classes"]:
         raise ValueError("--prompts is missing: give a file of prompts, one a line")
     if cfg.shard and (not pipeline or cfg.lora or ranks() == 1):
         raise ValueError("--shard: is for whole networks of Stable Diffusion, under torchrun")

@@ -503,10 +503,10 @@ class Sampler(NamedTuple):
     denoiser: nn.Module | None = None  # what x0 calls; none of an ONNX file
 
 
-def open_checkpoint(path, data=None, data_dir=None, kind=None, prompts=()):
+def open_checkpoint(path, data=None, data_dir=None, kind=None, prompts=None):
     """load(), or of a .pkl or .bin load_edm(), of a folder or a name on the Hub open_pipeline();
-    not of autoencoders. Its data may have moved meanwhile; prompts may take the place of a
-    pipeline's."""
+    not of autoencoders. Its data may have moved meanwhile; the prompts in a file, one a line, may
+    take the place of a pipeline's."""
     suffix, on_hub = Path(path).suffix, re.fullmatch(r"[\w-]+/[\w.-]+", str(path))
     if suffix in (".pkl", ".bin"):
         checkpoint = load_edm(path)
@@ -520,7 +520,8 @@ def open_checkpoint(path, data=None, data_dir=None, kind=None, prompts=()):
     facts = checkpoint["data"]
     facts.update(name=data or facts["name"], data_dir=data_dir or facts["data_dir"])
     if "pipeline" in checkpoint["network"] and prompts:
-        facts["classes"] = tuple(prompts)
+        lines = map(str.strip, Path(prompts).read_text().splitlines())
+        facts["classes"] = tuple(filter(None, lines))
     if suffix in (".pkl", ".bin") and data:  # which tell no names of classes
         found = load_data(data, "train", facts["data_dir"], facts["size"]).classes
         facts["classes"] = found if len(found) == len(facts["classes"]) else facts["classes"]
@@ -544,12 +545,14 @@ def load_sampler(path, device="cpu", cfg=None):
     cfg, device = cfg or Config(checkpoint=path), torch.device(device)
     if Path(path).suffix == ".onnx":
         return onnx_sampler(path, device, cfg.data, cfg.data_dir)
-    texts = [cfg.prompt] if cfg.prompt else read_prompts(cfg.prompts) if cfg.prompts else ()
-    checkpoint = open_checkpoint(path, cfg.data, cfg.data_dir, prompts=texts)
+    checkpoint = open_checkpoint(path, cfg.data, cfg.data_dir, prompts=cfg.prompts)
+    facts = checkpoint["data"]
     if "pipeline" in checkpoint["network"]:
-        if not texts:  # a generator's are all that it was trained on
-            checkpoint["data"]["classes"] = texts = checkpoint["data"]["classes"][:10]
-        if not texts:
+        if cfg.prompt:
+            facts["classes"] = (cfg.prompt,)
+        elif not cfg.prompts:  # a generator's are all that it was trained on
+            facts["classes"] = facts["classes"][:10]
+        if not facts["classes"]:
             raise ValueError('--prompt is missing: say what to show, such as --prompt "a red dog"')
         if cfg.weights:
             checkpoint["network"]["weights"] = cfg.weights
@@ -559,11 +562,6 @@ def load_sampler(path, device="cpu", cfg=None):
     if checkpoint["kind"] == "teacher":
         denoiser = guided(denoiser, cfg.guidance, checkpoint)
     return make_sampler(denoiser, checkpoint, device, cfg.sampler, cfg.steps)
-
-
-def read_prompts(path):
-    """The lines of a file that are not empty."""
-    return [line.strip() for line in Path(path).read_text().splitlines() if line.strip()]
 
 
 def digest_of(path):

@@ -1821,7 +1821,7 @@ def pipeline(request, tmp_path_factory):
     with warnings.catch_warnings(action="ignore"):
         pipe = make_pipeline(folder, request.param == "sdxl")
     (texts := folder.with_name("prompts.txt")).write_text("\n".join(PROMPTS))
-    checkpoint = sample.open_checkpoint(str(folder), prompts=PROMPTS)
+    checkpoint = sample.open_checkpoint(str(folder), prompts=texts)
     return types.SimpleNamespace(folder=str(folder), pipe=pipe, checkpoint=checkpoint,
                                  prompts=str(texts), build=lambda: sample.build_any(checkpoint))
 
@@ -2321,7 +2321,7 @@ def test_readme_s_commands_run(optional, tmp_path, monkeypatch):
         make_pipeline(Path("stable-diffusion-v1-5"), xl=False)
         make_pipeline(Path("stable-diffusion-xl-base-1.0"), xl=True)
         Path("prompts.txt").write_text("\n".join(PROMPTS))
-        checkpoint = sample.open_checkpoint("stable-diffusion-xl-base-1.0", prompts=PROMPTS)
+        checkpoint = sample.open_checkpoint("stable-diffusion-xl-base-1.0", prompts="prompts.txt")
         generator = sample.with_adapter(sample.build_any(checkpoint), 4, 8)
         sample.write_student(generator, Path("generator.pt"))
         os.rename("pytorch_lora_weights.safetensors", "dmd2_sdxl_4step_lora_fp16.safetensors")
