@@ -93,12 +93,9 @@ def few_step(generator, x, sigmas, label, noises=()):
 
 
 def generator_sigmas(steps, highest=SIGMA_MAX, first=None):
-    """The noise levels of a generator of so many steps, falling.
-
-    At evenly spread quantiles of the karras schedule up to `highest`: of 4 up to 80, 80, 17.5,
-    2.52, 0.170. With `first`, a timestep, at evenly spread ones of Stable Diffusion's up to it: of
-    4 up to 999, 999, 749, 499, 249.
-    """
+    """A generator's noise levels, falling: at evenly spread quantiles of karras up to `highest`,
+    such as 80, 17.5, 2.52, 0.170; or, of Stable Diffusion, at evenly spread timesteps up to
+    `first`, such as 999, 749, 499, 249."""
     if first is not None:
         levels = timestep_sigmas("scaled_linear")
         return [levels[(first + 1) * k // steps - 1].item() for k in range(steps, 0, -1)]
@@ -709,13 +706,10 @@ def train_features(data, steps=1500, batch=128, device="cpu"):
 
 
 def load_features(data, facts, device="cpu"):
-    """What images of a data set are measured by: networks, functions of images in [-1, 1], by the
-    names of their distances, and a classifier; and the head of a SHA-256 to tell figures apart by.
-
-    A distance is measured in each of three spaces: the trained encoder's, the training images'
-    principal components, and a random network's. The trained networks are in assets/, or trained
-    once and kept in data_dir.
-    """
+    """What images of a data set are measured by, functions of images in [-1, 1] by the names of
+    their distances: a trained encoder, principal components of the training images, and a random
+    network; and a classifier. The trained ones are in assets/, or trained once and kept in
+    data_dir. And the head of a SHA-256 to tell figures apart by."""
     path, channels = ASSETS / f"features_{facts['name']}.pt", data.images.shape[1]
     if facts["name"] not in ("digits", "mnist"):
         content = data.images[:1000].numpy().tobytes() + data.labels.numpy().tobytes()
