@@ -210,23 +210,18 @@ def test_levels_are_the_official_ones(schedule, source, name, rtol):
     close(sigma, vectors(source)[name].double(), rtol=rtol, atol=0)
 
 
-@pytest.mark.parametrize("schedule, u, sigma, rel", [
-    ("lognormal", 0.5, math.exp(-1.2), 1e-6), ("lognormal", 0.8413447, 1, 1e-6),  # one deviation up
-    ("flow", 0.25, 0.2505 / 0.7495, 1e-6), ("flow", 1, 0.999 / 0.001, 1e-6),      # t / (1 - t)
-    ("sigmoid", 249 / 999, (1 / 0.850853 - 1) ** 0.5, 1e-4), ("sigmoid", 499 / 999, 1, 1e-4)])
-def test_quantiles(schedule, u, sigma, rel):
-    found = teacher.sigma_at(torch.tensor(u, dtype=torch.float64), schedule).item()
-    assert found == pytest.approx(sigma, rel=rel)
-
-
-@pytest.mark.parametrize("schedule, low, high", [
-    ("lognormal", 0.002, 80), ("karras", 0.002, 80), ("linear", 0.0100, 157.407),
-    ("cosine", 0.006427, 20291), ("sigmoid", 0.01733, 1825), ("flow", 0.001001, 999)])
-def test_schedules_rise_from_end_to_end(schedule, low, high):
-    for dtype in (torch.float32, torch.float64):
+@pytest.mark.parametrize("schedule, levels", [
+    ("lognormal", {0: 0.002, 0.5: math.exp(-1.2), 0.8413447: 1, 1: 80}),  # one deviation up
+    ("karras", {0: 0.002, 1: 80}), ("linear", {0: 0.0100005, 1: 157.40728}),
+    ("cosine", {0: 0.0064254128, 1: 20291.1696}),
+    ("sigmoid", {0: 0.0173311683, 249 / 999: 0.418676954, 499 / 999: 1, 1: 1824.8926}),
+    ("flow", {0: 0.001 / 0.999, 0.25: 0.2505 / 0.7495, 1: 0.999 / 0.001})])  # t / (1 - t)
+def test_schedules_rise_through_known_levels(schedule, levels):
+    for dtype, rel in ((torch.float32, 1e-3), (torch.float64, 1e-6)):
         sigma = teacher.sigma_at(torch.linspace(0, 1, 5001, dtype=dtype), schedule)
         assert sigma.dtype == dtype and (sigma.diff() >= 0).all()
-        assert [sigma[0].item(), sigma[-1].item()] == pytest.approx([low, high], rel=1e-3)
+        found = teacher.sigma_at(torch.tensor([*levels], dtype=dtype), schedule)
+        assert found.tolist() == pytest.approx([*levels.values()], rel=rel)
 
 
 @pytest.mark.parametrize("prediction, target", [
