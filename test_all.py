@@ -1489,16 +1489,13 @@ def test_losses_of_two_parts_and_of_two_processes(name, flags, tiny, tmp_path):
 def test_rank_that_is_lost_is_started_anew(tmp_path, monkeypatch):
     argv = [*TINY, "--save-every", "1", "--out"]
     (tmp_path / "teacher.py").write_text(f"""if True:
-        import os, signal, sys
+        import os, sys
         sys.path.insert(0, {str(ROOT)!r})
         del sys.modules["__main__"].__spec__
         import test_all
-        def save(state, *args):
-            kept(state, *args)
-            if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and test_all.teacher.rank() == 1:
-                os.kill(os.getpid(), signal.SIGKILL)
-        kept, test_all.teacher.save = test_all.teacher.save, save
-        test_all.script("teacher", sys.argv[1:])""")
+        lost = os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+        fault = test_all.at_third_update, (test_all.signal.raise_signal, test_all.signal.SIGKILL)
+        test_all.script("teacher", sys.argv[1:], *fault * lost)""")
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
          "--max-restarts", "2", tmp_path / "teacher.py", *argv, "restarted"],
