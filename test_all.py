@@ -1762,8 +1762,7 @@ def make_pipeline(folder, xl):
         path, model_max_length=77, pad_token=pad) for pad in ("<|endoftext|>", "!")]
     text = transformers.CLIPTextConfig(
         vocab_size=190, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-        num_attention_heads=4, bos_token_id=188, eos_token_id=189, pad_token_id=189,
-        projection_dim=32)
+        eos_token_id=189, projection_dim=32)
     blocks = ("CrossAttn{}Block2D", "{}Block2D")[::-1 if xl else 1]
     more = dict(use_linear_projection=True, addition_embed_type="text_time",
                 addition_time_embed_dim=8, projection_class_embeddings_input_dim=6 * 8 + 32)
@@ -1780,14 +1779,13 @@ def make_pipeline(folder, xl):
         vae=vae, unet=unet, text_encoder=transformers.CLIPTextModel(text).eval(),
         tokenizer=tokenizers[0], scheduler=diffusers.DDIMScheduler(
             beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
-            set_alpha_to_one=True, steps_offset=1, timestep_spacing="trailing"))
+            timestep_spacing="trailing"))
     if xl:
-        pipe = diffusers.StableDiffusionXLPipeline(
-            **parts, text_encoder_2=transformers.CLIPTextModelWithProjection(text).eval(),
-            tokenizer_2=tokenizers[1])
+        parts.update(text_encoder_2=transformers.CLIPTextModelWithProjection(text).eval(),
+                     tokenizer_2=tokenizers[1])
     else:
-        pipe = diffusers.StableDiffusionPipeline(
-            **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+        parts.update(safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+    pipe = getattr(diffusers, f"StableDiffusion{'XL' * xl}Pipeline")(**parts)
     pipe.save_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
     return pipe
