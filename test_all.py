@@ -1808,16 +1808,12 @@ def pipeline(request, tmp_path_factory):
 @pytest.fixture
 def distil_text(pipeline, tmp_path):
     """Distil it in four steps with more flags; returns the run's folder."""
-    def argv(flags, name):
-        return ["--teacher", pipeline.folder, "--prompts", pipeline.prompts,
-                *("--device cpu --batch 2 --steps 4 --fake-steps 2 --warmup 0 --lr 1e-3 "
-                  "--fake-lr 1e-3 --log-every 1 --sample-every 0").split(), *flags.split(),
-                "--data-dir", str(tmp_path / "data"), "--out", str(tmp_path / name)]
-
     def run(flags="", name="run"):
-        dmd2.main(argv(flags, name))
+        dmd2.main(["--teacher", pipeline.folder, "--prompts", pipeline.prompts,
+                   *("--device cpu --batch 2 --steps 4 --fake-steps 2 --warmup 0 --lr 1e-3 "
+                     "--fake-lr 1e-3 --log-every 1 --sample-every 0").split(), *flags.split(),
+                   "--data-dir", str(tmp_path / "data"), "--out", str(tmp_path / name)])
         return tmp_path / name
-    run.argv = argv
     return run
 
 
@@ -1947,14 +1943,14 @@ def test_text_run_goes_on_with_the_same_bits(flags, distil_text, captioned):
     ("sdxl", "--student-steps 4", "--checkpointing --shard --accumulate 2")], indirect=["pipeline"])
 def test_text_losses_of_two_processes(flags, more, pipeline, distil_text, captioned, tmp_path):
     """They are one's that recomputes nothing: of shards, in a resumed run, and of adapters."""
-    flags += f" --batch 4 --data {captioned} --gan-weight 0.1 --warmup 4"
-    folders = distil_text(flags, "alone"), tmp_path / "ranks"
-    as_ranks("dmd2", distil_text.argv(f"{flags} {more}", "ranks"), tmp_path)
+    alone = distil_text(f"{flags} --batch 4 --data {captioned} --gan-weight 0.1 --warmup 4")
+    argv = ["--config", alone / "config.json", *more.split(), "--out", tmp_path / "ranks"]
+    as_ranks("dmd2", argv, tmp_path)
     if "--save-every" in more:
-        as_ranks("dmd2", ["--resume", f"{folders[1]}/last.1.pt"], tmp_path)
-    for line, same in zip(*map(log_of, folders), strict=True):
+        as_ranks("dmd2", ["--resume", tmp_path / "ranks" / "last.1.pt"], tmp_path)
+    for line, same in zip(log_of(alone), log_of(tmp_path / "ranks"), strict=True):
         assert same == pytest.approx(line, rel=2e-5)
-    one, two = (teacher.load(folder / "generator.pt")["model"] for folder in folders)
+    one, two = (teacher.load(path / "generator.pt")["model"] for path in (alone, argv[-1]))
     start = {f"net.unet.{name}": p for name, p in pipeline.pipe.unet.state_dict().items()}
     moved, apart = (sum((p - other.get(name, 0)).square().sum() for name, p in one.items()) ** 0.5
                     for other in (start, two))
