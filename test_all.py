@@ -2011,8 +2011,6 @@ def test_text_to_image_is_one_onnx_file(distil_text, pipeline, monkeypatch):
     expected = sampler.decode(sampler.x0(iter([noise]), tokens)).clamp(-1, 1)
     assert (torch.from_numpy(image) - expected).abs().max() <= tolerance
     assert facts["tokens"]["shape"] == ["batch", *[2] * prompts.xl, 77]
-    with pytest.raises(ValueError, match="takes noise and tokens"):
-        sample.load_sampler(str(file))
 
 
 def check_turn(v, name, teacher_, fake, x0, sigma, label, noise, tolerance=2e-5):
