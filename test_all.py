@@ -1778,7 +1778,7 @@ def make_pipeline(folder, xl):
         vae=vae, unet=unet, text_encoder=transformers.CLIPTextModel(text).eval(),
         tokenizer=tokenizers[0], scheduler=diffusers.DDIMScheduler(
             beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
-            timestep_spacing="trailing"))
+            timestep_spacing="trailing", steps_offset=1))
     if xl:
         parts.update(text_encoder_2=transformers.CLIPTextModelWithProjection(text).eval(),
                      tokenizer_2=tokenizers[1])
