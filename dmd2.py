@@ -29,12 +29,12 @@ from torch import nn
 from sample import (TITLES, EvaluationOptions, batch_of, build_any, digest_of, few_step, folder_of,
                     generator_sigmas, guided, load_captioned, load_images, load_reference,
                     make_sampler, measure, open_checkpoint, shard, with_adapter, write_student)
-from teacher import (GENERATOR, SIGMA_MAX, SIGMA_MIN, TRAINED_STEP, Data, Descent, Draw, Run,
+from teacher import (GENERATOR, SIGMA_MAX, SIGMA_MIN, TRAINED_STEP, Descent, Draw, Run,
                      TrainingOptions, __version__, arg, batch_at, build, due, encoded, flag,
-                     fresh_noise, group_norm, load, parse, parts_of, pick_device, prepare, progress,
-                     ranges_of, rank, rank_0_first, ranks, rate_at, recipe_of, run_script, save,
-                     save_grid, seeded, shape_of, sigma_at, start_scale, tell, to_uint8,
-                     training_batches, unit_error, update_ema)
+                     fresh_noise, group_norm, load, parse, parts_of, pick_device, prepare,
+                     progress, ranges_of, rank, rank_0_first, ranks, rate_at, recipe_of,
+                     run_script, save, save_grid, seeded, shape_of, sigma_at, start_scale, tell,
+                     to_uint8, training_batches, unit_error, update_ema)
 
 # What of dmd2.py depends on the data: it fills the options that were not given.
 RECIPES = {
@@ -370,20 +370,6 @@ def initial(cfg, parent, sigmas, device):
     return teacher, *(student.to(device).requires_grad_(True) for student in students)
 
 
-def load_real(parent, codec, prompts, device):
-    """The real images of a pipeline's GAN, as latents, whose captions' rows follow the prompts."""
-    facts = parent["data"]
-    if not facts["name"]:
-        raise ValueError("--data is missing: the GAN needs real images with captions; --gan-weight "
-                         "0 does without")
-    latents, captions = load_captioned(facts["name"], codec, facts["size"], facts["data_dir"],
-                                       device)
-    rows = len(prompts.table) + torch.arange(len(captions), device=device)
-    prompts.table = torch.cat([prompts.table, prompts.tokens(captions)])
-    latents = latents.to(device) if latents.nbytes < 2**32 else latents  # or mapped from the file
-    return Data(latents, rows, facts["classes"])
-
-
 def train(cfg):
     """Distil a teacher into a generator, kept as generator.pt in the run's folder."""
     device, parts = pick_device(cfg.device), parts_of(cfg)
@@ -429,7 +415,7 @@ def train(cfg):
     if cfg.gan_weight or not cfg.backward_simulation:
         codec = build(parent["autoencoder"], device)
         if pipeline:
-            real_data = load_real(parent, codec, teacher.net.prompts, device)
+            real_data = load_captioned(parent["data"], codec, teacher.net.prompts, device)
         else:
             real_data = load_images(parent["data"], "train")._replace(flip=parent["data"]["flip"])
             real_data = encoded(real_data, codec, device)

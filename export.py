@@ -34,9 +34,8 @@ from torch import nn
 
 from sample import (build_any, digest_of, exported_noise, few_step, load_reference, make_sampler,
                     measure, onnx_sampler, onnx_session, open_checkpoint)
-from teacher import (HEUN_STEPS, Options, __version__, arg, build, device_name, fresh_noise,
-                     parse, pick_device, run_script, sampling_sigmas, shape_of, start_scale,
-                     to_uint8)
+from teacher import (HEUN_STEPS, Options, __version__, arg, build, device_name, fresh_noise, parse,
+                     pick_device, run_script, sampling_sigmas, shape_of, start_scale, to_uint8)
 
 OPSET = 18  # the fewest nodes at run time, and read by every onnxruntime since 1.14
 BATCHES = (1, 16, 256)  # of the benchmark

@@ -33,11 +33,11 @@ from PIL import Image
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
-from teacher import (ENDINGS, FEATURES, HEUN_STEPS, SIGMA_MAX, SUBSET, Denoiser, Options, Pixels,
-                     arg, build, decoded, fresh_noise, heun, load, load_data, parse,
-                     pick_device, progress, quantile_of, rank, rank_0_first, ranks, replacing,
-                     run_script, sampling_sigmas, save, save_grid, seeded, shape_of, sigma_at,
-                     start_scale, tell, timestep_sigmas, to_float, to_uint8)
+from teacher import (ENDINGS, FEATURES, HEUN_STEPS, SIGMA_MAX, SUBSET, Data, Denoiser, Options,
+                     Pixels, arg, build, decoded, encoded, fresh_noise, heun, load, load_data,
+                     parse, pick_device, progress, quantile_of, rank, rank_0_first, ranks,
+                     replacing, run_script, sampling_sigmas, save, save_grid, seeded, shape_of,
+                     sigma_at, start_scale, tell, timestep_sigmas, to_float, to_uint8)
 
 ASSETS = Path(__file__).resolve().parent / "assets"
 DIMENSIONS = 64  # of each space in which quality is measured
@@ -452,10 +452,14 @@ def write_student(generator, path, half=False):
         (unet.half() if half else unet).save_pretrained(folder / "unet")
 
 
-def load_captioned(folder, codec, size, data_dir, device):
-    """Latents of a folder's images, made once and kept in data_dir, and their captions: x.jpg with
-    x.txt, or metadata.jsonl's lines of file_name and text. ValueError if there are none."""
-    folder, listed = Path(folder), Path(folder, "metadata.jsonl")
+def load_captioned(facts, codec, prompts, device):
+    """Data of a folder's images with captions, in x.jpg and x.txt, or by metadata.jsonl's lines of
+    file_name and text: latents, made once and kept in data_dir, and the rows of their captions,
+    which follow the prompts. ValueError if there are none."""
+    if not facts["name"]:
+        raise ValueError("--data is missing: the GAN needs real images with captions; --gan-weight "
+                         "0 does without")
+    folder, listed = Path(facts["name"]), Path(facts["name"], "metadata.jsonl")
     if listed.exists():
         lines = map(json.loads, listed.read_text().splitlines())
         found = [(folder / line["file_name"], line["text"]) for line in lines]
@@ -463,14 +467,14 @@ def load_captioned(folder, codec, size, data_dir, device):
         found = [(path, text.read_text().strip()) for path in sorted(folder.rglob("*"))
                  if path.suffix.lower() in ENDINGS and (text := path.with_suffix(".txt")).exists()]
     stamp = [(str(path), path.stat().st_size, text) for path, text in found]
-    stamp = json.dumps([stamp, size, digest_of(codec.network["pipeline"])])
+    stamp = json.dumps([stamp, facts["size"], digest_of(codec.network["pipeline"])])
     key = hashlib.sha256(stamp.encode()).hexdigest()[:16]
-    path = Path(data_dir, f"{folder.name}-latents-{key}.pt")
+    path = Path(facts["data_dir"], f"{folder.name}-latents-{key}.pt")
     with rank_0_first():
         if not path.exists():
             latents, captions = [], []
             for image, text in progress(found, "latents"):
-                pixels = decoded(image, size)
+                pixels = decoded(image, facts["size"])
                 if isinstance(pixels, Exception):
                     tell(f"{image}: left out, {pixels}", sys.stderr)
                 else:
@@ -482,7 +486,9 @@ def load_captioned(folder, codec, size, data_dir, device):
             save(dict(latents=torch.cat(latents), captions=captions), path)
             tell(f"{folder}: latents of {len(captions)} images, kept as {path}", sys.stderr)
     stored = torch.load(path, weights_only=True, mmap=True)
-    return stored["latents"], stored["captions"]
+    rows = len(prompts.table) + torch.arange(len(stored["captions"]))
+    prompts.table = torch.cat([prompts.table, prompts.tokens(stored["captions"])])
+    return encoded(Data(stored["latents"], rows, facts["classes"]), Pixels(), device)
 
 
 # ---- any checkpoint as one function -------------------------------------------------------------

@@ -1987,12 +1987,15 @@ def test_clip_score_of_text(pipeline, tmp_path, capsys):
 
 def test_text_of_images_beside_them_or_in_one_file(captioned, pipeline, tmp_path, capsys):
     codec = teacher.build(pipeline.checkpoint["autoencoder"])
-    latents, captions = sample.load_captioned(captioned, codec, 16, tmp_path, "cpu")
-    assert latents.shape == (4, 4, 8, 8) and captions == ["a dog", "the sea", "red", "a cat"]
+    facts, prompts = dict(name=captioned, size=16, data_dir=tmp_path, classes=()), sample.Prompts(
+        Path(pipeline.folder), PROMPTS)
+    captions = ["a dog", "the sea", "red", "a cat"]
+    latents, rows, *_ = sample.load_captioned(facts, codec, prompts, "cpu")
+    assert latents.shape == (4, 4, 8, 8) and equal(prompts.table[rows], prompts.tokens(captions))
     (captioned / "metadata.jsonl").write_text("\n".join(
         json.dumps(dict(file_name=f"{i}.png", text=text)) for i, text in enumerate(captions[::-1])))
-    again = sample.load_captioned(captioned, codec, 16, tmp_path, "cpu")
-    assert equal(again, (latents, captions[::-1]))
+    again, rows, *_ = sample.load_captioned(facts, codec, prompts, "cpu")
+    assert equal((again, prompts.table[rows]), (latents, prompts.tokens(captions[::-1])))
 
 
 def test_text_to_image_is_one_onnx_file(distil_text, pipeline, monkeypatch):
