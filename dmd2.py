@@ -39,7 +39,7 @@ from teacher import (GENERATOR, SIGMA_MAX, SIGMA_MIN, TRAINED_STEP, Descent, Dra
 # What of dmd2.py depends on the data: it fills the options that were not given.
 RECIPES = {
     "digits": dict(batch=64, pairs=5000, regression_steps=1000, regression_weight=1.0, steps=2000,
-                   lr=2e-4, decay_after=150, fake_lr=1e-3, fake_steps=4, ema=0.99, gan_weight=0.0,
+                   lr=2e-4, decay_after=150, fake_lr=4e-3, fake_steps=4, ema=0.99, gan_weight=0.0,
                    dm_range="0.02,0.6", evaluate_every=1000),
     "mnist": dict(batch=256, pairs=24000, regression_steps=1600, regression_weight=0.1, steps=7200,
                   lr=4e-4, decay_after=840, fake_lr=1.5e-3, fake_steps=4, ema=0.995, gan_weight=0.0,
@@ -50,10 +50,10 @@ RECIPES = {
                    save_every=1000, sample_every=1000, evaluate_every=1000),
 }
 RECIPES["digits-best"] = dict(RECIPES["digits"], batch=32, pairs=8000, regression_steps=3600,
-                              steps=10000, lr=4e-4, decay_after=960, fake_lr=1.5e-3,
+                              steps=10000, lr=4e-4, decay_after=960, fake_lr=3e-3,
                               evaluate_every=2500)
-RECIPES["mnist-cpu"] = dict(RECIPES["digits-best"], pairs=4000, regression_steps=2000, steps=5200,
-                            regression_weight=0.25, decay_after=480, evaluate_every=2600)
+RECIPES["mnist-cpu"] = dict(RECIPES["digits-best"], pairs=4000, regression_steps=2000,
+                            regression_weight=0.25, decay_after=1200)
 # The official settings of Stable Diffusion, of whole networks; without EMA.
 RECIPES["sd15"] = dict(batch=2048, steps=40000, lr=1e-5, fake_lr=1e-5, fake_steps=10, guidance=1.75,
                        ema=0.0, save_every=500, sample_every=500, evaluate_every=0)
@@ -62,7 +62,7 @@ RECIPES["sdxl"] = dict(RECIPES["sd15"], batch=128, steps=20000, lr=5e-7, fake_lr
 RECIPES["sdxl-lora"] = dict(RECIPES["sdxl"], lr=5e-5, fake_lr=5e-5)
 RECIPES["sd15-lora"] = dict(RECIPES["sd15"], lr=5e-5, fake_lr=5e-5)  # which is not official
 RECIPES.update({"fashion": RECIPES["mnist"], "fashion-cpu": RECIPES["mnist-cpu"],
-                "latents": RECIPES["digits"]})  # of whatever data
+                "latents": dict(RECIPES["digits"], fake_lr=1e-3)})  # of whatever data
 
 # Of eps teachers, whatever the data: their error counts sigma-fold in x0_hat, so 80 is no use.
 EPS = dict(conditioning_sigma=2.0, dm_range="0.02,0.6")
