@@ -50,10 +50,10 @@ RECIPES = {
                    save_every=1000, sample_every=1000, evaluate_every=1000),
 }
 RECIPES["digits-best"] = dict(RECIPES["digits"], batch=32, pairs=8000, regression_steps=3600,
-                              steps=10000, lr=4e-4, decay_after=960, fake_lr=3e-3,
+                              steps=10000, lr=4e-4, decay_after=960, fake_lr=1.5e-3,
                               evaluate_every=2500)
 RECIPES["mnist-cpu"] = dict(RECIPES["digits-best"], pairs=4000, regression_steps=2000, steps=7500,
-                            regression_weight=0.25, decay_after=1200)
+                            regression_weight=0.25, decay_after=1200, fake_lr=3e-3)
 # The official settings of Stable Diffusion, of whole networks; without EMA.
 RECIPES["sd15"] = dict(batch=2048, steps=40000, lr=1e-5, fake_lr=1e-5, fake_steps=10, guidance=1.75,
                        ema=0.0, save_every=500, sample_every=500, evaluate_every=0)
