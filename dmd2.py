@@ -339,9 +339,9 @@ def recipe(given):
     if pipeline and "data" not in given:
         found["gan_weight"] = 0.0  # which is what real images are for
     if not pipeline and (given.get("student_steps", 1) > 1 or "init_from" in given):
-        found.update(regression_steps=0, regression_weight=0.0)
         # Only a start by regression makes the GAN dispensable, and a faster fake score any good.
-        found.update(fake_lr=min(found["fake_lr"], 1e-3), gan_weight=Config.gan_weight)
+        found.update(regression_steps=0, regression_weight=0.0, gan_weight=Config.gan_weight,
+                     fake_lr=min(found["fake_lr"], 1e-3))
     found["regression_steps"] = min(found.get("regression_steps", 0),
                                     given.get("steps", found["steps"]) // 2)
     return found
@@ -472,7 +472,7 @@ def train(cfg):
 
             # Generator: move its samples along the distribution-matching gradient, and to where
             # the discriminator takes them for real ones. Gradients go through fake score and head,
-            # but are not of their parameters.
+            # which stay as they are.
             if update_generator:
                 judges.requires_grad_(False)
                 losses = {}
