@@ -50,10 +50,10 @@ RECIPES = {
                    save_every=1000, sample_every=1000, evaluate_every=1000),
 }
 RECIPES["digits-best"] = dict(RECIPES["digits"], batch=32, pairs=8000, regression_steps=3600,
-                              steps=10000, lr=4e-4, decay_after=960, fake_lr=1.5e-3,
+                              steps=10000, lr=4e-4, decay_after=960, fake_lr=3e-3,
                               evaluate_every=2500)
 RECIPES["mnist-cpu"] = dict(RECIPES["digits-best"], pairs=4000, regression_steps=2000, steps=7500,
-                            regression_weight=0.25, decay_after=1200, fake_lr=3e-3)
+                            regression_weight=0.25, decay_after=1200)
 # The official settings of Stable Diffusion, of whole networks; without EMA.
 RECIPES["sd15"] = dict(batch=2048, steps=40000, lr=1e-5, fake_lr=1e-5, fake_steps=10, guidance=1.75,
                        ema=0.0, save_every=500, sample_every=500, evaluate_every=0)
@@ -120,9 +120,8 @@ class Config(EvaluationOptions, TrainingOptions):
         regresses = self.regression_steps or self.regression_weight
         if not (self.dm_weight or self.gan_weight or regresses):
             raise ValueError("--dm-weight 0: nothing is left to train the generator by")
-        if regresses and (self.student_steps > 1 or self.pairs < self.batch):
-            raise ValueError("--regression-steps, --regression-weight: are for generators of one "
-                             "step, and --pairs of a batch or more")
+        if regresses and self.pairs < self.batch:
+            raise ValueError(f"--pairs {self.pairs}: needs a batch or more")
 
 
 def interval(cfg, name, lowest):
@@ -235,30 +234,39 @@ def step_input(generator, sigmas, start, k, label, draw, real=None):
 
 # ---- regression: DMD's loss, on pairs of noise and the teacher's image of it --------------------
 
-def load_pairs(sampler, digest, count, path):
-    """Noise and what a teacher's sampler makes of it: from the file at path, or made and kept.
+def load_pairs(sampler, sigmas, start, digest, count, path):
+    """What each of a generator's steps gets, and the image it is to make of that: a teacher's
+    sampler's, and where this was at the step's level; from the file at path, or made and kept.
 
-    returns index [B] -> noise [B, C, H, W], label [B], images (or latents) [B, C, H, W]
+    sigmas  the generator's levels, falling; make_sampler() was told to go through them
+    start   the scale of the noise that the first step gets
+    returns k, index [B] -> x [B, C, H, W] of level sigmas[k], label [B], images (or latents)
     """
     origin, device = dict(teacher=digest, sampler=sampler.name, count=count), sampler.device
-    origin["classes"] = tuple(sampler.data["classes"])  # which may be prompts
+    origin.update(classes=tuple(sampler.data["classes"]), levels=sigmas[1:])  # classes or prompts
     noise = next(fresh_noise(count, sampler.shape, PAIRS_SEED))
     label = torch.arange(count) % len(sampler.data["classes"])
     with rank_0_first():
         stored = torch.load(path, weights_only=True) if path.exists() else {}
         if stored.get("origin") != origin:
-            size = batch_of(sampler)
-            parts = list(zip(noise.split(size), label.split(size)))
-            images = [sampler.x0(iter([z]), c).cpu() for z, c in progress(parts, "pairs")]
-            stored = dict(origin=origin, images=torch.cat(images))
+            size, seen, ways = batch_of(sampler), {}, []
+            hook = sampler.denoiser.register_forward_hook(  # a level's last call is what counts
+                lambda _, args, x0_hat: seen.update({args[1][0].item(): args[0]}))
+            for z, c in progress(list(zip(noise.split(size), label.split(size))), "pairs"):
+                images = sampler.x0(iter([z]), c)
+                passed = [seen[sigma] for sigma in images.new_tensor(sigmas[1:]).tolist()]
+                ways.append(torch.stack([*passed, images]).cpu())
+            hook.remove()
+            stored = dict(origin=origin, ways=torch.cat(ways, dim=1))
             save(stored, path)
-    pairs = [part.to(device) for part in (noise, label, stored["images"])]
-    return lambda index: [part[index] for part in pairs]
+    *x, label, images = (part.to(device) for part in
+                         (start * noise, *stored["ways"][:-1], label, stored["ways"][-1]))
+    return lambda k, index: (x[k][index], label[index], images[index])
 
 
 def regression_loss(generator, sigma, x, label, images, distance=F.mse_loss):
-    """Distance of one-step images of x, noise of a level sigma, a float, from `images` [B, C, H, W]
-    that a teacher's sampler made of the same noise and label (DMD)."""
+    """Distance of a step's images of x, at a level sigma, a float, from `images` [B, C, H, W] that
+    a teacher's sampler made of the same noise and label (DMD)."""
     return distance(few_step(generator, x, [sigma], label), images)
 
 
@@ -338,7 +346,7 @@ def recipe(given):
              "data_dir": parent["data"]["data_dir"], "recipe": chosen}
     if pipeline and "data" not in given:
         found["gan_weight"] = 0.0  # which is what real images are for
-    if not pipeline and (given.get("student_steps", 1) > 1 or "init_from" in given):
+    if not pipeline and "init_from" in given:
         # Only a start by regression makes the GAN dispensable, and a faster fake score any good.
         found.update(regression_steps=0, regression_weight=0.0, gan_weight=Config.gan_weight,
                      fake_lr=min(found["fake_lr"], 1e-3))
@@ -433,12 +441,14 @@ def train(cfg):
     teacher_sampler = make_sampler(guide, parent, device)
     best = Best(cfg, facts, make_sampler(ema, facts, device), teacher_sampler)
     if cfg.regression_steps or cfg.regression_weight:
-        pairs_at = load_pairs(teacher_sampler, digest, cfg.pairs, run.path.with_name("pairs.pt"))
+        through = make_sampler(guide, parent, device, through=sigmas[1:])
+        path = run.path.with_name("pairs.pt")
+        pairs_at = load_pairs(through, sigmas, start, digest, cfg.pairs, path)
         distance = F.mse_loss if cfg.regression_distance == "mse" else lpips_distance(device)
 
-        def regression(update, part):
-            pairs = pairs_at(batch_at(update, cfg.pairs, cfg.batch, cfg.seed, device)[part])
-            return regression_loss(generator, sigmas[0], start * pairs[0], *pairs[1:], distance)
+        def regression(update, k, part):
+            pairs = pairs_at(k, batch_at(update, cfg.pairs, cfg.batch, cfg.seed, device)[part])
+            return regression_loss(generator, sigmas[k], *pairs, distance)
     prepare(cfg, device, teacher, generator, fake_score)  # only now: so far all was in float32
     if real_data:
         first = max(run.start, cfg.regression_steps)
@@ -458,7 +468,7 @@ def train(cfg):
         k = torch.randint(len(sigmas), (), generator=rng).item()
         for part in parts:
             if regresses:
-                losses = dict(regression_loss=regression(update, part))
+                losses = dict(regression_loss=regression(update, k, part))
                 descent.add(losses["regression_loss"])
                 run.note(**losses)
                 continue
@@ -483,7 +493,7 @@ def train(cfg):
                     logits = discriminator(*diffused(x0, draw, gan_range, schedule), label)
                     losses["gan_loss"] = generator_loss(logits)
                 if cfg.regression_weight:
-                    losses["regression_loss"] = regression(update, part)
+                    losses["regression_loss"] = regression(update, k, part)
                 descent.add(sum(weights[name] * loss for name, loss in losses.items()))
                 run.note(**losses)
                 judges.requires_grad_(True)
