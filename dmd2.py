@@ -29,12 +29,12 @@ from torch import nn
 from sample import (TITLES, EvaluationOptions, batch_of, build_any, digest_of, few_step, folder_of,
                     generator_sigmas, guided, load_captioned, load_images, load_reference,
                     make_sampler, measure, open_checkpoint, shard, with_adapter, write_student)
-from teacher import (GENERATOR, SIGMA_MAX, SIGMA_MIN, TRAINED_STEP, Descent, Draw, Run,
+from teacher import (GENERATOR, HEUN_STEPS, SIGMA_MAX, SIGMA_MIN, TRAINED_STEP, Descent, Draw, Run,
                      TrainingOptions, __version__, arg, batch_at, build, due, encoded, flag,
-                     fresh_noise, group_norm, load, parse, parts_of, pick_device, prepare,
+                     fresh_noise, group_norm, heun, load, parse, parts_of, pick_device, prepare,
                      progress, ranges_of, rank, rank_0_first, ranks, rate_at, recipe_of,
-                     run_script, save, save_grid, seeded, shape_of, sigma_at, start_scale, tell,
-                     to_uint8, training_batches, unit_error, update_ema)
+                     run_script, sampling_sigmas, save, save_grid, seeded, shape_of, sigma_at,
+                     start_scale, tell, to_uint8, training_batches, unit_error, update_ema)
 
 # What of dmd2.py depends on the data: it fills the options that were not given.
 RECIPES = {
@@ -121,7 +121,7 @@ class Config(EvaluationOptions, TrainingOptions):
         if not (self.dm_weight or self.gan_weight or regresses):
             raise ValueError("--dm-weight 0: nothing is left to train the generator by")
         if regresses and self.pairs < self.batch:
-            raise ValueError(f"--pairs {self.pairs}: needs a batch or more")
+            raise ValueError(f"--pairs {self.pairs}: must be --batch, {self.batch}, or more")
 
 
 def interval(cfg, name, lowest):
@@ -232,41 +232,43 @@ def step_input(generator, sigmas, start, k, label, draw, real=None):
     return x, x.new_full(x.shape[:1], sigmas[k])
 
 
-# ---- regression: DMD's loss, on pairs of noise and the teacher's image of it --------------------
+# ---- regression: DMD's loss, on pairs of a step's input and the teacher's image -----------------
 
-def load_pairs(sampler, sigmas, start, digest, count, path):
-    """What each of a generator's steps gets, and the image it is to make of that: a teacher's
-    sampler's, and where this was at the step's level; from the file at path, or made and kept.
+def load_pairs(sampler, schedule, sigmas, start, digest, count, path):
+    """Pairs to train each step of a generator on: x, where a teacher of some schedule was at the
+    step's level, on Heun's way from noise, and the image at its end (DMD has the first step's).
+    From the file at path, or made and kept.
 
-    sigmas  the generator's levels, falling; make_sampler() was told to go through them
-    start   the scale of the noise that the first step gets
+    sigmas  the generator's levels, falling
+    start   the first step's x is start * noise
     returns k, index [B] -> x [B, C, H, W] of level sigmas[k], label [B], images (or latents)
     """
-    origin, device = dict(teacher=digest, sampler=sampler.name, count=count), sampler.device
-    origin.update(classes=tuple(sampler.data["classes"]), levels=sigmas[1:])  # classes or prompts
+    classes, device = tuple(sampler.data["classes"]), sampler.device  # which may be prompts
+    origin = dict(teacher=digest, sampler=sampler.name, count=count, classes=classes, sigmas=sigmas)
     noise = next(fresh_noise(count, sampler.shape, PAIRS_SEED))
-    label = torch.arange(count) % len(sampler.data["classes"])
+    label = torch.arange(count) % len(classes)
+    levels = sorted({*sampling_sigmas(HEUN_STEPS, schedule), *sigmas[1:]}, reverse=True)
     with rank_0_first():
         stored = torch.load(path, weights_only=True) if path.exists() else {}
         if stored.get("origin") != origin:
-            size, seen, ways = batch_of(sampler), {}, []
-            hook = sampler.denoiser.register_forward_hook(  # a level's last call is what counts
-                lambda _, args, x0_hat: seen.update({args[1][0].item(): args[0]}))
+            size, ways = batch_of(sampler), []
             for z, c in progress(list(zip(noise.split(size), label.split(size))), "pairs"):
-                images = sampler.x0(iter([z]), c)
-                passed = [seen[sigma] for sigma in images.new_tensor(sigmas[1:]).tolist()]
-                ways.append(torch.stack([*passed, images]).cpu())
-            hook.remove()
+                x, way = start_scale(schedule, levels[0]) * z.to(device), []
+                for high, low in itertools.pairwise([levels[0], *sigmas[1:], 0.0]):
+                    passed = [sigma for sigma in levels if low <= sigma <= high]
+                    x = heun(sampler.denoiser, x, passed, c.to(device))
+                    way.append(x.cpu())
+                ways.append(torch.stack(way))
             stored = dict(origin=origin, ways=torch.cat(ways, dim=1))
             save(stored, path)
-    *x, label, images = (part.to(device) for part in
-                         (start * noise, *stored["ways"][:-1], label, stored["ways"][-1]))
+    *x, images = (part.to(device) for part in (start * noise, *stored["ways"]))
+    label = label.to(device)
     return lambda k, index: (x[k][index], label[index], images[index])
 
 
 def regression_loss(generator, sigma, x, label, images, distance=F.mse_loss):
-    """Distance of a step's images of x, at a level sigma, a float, from `images` [B, C, H, W] that
-    a teacher's sampler made of the same noise and label (DMD)."""
+    """Distance between what one step makes of x, at a noise level sigma, a float, and `images`
+    [B, C, H, W] that a teacher's sampler made on its way through x, of the same label (DMD)."""
     return distance(few_step(generator, x, [sigma], label), images)
 
 
@@ -441,9 +443,8 @@ def train(cfg):
     teacher_sampler = make_sampler(guide, parent, device)
     best = Best(cfg, facts, make_sampler(ema, facts, device), teacher_sampler)
     if cfg.regression_steps or cfg.regression_weight:
-        through = make_sampler(guide, parent, device, through=sigmas[1:])
-        path = run.path.with_name("pairs.pt")
-        pairs_at = load_pairs(through, sigmas, start, digest, cfg.pairs, path)
+        pairs_at = load_pairs(teacher_sampler, parent["schedule"], sigmas, start, digest, cfg.pairs,
+                              run.path.with_name("pairs.pt"))
         distance = F.mse_loss if cfg.regression_distance == "mse" else lpips_distance(device)
 
         def regression(update, k, part):

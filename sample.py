@@ -93,9 +93,9 @@ def few_step(generator, x, sigmas, label, noises=()):
 
 
 def generator_sigmas(steps, highest=SIGMA_MAX, first=None):
-    """A generator's noise levels, falling: from `highest` on by a tenth of karras's quantiles each,
-    such as 80, 45.3, 24.4, 12.4, for a step at a low level takes more variety than faults; or, of
-    Stable Diffusion, at evenly spread timesteps up to `first`, such as 999, 749, 499, 249."""
+    """A generator's noise levels, falling from `highest` by a tenth of its karras quantile a step,
+    as 80, 45.3, 24.4, 12.4, for steps from low levels lose variety; or, of Stable Diffusion, at
+    evenly spread timesteps up to `first`, such as 999, 749, 499, 249."""
     if first is not None:
         levels = timestep_sigmas("scaled_linear")
         return [levels[(first + 1) * k // steps - 1].item() for k in range(steps, 0, -1)]
@@ -576,9 +576,8 @@ def digest_of(path):
     return hashlib.sha256(np.concatenate(content)).hexdigest()
 
 
-def make_sampler(denoiser, checkpoint, device, sampler=None, steps=None, through=()):
-    """The Sampler of a generator, or of a teacher, which may be Guided, by one of SAMPLERS, whose
-    noise levels are to be `through` these, too."""
+def make_sampler(denoiser, checkpoint, device, sampler=None, steps=None):
+    """The Sampler of a generator, or of a teacher, which may be Guided, by one of SAMPLERS."""
     if checkpoint["kind"] == "generator":
         function, sigmas, evaluations = few_step, checkpoint["sigmas"], len(checkpoint["sigmas"])
         name = f"generator, {evaluations} step{'s' * (evaluations > 1)}"
@@ -586,7 +585,6 @@ def make_sampler(denoiser, checkpoint, device, sampler=None, steps=None, through
         function, title, default, own = SAMPLERS[sampler or "heun"]
         steps = steps or default
         sigmas = sampling_sigmas(steps, checkpoint["schedule"], own)
-        sigmas = sorted({*sigmas, *through}, reverse=True)
         name = f"teacher, {steps} {title} steps"
         evaluations = 2 * steps - 1 if function is heun else steps
     if isinstance(denoiser, Guided):
