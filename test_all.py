@@ -621,7 +621,7 @@ def test_input_of_a_step_is_what_sampling_gives_it(k, real, expected):
     close(x, torch.full(size, float(expected)))
 
 
-def test_steps_of_a_generator_are_even():
+def test_steps_of_a_generator():
     assert dmd2.generator_sigmas(4) == pytest.approx([80, 45.314, 24.408, 12.382], rel=1e-4)
     assert dmd2.generator_sigmas(1) + dmd2.generator_sigmas(2, 2.0)[:1] == pytest.approx([80, 2])
 
@@ -697,8 +697,9 @@ def test_discriminator_trains_the_encoder_it_shares(features, trains_encoder, di
     ("--dm-range 0.5,0.6", "dmd_loss", (0.5, 0.6)), ("", "dmd_loss", (0.02, 0.6)),
     ("--fake-range 0.1,0.2", "unit_error", (0.1, 0.2)), ("", "unit_error", (0, 1))])
 def test_losses_draw_levels_from_their_range(flags, name, quantiles, distil, spy):
-    calls = spy(dmd2, name)
+    calls, inputs = spy(dmd2, name), spy(dmd2, "step_input")
     distil(f"--batch 256 --steps 1 {flags}")
+    assert inputs[0][1][0].std().item() == pytest.approx(0.95 * 80, rel=0.03)  # --noise-std
     sigma, (low, high) = calls[0][0][3], teacher.sigma_at(torch.tensor(quantiles), "karras")
     assert low <= sigma.min() < 2 * low + 0.01 and high / 1.5 < sigma.max() <= high
 
@@ -1526,8 +1527,7 @@ def test_images_of_two_processes_and_of_onnx(tiny, tmp_path):
     (teacher, "--resume TEACHER", "--steps 4: "),
     (teacher, "--resume TEACHER --steps 9 --lr 0.1", "--lr 0.1: the run to resume has 0.002"),
     (teacher, "--resume LAST --steps 9", "another script"),
-    (teacher, "--latent TEACHER", "autoencoder"),
-    (dmd2, "", "--teacher is missing"),
+    (teacher, "--latent TEACHER", "autoencoder"), (dmd2, "", "--teacher is missing"),
     (dmd2, "--teacher GENERATOR", "holds a generator"),
     (dmd2, "--teacher TEACHER --dm-weight 0 --regression-steps 0 --regression-weight 0", "nothing"),
     (dmd2, "--teacher TEACHER --dm-range 0.5", "--dm-range 0.5: needs two numbers from 0"),
