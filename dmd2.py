@@ -215,17 +215,19 @@ def discriminator_loss(real_logits, fake_logits):
 
 # ---- the steps of a generator --------------------------------------------------------------------
 
-def step_input(generator, sigmas, start, k, label, draw, real=None):
+def step_input(generator, sigmas, start, k, label, draw, real=None, noise_std=1.0):
     """What to train step k of a generator on, counted from 0.
 
     The first step is trained on noise. Any other on what it will see when images are sampled: the
     result of the steps before it, with fresh noise (DMD2's backward simulation; no gradient reaches
     those steps). Given real images [B, C, H, W] in [-1, 1], on these with noise.
 
-    start  what the first noise is multiplied by
+    start      the start_scale() of the first noise
+    noise_std  standard deviation of the noise. Not in the papers: where it is less than the 1 that
+               images are sampled by, these vary more; distribution matching makes them too alike
     returns x [B, C, H, W] and its noise level [B], sigmas[k]
     """
-    first, *noises = (draw.normal() for _ in range(k + 1))
+    first, *noises = (noise_std * draw.normal() for _ in range(k + 1))
     x = start * first
     if k > 0:
         with torch.no_grad():
@@ -397,9 +399,7 @@ def train(cfg):
     schedule, lowest = ranges_of(parent["schedule"])
     sigmas = generator_sigmas(cfg.student_steps, cfg.conditioning_sigma,
                               cfg.first_timestep if schedule == "scaled_linear" else None)
-    # Not in the papers: distribution matching leaves images too alike, and a generator that has
-    # learnt of narrower noise than it is used with makes up for that.
-    start = cfg.noise_std * start_scale(parent["schedule"], sigmas[0])
+    start = start_scale(parent["schedule"], sigmas[0])
     num_classes, shape = len(parent["data"]["classes"]), shape_of(parent["network"])
     dm_range, fake_range, gan_range = (interval(cfg, name, lowest) for name in
                                        ("dm_range", "fake_range", "gan_range"))
@@ -447,8 +447,8 @@ def train(cfg):
     teacher_sampler = make_sampler(guide, parent, device)
     best = Best(cfg, facts, make_sampler(ema, facts, device), teacher_sampler)
     if cfg.regression_steps or cfg.regression_weight:
-        pairs_at = load_pairs(teacher_sampler, parent["schedule"], sigmas, start, digest, cfg.pairs,
-                              run.path.with_name("pairs.pt"))
+        pairs_at = load_pairs(teacher_sampler, parent["schedule"], sigmas, cfg.noise_std * start,
+                              digest, cfg.pairs, run.path.with_name("pairs.pt"))
         distance = F.mse_loss if cfg.regression_distance == "mse" else lpips_distance(device)
 
         def regression(update, k, part):
@@ -481,7 +481,7 @@ def train(cfg):
             real, real_label = next(batches)
             label = draw.label(num_classes)
             given, label = (None, label) if cfg.backward_simulation else (real, real_label)
-            x, sigma = step_input(generator, sigmas, start, k, label, draw, given)
+            x, sigma = step_input(generator, sigmas, start, k, label, draw, given, cfg.noise_std)
             with torch.set_grad_enabled(update_generator):
                 x0 = generator(x, sigma, label)
 

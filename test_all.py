@@ -611,12 +611,12 @@ def test_discriminator_sees_standard_noise_or_none():
 
 
 @pytest.mark.parametrize("k, real, expected", [
-    (0, None, 80), (1, None, 8 + 4 * 2), (2, None, (8 + 4 * 2) / 10 + 2 * 3), (2, 0.5, 0.5 + 6)])
+    (0, None, 40), (1, None, 4 + 4 * 1), (2, None, (4 + 4 * 1) / 10 + 2 * 1.5), (2, 0.5, 0.5 + 3)])
 def test_input_of_a_step_is_what_sampling_gives_it(k, real, expected):
     draws, tenth, size = itertools.count(1), nn.Parameter(torch.tensor(0.1)), (2, 1, 4, 4)
     draw = types.SimpleNamespace(normal=lambda: torch.full(size, float(next(draws))))
     x, sigma = dmd2.step_input(lambda x, sigma, label: x * tenth, [80.0, 4.0, 2.0], 80.0, k, None,
-                               draw, real and torch.full(size, real))
+                               draw, real and torch.full(size, real), 0.5)
     assert (sigma == (80, 4, 2)[k]).all() and not x.requires_grad  # only the last step is trained
     close(x, torch.full(size, float(expected)))
 
