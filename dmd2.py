@@ -238,13 +238,14 @@ def step_input(generator, sigmas, start, k, label, draw, real=None, noise_std=1.
 
 # ---- regression: DMD's loss, on pairs of a step's input and the teacher's image -----------------
 
-def load_pairs(sampler, schedule, sigmas, start, digest, count, path):
+def load_pairs(sampler, schedule, sigmas, start, digest, count, path, noise_std=1.0):
     """Pairs to train each step of a generator on: x, where a teacher of some schedule was at the
     step's level, on Heun's way from noise, and the image at its end (DMD has the first step's).
     From the file at path, or made and kept.
 
-    sigmas  the generator's levels, falling
-    start   the first step's x is start * noise
+    sigmas     the generator's levels, falling
+    start      the first step's x is start * noise
+    noise_std  as of step_input()
     returns k, index [B] -> x [B, C, H, W] of level sigmas[k], label [B], images (or latents)
     """
     classes, device = tuple(sampler.data["classes"]), sampler.device  # which may be prompts
@@ -265,7 +266,8 @@ def load_pairs(sampler, schedule, sigmas, start, digest, count, path):
                 ways.append(torch.stack(way))
             stored = dict(origin=origin, ways=torch.cat(ways, dim=1))
             save(stored, path)
-    *x, images = (part.to(device) for part in (start * noise, *stored["ways"]))
+    first, *later, images = (part.to(device) for part in (noise, *stored["ways"]))
+    x = [noise_std * start * first, *(images.lerp(part, noise_std) for part in later)]
     label = label.to(device)
     return lambda k, index: (x[k][index], label[index], images[index])
 
@@ -447,8 +449,8 @@ def train(cfg):
     teacher_sampler = make_sampler(guide, parent, device)
     best = Best(cfg, facts, make_sampler(ema, facts, device), teacher_sampler)
     if cfg.regression_steps or cfg.regression_weight:
-        pairs_at = load_pairs(teacher_sampler, parent["schedule"], sigmas, cfg.noise_std * start,
-                              digest, cfg.pairs, run.path.with_name("pairs.pt"))
+        pairs_at = load_pairs(teacher_sampler, parent["schedule"], sigmas, start, digest, cfg.pairs,
+                              run.path.with_name("pairs.pt"), cfg.noise_std)
         distance = F.mse_loss if cfg.regression_distance == "mse" else lpips_distance(device)
 
         def regression(update, k, part):

@@ -637,13 +637,13 @@ def test_guidance_moves_away_from_no_label(denoiser):
 
 def test_pairs_are_kept_until_the_teacher_changes(tiny, denoiser, tmp_path):
     def pairs(sampler, level=2.0, digest="a", count=12):
-        at = dmd2.load_pairs(sampler, "karras", [80.0, level], 80.0, digest, count, tmp_path / "a")
+        at = dmd2.load_pairs(sampler, "karras", [80, level], 80, digest, count, tmp_path / "a", 0.5)
         return [at(k, slice(None)) for k in (0, 1)]
     sampler = sample.make_sampler(denoiser, teacher.load(tiny.teacher), CPU)
     (noise, label, images), (x, *same) = made = pairs(sampler)
     levels = sorted([*teacher.sampling_sigmas(18, "karras"), 2.0], reverse=True)
-    for found, passed in ((x, levels[:levels.index(2.0) + 1]), (images, levels)):
-        close(found, teacher.heun(denoiser, noise, passed, label), rtol=0, atol=1e-5)
+    for found, passed in ((2 * x - images, levels[:levels.index(2.0) + 1]), (images, levels)):
+        close(found, teacher.heun(denoiser, 2 * noise, passed, label), rtol=0, atol=1e-5)
     unused = sampler._replace(denoiser=None)  # fails if it is called
     assert equal(pairs(unused), made) and equal(same, [label, images])
     for changed in ((unused, 1.0), (unused, 2.0, "b"), (unused, 2.0, "a", 9),
