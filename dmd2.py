@@ -94,8 +94,8 @@ class Config(EvaluationOptions, TrainingOptions):
     fake_lr: float = arg(None, "of fake score and regression steps (default: by data)", low=0)
     conditioning_sigma: float = arg(SIGMA_MAX, "noise level that the generator begins at",
                                     low=SIGMA_MIN, high=SIGMA_MAX)
-    noise_std: float = arg(1.0, "of the noise that it is trained on, 0.95 by some recipes; it is "
-                                "used with 1, so its images vary more", low=0.5, high=1)
+    noise_std: float = arg(1.0, "standard deviation of noise in training, by some recipes 0.95; "
+                                "in sampling 1, so images vary more", low=0.5, high=1)
     student_steps: int = arg(1, "steps in which the generator makes an image", (1, 2, 4))
     backward_simulation: bool = arg(True, "train later steps on earlier ones' images, not on real")
     dm_weight: float = arg(1.0, "of the distribution-matching loss; 0 for the GAN only", low=0)
@@ -215,16 +215,16 @@ def discriminator_loss(real_logits, fake_logits):
 
 # ---- the steps of a generator --------------------------------------------------------------------
 
-def step_input(generator, sigmas, start, k, label, draw, real=None, noise_std=1.0):
+def step_input(generator, sigmas, start, noise_std, k, label, draw, real=None):
     """What to train step k of a generator on, counted from 0.
 
-    The first step is trained on noise. Any other on what it will see when images are sampled: the
+    The first step is trained on noise. Any other as it is used when images are sampled: on the
     result of the steps before it, with fresh noise (DMD2's backward simulation; no gradient reaches
     those steps). Given real images [B, C, H, W] in [-1, 1], on these with noise.
 
     start      the start_scale() of the first noise
-    noise_std  standard deviation of the noise. Not in the papers: where it is less than the 1 that
-               images are sampled by, these vary more; distribution matching makes them too alike
+    noise_std  standard deviation of all this noise; sampling has 1. Not in the papers: distribution
+               matching makes images too alike, and with less in training the sampled ones vary more
     returns x [B, C, H, W] and its noise level [B], sigmas[k]
     """
     first, *noises = (noise_std * draw.normal() for _ in range(k + 1))
@@ -238,14 +238,14 @@ def step_input(generator, sigmas, start, k, label, draw, real=None, noise_std=1.
 
 # ---- regression: DMD's loss, on pairs of a step's input and the teacher's image -----------------
 
-def load_pairs(sampler, schedule, sigmas, start, digest, count, path, noise_std=1.0):
+def load_pairs(sampler, schedule, sigmas, start, noise_std, digest, count, path):
     """Pairs to train each step of a generator on: x, where a teacher of some schedule was at the
     step's level, on Heun's way from noise, and the image at its end (DMD has the first step's).
     From the file at path, or made and kept.
 
     sigmas     the generator's levels, falling
-    start      the first step's x is start * noise
-    noise_std  as of step_input()
+    start      the first step's x is noise_std * start * noise
+    noise_std  what is left of the noise in x, as in step_input()
     returns k, index [B] -> x [B, C, H, W] of level sigmas[k], label [B], images (or latents)
     """
     classes, device = tuple(sampler.data["classes"]), sampler.device  # which may be prompts
@@ -449,8 +449,8 @@ def train(cfg):
     teacher_sampler = make_sampler(guide, parent, device)
     best = Best(cfg, facts, make_sampler(ema, facts, device), teacher_sampler)
     if cfg.regression_steps or cfg.regression_weight:
-        pairs_at = load_pairs(teacher_sampler, parent["schedule"], sigmas, start, digest, cfg.pairs,
-                              run.path.with_name("pairs.pt"), cfg.noise_std)
+        pairs_at = load_pairs(teacher_sampler, parent["schedule"], sigmas, start, cfg.noise_std,
+                              digest, cfg.pairs, run.path.with_name("pairs.pt"))
         distance = F.mse_loss if cfg.regression_distance == "mse" else lpips_distance(device)
 
         def regression(update, k, part):
@@ -483,7 +483,7 @@ def train(cfg):
             real, real_label = next(batches)
             label = draw.label(num_classes)
             given, label = (None, label) if cfg.backward_simulation else (real, real_label)
-            x, sigma = step_input(generator, sigmas, start, k, label, draw, given, cfg.noise_std)
+            x, sigma = step_input(generator, sigmas, start, cfg.noise_std, k, label, draw, given)
             with torch.set_grad_enabled(update_generator):
                 x0 = generator(x, sigma, label)
 

@@ -575,7 +575,7 @@ def test_distilled_gaussian_has_its_teacher_s_moments(kind, steps, lr, fake_lr):
         draw, decay = teacher.Draw(teacher.GENERATOR, 0, i, 64, (1, 8, 8), CPU), 1 - i / updates
         rng = teacher.seeded(teacher.TRAINED_STEP, 0, (i + 1) // 2)
         k = torch.randint(steps, (), generator=rng).item()
-        x0 = generator(*dmd2.step_input(generator, sigmas, 80.0, k, None, draw), None)
+        x0 = generator(*dmd2.step_input(generator, sigmas, 80.0, 1.0, k, None, draw), None)
         noise, u = draw.normal(), draw.uniform()
         sigma, fake_sigma = teacher.sigma_at(torch.stack([0.02 + 0.96 * u, u]), "karras")
         if i % 2 == 0:
@@ -615,8 +615,8 @@ def test_discriminator_sees_standard_noise_or_none():
 def test_input_of_a_step_is_what_sampling_gives_it(k, real, expected):
     draws, tenth, size = itertools.count(1), nn.Parameter(torch.tensor(0.1)), (2, 1, 4, 4)
     draw = types.SimpleNamespace(normal=lambda: torch.full(size, float(next(draws))))
-    x, sigma = dmd2.step_input(lambda x, sigma, label: x * tenth, [80.0, 4.0, 2.0], 80.0, k, None,
-                               draw, real and torch.full(size, real), 0.5)
+    x, sigma = dmd2.step_input(lambda x, sigma, label: x * tenth, [80.0, 4.0, 2.0], 80.0, 0.5, k,
+                               None, draw, real and torch.full(size, real))
     assert (sigma == (80, 4, 2)[k]).all() and not x.requires_grad  # only the last step is trained
     close(x, torch.full(size, float(expected)))
 
@@ -637,7 +637,7 @@ def test_guidance_moves_away_from_no_label(denoiser):
 
 def test_pairs_are_kept_until_the_teacher_changes(tiny, denoiser, tmp_path):
     def pairs(sampler, level=2.0, digest="a", count=12):
-        at = dmd2.load_pairs(sampler, "karras", [80, level], 80, digest, count, tmp_path / "a", 0.5)
+        at = dmd2.load_pairs(sampler, "karras", [80, level], 80, 0.5, digest, count, tmp_path / "a")
         return [at(k, slice(None)) for k in (0, 1)]
     sampler = sample.make_sampler(denoiser, teacher.load(tiny.teacher), CPU)
     (noise, label, images), (x, *same) = made = pairs(sampler)
@@ -2076,7 +2076,7 @@ def test_official_turns_of_text(name, timesteps, guidance, tolerance):
     earlier = [drawn[1], *drawn[3:2 + k]] if several else []  # noise of the steps before k
     normals = iter([*earlier, v[f"{name}/noise"]])
     x, sigma = dmd2.step_input(
-        generator, levels, teacher.start_scale("scaled_linear", levels[0]), k, label,
+        generator, levels, teacher.start_scale("scaled_linear", levels[0]), 1.0, k, label,
         types.SimpleNamespace(normal=lambda: next(normals)))
     x0 = generator(x, sigma, label)
     near(x0.detach(), v[f"{name}/generated"], 1e-6)
