@@ -94,8 +94,8 @@ class Config(EvaluationOptions, TrainingOptions):
     fake_lr: float = arg(None, "of fake score and regression steps (default: by data)", low=0)
     conditioning_sigma: float = arg(SIGMA_MAX, "noise level that the generator begins at",
                                     low=SIGMA_MIN, high=SIGMA_MAX)
-    noise_std: float = arg(1.0, "standard deviation of noise in training, by some recipes 0.95; "
-                                "in sampling 1, so images vary more", low=0.5, high=1)
+    noise_std: float = arg(1.0, "standard deviation of the generator's noise in training, by "
+                                "some recipes 0.95; in sampling 1, to vary more", low=0.5, high=1)
     student_steps: int = arg(1, "steps in which the generator makes an image", (1, 2, 4))
     backward_simulation: bool = arg(True, "train later steps on earlier ones' images, not on real")
     dm_weight: float = arg(1.0, "of the distribution-matching loss; 0 for the GAN only", low=0)
@@ -218,7 +218,7 @@ def discriminator_loss(real_logits, fake_logits):
 def step_input(generator, sigmas, start, noise_std, k, label, draw, real=None):
     """What to train step k of a generator on, counted from 0.
 
-    The first step is trained on noise. Any other as it is used when images are sampled: on the
+    The first step is trained on noise. Any other as in sampling, but for noise_std: on the
     result of the steps before it, with fresh noise (DMD2's backward simulation; no gradient reaches
     those steps). Given real images [B, C, H, W] in [-1, 1], on these with noise.
 
@@ -274,7 +274,7 @@ def load_pairs(sampler, schedule, sigmas, start, noise_std, digest, count, path)
 
 def regression_loss(generator, sigma, x, label, images, distance=F.mse_loss):
     """Distance between what one step makes of x, at a noise level sigma, a float, and `images`
-    [B, C, H, W] that a teacher's sampler made on its way through x, of the same label (DMD)."""
+    [B, C, H, W], the teacher's of load_pairs(), of the same label (DMD)."""
     return distance(few_step(generator, x, [sigma], label), images)
 
 
