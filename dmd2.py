@@ -266,9 +266,8 @@ def load_pairs(sampler, schedule, sigmas, start, noise_std, digest, count, path)
                 ways.append(torch.stack(way))
             stored = dict(origin=origin, ways=torch.cat(ways, dim=1))
             save(stored, path)
-    first, *later, images = (part.to(device) for part in (noise, *stored["ways"]))
-    x = [noise_std * start * first, *(images.lerp(part, noise_std) for part in later)]
-    label = label.to(device)
+    label, (*later, images) = label.to(device), stored["ways"].to(device)
+    x = [noise_std * start * noise.to(device), *(images.lerp(part, noise_std) for part in later)]
     return lambda k, index: (x[k][index], label[index], images[index])
 
 
