@@ -622,7 +622,7 @@ def test_input_of_a_step_is_what_sampling_gives_it(k, real, expected):
 
 
 def test_steps_of_a_generator():
-    assert dmd2.generator_sigmas(4) == pytest.approx([80, 55.051, 37.092, 24.408], rel=1e-4)
+    assert dmd2.generator_sigmas(4) == pytest.approx([80, 45.314, 24.408, 12.382], rel=1e-4)
     assert dmd2.generator_sigmas(1) + dmd2.generator_sigmas(2, 2.0)[:1] == pytest.approx([80, 2])
 
 
