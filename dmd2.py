@@ -43,7 +43,8 @@ RECIPES = {
                    noise_std=0.95, dm_range="0.02,0.6", evaluate_every=1000),
     "mnist": dict(batch=256, pairs=24000, regression_steps=1600, regression_weight=0.1, steps=7200,
                   lr=4e-4, decay_after=840, fake_lr=1.5e-3, fake_steps=4, ema=0.995, gan_weight=0.0,
-                  dm_range="0.02,0.6", save_every=1600, sample_every=1600, evaluate_every=1600),
+                  noise_std=0.95, dm_range="0.02,0.6", save_every=1600, sample_every=1600,
+                  evaluate_every=1600),
     "cifar10": dict(batch=256, steps=100000, lr=5e-5, fake_lr=1e-4, fake_steps=5, ema=0.999,
                     save_every=5000, sample_every=5000, evaluate_every=5000),
     "folder": dict(batch=64, steps=20000, lr=5e-5, fake_lr=1e-4, fake_steps=5, ema=0.999,
@@ -52,8 +53,8 @@ RECIPES = {
 RECIPES["digits-best"] = dict(RECIPES["digits"], batch=32, pairs=8000, regression_steps=3600,
                               steps=9000, lr=4e-4, decay_after=810, fake_lr=3e-3,
                               evaluate_every=3000)
-RECIPES["mnist-cpu"] = dict(RECIPES["digits-best"], pairs=4000, regression_steps=2000, steps=7500,
-                            regression_weight=0.25, decay_after=1200, evaluate_every=2500)
+RECIPES["mnist-cpu"] = dict(RECIPES["digits-best"], pairs=4000, regression_steps=2000,
+                            regression_weight=0.25, decay_after=1200)
 # The official settings of Stable Diffusion, of whole networks; without EMA.
 RECIPES["sd15"] = dict(batch=2048, steps=40000, lr=1e-5, fake_lr=1e-5, fake_steps=10, guidance=1.75,
                        ema=0.0, save_every=500, sample_every=500, evaluate_every=0)
