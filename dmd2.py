@@ -41,10 +41,6 @@ RECIPES = {
     "digits": dict(batch=64, pairs=5000, regression_steps=1000, regression_weight=1.0, steps=2000,
                    lr=2e-4, decay_after=150, fake_lr=4e-3, fake_steps=4, ema=0.99, gan_weight=0.0,
                    noise_std=0.95, dm_range="0.02,0.6", evaluate_every=1000),
-    "mnist": dict(batch=256, pairs=24000, regression_steps=1600, regression_weight=0.1, steps=7200,
-                  lr=4e-4, decay_after=840, fake_lr=1.5e-3, fake_steps=4, ema=0.995, gan_weight=0.0,
-                  noise_std=0.95, dm_range="0.02,0.6", save_every=1600, sample_every=1600,
-                  evaluate_every=1600),
     "cifar10": dict(batch=256, steps=100000, lr=5e-5, fake_lr=1e-4, fake_steps=5, ema=0.999,
                     save_every=5000, sample_every=5000, evaluate_every=5000),
     "folder": dict(batch=64, steps=20000, lr=5e-5, fake_lr=1e-4, fake_steps=5, ema=0.999,
@@ -53,6 +49,9 @@ RECIPES = {
 RECIPES["digits-best"] = dict(RECIPES["digits"], batch=32, pairs=8000, regression_steps=3600,
                               steps=9000, lr=4e-4, decay_after=810, fake_lr=3e-3,
                               evaluate_every=3000)
+RECIPES["mnist"] = dict(RECIPES["digits"], batch=256, pairs=24000, regression_steps=1600,
+                        regression_weight=0.1, steps=7200, lr=4e-4, decay_after=840, fake_lr=1.5e-3,
+                        ema=0.995, save_every=1600, sample_every=1600, evaluate_every=1600)
 RECIPES["mnist-cpu"] = dict(RECIPES["digits-best"], pairs=4000, regression_steps=2000,
                             regression_weight=0.25, decay_after=1200)
 # The official settings of Stable Diffusion, of whole networks; without EMA.
