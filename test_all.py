@@ -715,15 +715,15 @@ def test_losses_draw_levels_from_their_range(flags, name, quantiles, distil, spy
 def test_steps_that_take_a_loss(flags, passes, logged, distil, spy, tiny, monkeypatch):
     """Passes per step: generator 1, its losses 2 + 1; fake score 1, discriminator 1, or 2 if its
     levels or its features are its own. Pairs take 35."""
-    begun, before = spy(dmd2, "initial"), teacher.load(tiny.teacher)["model"]
-    calls, inputs = spy(teacher.Denoiser, "estimate"), spy(dmd2, "step_input")
+    begun, inputs, pairs = (spy(dmd2, name) for name in ("initial", "step_input", "load_pairs"))
+    calls, before = spy(teacher.Denoiser, "estimate"), teacher.load(tiny.teacher)["model"]
     if flags == "--gan-weight 0":
         monkeypatch.setattr(dmd2, "load_images", None)  # no image is read
     lines = log_of(distil(flags))
     assert len(calls) == passes
     steps = [args[4] for args, _ in inputs]  # drawn anew after the generator's update
     assert steps == ([0, 1, 1, 0] if "--student-steps 2" in flags else [0] * len(steps))
-    assert {args[3] for args, _ in inputs} == {0.95}  # the recipe's --noise-std
+    assert {args[3] for args, _ in inputs} | {args[4] for args, _ in pairs} == {0.95}  # recipe's
     assert logged == {name: [line["step"] for line in lines if name in line] for name in logged}
     assert [equal(net.state_dict(), before) for net in begun[0][1]] == [True, False, False]
 
