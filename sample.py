@@ -162,7 +162,7 @@ class Config(EvaluationOptions, Options):
     seeds: int = arg(3, "with --evaluate: the number of seeds, from --seed on", low=1)
     beside: str = arg(None, "picture: real images | this second checkpoint's | the first's")
     trajectory: bool = arg(False, "picture: x / (1 + sigma) and the estimate of x0, step by step")
-    map: bool = arg(False, "picture: images as dots by their features: UMAP (umap-learn) or PCA")
+    map: bool = arg(False, "picture: images as dots by their features, by t-SNE")
     batch: int = arg(BATCH, "images at a time, which changes the speed only", low=1)
 
 
@@ -995,25 +995,21 @@ def save_trajectory(sampler, label, seed, out, columns=10):
 
 
 def save_map(cfg, sampler):
-    """Write images as dots of their features in a plane, by UMAP (McInnes et al. 2018) or PCA."""
+    """Write images as dots of their features in a plane, by t-SNE (van der Maaten, Hinton 2008)."""
     from matplotlib.figure import Figure
+    from sklearn.manifold import TSNE
     reference, classes = load_reference(sampler.data, sampler.device), sampler.data["classes"]
     label = reference.labels[:cfg.n or MAP_N].clamp(max=len(classes) - 1)  # 0 if unconditional
     images = generate(sampler, label, cfg.seed, cfg.batch)
     found = extract(reference.nets, images, sampler.device)
     features = torch.cat([part["frechet_distance"][:len(label)]
                           for part in (reference.features, found)]).double()
-    try:
-        from umap import UMAP
-        kind, points = "UMAP", UMAP(random_state=0, n_jobs=1).fit_transform(features.numpy())
-    except ModuleNotFoundError:
-        u, s, _ = torch.linalg.svd(features - features.mean(0), full_matrices=False)
-        kind, points = "PCA", (u * s)[:, :2].numpy()
+    points = TSNE(random_state=0).fit_transform(features.numpy())
     figure, few = Figure(figsize=(9.4, 4.4), layout="constrained"), len(classes) <= 10
     panels = figure.subplots(1, 2, sharex=True, sharey=True)
     for panel, name, part in zip(panels, ("real", sampler.name), np.split(points, 2)):
         dots = panel.scatter(*part.T, 3, label, cmap="tab10" if few else "turbo")
-        panel.set(title=f"{name} ({kind})", xticks=[], yticks=[])
+        panel.set(title=f"{name} (t-SNE)", xticks=[], yticks=[])
     if few:
         panels[1].legend(dots.legend_elements(num=None)[0], [classes[c] for c in label.unique()],
                          loc="center left", bbox_to_anchor=(1, 0.5))
