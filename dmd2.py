@@ -62,7 +62,7 @@ RECIPES["sdxl"] = dict(RECIPES["sd15"], batch=128, steps=20000, lr=5e-7, fake_lr
 RECIPES["sdxl-lora"] = dict(RECIPES["sdxl"], lr=5e-5, fake_lr=5e-5)
 RECIPES["sd15-lora"] = dict(RECIPES["sd15"], lr=5e-5, fake_lr=5e-5)  # which is not official
 RECIPES.update({"fashion": RECIPES["mnist"], "fashion-cpu": RECIPES["mnist-cpu"],
-                "latents": dict(RECIPES["digits"], fake_lr=1e-3)})  # of whatever data
+                "latents": RECIPES["mnist-cpu"]})  # of whatever data
 
 # Of eps teachers, whatever the data: their error counts sigma-fold in x0_hat, so 80 is no use.
 EPS = dict(conditioning_sigma=2.0, dm_range="0.02,0.6")
