@@ -1160,8 +1160,10 @@ def replacing(path, keep=False):
             os.replace(path, path.with_suffix(f".1{path.suffix}"))
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save makes the latter of the former
-        reason = error if isinstance(error, OSError) else error.__context__ or error
-        raise OSError(f"{path}: can't be written ({reason})") from error
+        reason = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(reason, OSError):
+            raise
+        raise OSError(f"{path}: can't be written ({reason.strerror})") from error
     finally:
         temporary.unlink(missing_ok=True)
 

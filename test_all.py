@@ -1398,7 +1398,7 @@ def test_full_disk(faulty, tmp_path):
                            at_third_update, (resource.setrlimit, resource.RLIMIT_FSIZE, limits))
     path = last_of(faulty, out)
     assert status == 2 and not list(out.glob("*.tmp"))
-    assert words.endswith(f"{path}: can't be written ([Errno 27] File too large)\n")
+    assert words.splitlines()[-1] == f"{faulty.name}.py: {path}: can't be written (File too large)"
     assert teacher.load(path)["step"] == (4 if faulty.name == "dmd2" else 2)
     ends_alike(faulty, out)
 
