@@ -826,7 +826,7 @@ def load_reference(facts, device="cpu", cfg=EvaluationOptions()):
 def extract(nets, images, device):
     """What each network, by its name, makes of images uint8 [N, C, H, W]: [N, D], on the CPU."""
     found = {name: torch.cat([net(to_float(part.to(device))).cpu() for part in
-                              images.tensor_split(ranks())[rank()].split(500)])
+                              images.tensor_split(ranks())[rank()].split(50)])
              for name, net in nets.items()}
     of_ranks = [found] * ranks()
     if ranks() > 1:
@@ -891,8 +891,8 @@ def precision_recall(real, fake, k=NEIGHBOURS):
     union of balls that reach to their centre's k-th neighbour (Kynkäänniemi et al. 2019)."""
     def share_inside(points, centres):
         radii = torch.cat([torch.cdist(part, centres).kthvalue(k + 1).values  # 1: itself
-                           for part in centres.split(1000)])
-        inside = [(torch.cdist(part, centres) <= radii).any(1) for part in points.split(1000)]
+                           for part in centres.split(100)])
+        inside = [(torch.cdist(part, centres) <= radii).any(1) for part in points.split(100)]
         return torch.cat(inside).double().mean().item()
     return share_inside(fake, real), share_inside(real, fake)
 
