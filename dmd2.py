@@ -30,9 +30,9 @@ from sample import (TITLES, EvaluationOptions, batch_of, build_any, digest_of, f
                     generator_sigmas, guided, load_captioned, load_images, load_reference,
                     make_sampler, measure, open_checkpoint, shard, with_adapter, write_student)
 from teacher import (GENERATOR, HEUN_STEPS, SIGMA_MAX, SIGMA_MIN, TRAINED_STEP, Descent, Draw, Run,
-                     TrainingOptions, __version__, arg, batch_at, build, due, encoded, flag,
-                     fresh_noise, group_norm, heun, load, parse, parts_of, pick_device, prepare,
-                     progress, ranges_of, rank, rank_0_first, ranks, rate_at, recipe_of,
+                     TrainingOptions, __version__, arg, batch_at, build, clamped, due, encoded,
+                     flag, fresh_noise, group_norm, heun, load, parse, parts_of, pick_device,
+                     prepare, progress, ranges_of, rank, rank_0_first, ranks, rate_at, recipe_of,
                      run_script, sampling_sigmas, save, save_grid, seeded, shape_of, sigma_at,
                      start_scale, tell, to_uint8, training_batches, unit_error, update_ema)
 
@@ -405,6 +405,8 @@ def train(cfg):
     dm_range, fake_range, gan_range = (interval(cfg, name, lowest) for name in
                                        ("dm_range", "fake_range", "gan_range"))
     gan_range = gan_range if cfg.gan_noise else None
+    # Pixels are trained as they will be shown: black is black, not the mean of nearly black.
+    shown = (lambda x0: x0) if parent["autoencoder"] else clamped
     # The discriminator may see the generator's images in the pass by which the fake score learns.
     shares_pass = cfg.gan_features == "fake" and gan_range == fake_range
     weights = dict(dmd_loss=cfg.dm_weight, gan_loss=cfg.gan_weight, fake_loss=cfg.fake_weight,
@@ -484,7 +486,7 @@ def train(cfg):
             given, label = (None, label) if cfg.backward_simulation else (real, real_label)
             x, sigma = step_input(generator, sigmas, start, cfg.noise_std, k, label, draw, given)
             with torch.set_grad_enabled(update_generator):
-                x0 = generator(x, sigma, label)
+                x0 = shown(generator(x, sigma, label))
 
             # Generator: move its samples along the distribution-matching gradient, and to where
             # the discriminator takes them for real ones. Gradients go through fake score and head,

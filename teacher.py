@@ -15,7 +15,6 @@ networks, an autoencoder; then what any script here needs, from options to pictu
 """
 
 import argparse
-import collections
 import contextlib
 import copy
 import dataclasses
@@ -69,7 +68,7 @@ RECIPES = {
     "autoencoder": dict(width=16, mults="1,2,4", blocks=1, batch=128, steps=1500, lr=2e-3, ema=0.99,
                         decay_after=900, out="runs/autoencoder"),
     "latents": dict(width=64, blocks=2, batch=128, steps=5000, lr=1e-3, ema=0.999,
-                    decay_after=3000),
+                    decay_after=3000, schedule="cosine"),
 }
 RECIPES.update({"fashion": RECIPES["mnist"], "fashion-cpu": RECIPES["mnist-cpu"]})
 
@@ -542,12 +541,13 @@ class AutoencoderTask:
         """The loss and its two terms: squared error per pixel, divergence per latent value."""
         posterior, noise = autoencoder.posterior(x0), draw.normal()
         decoded = autoencoder.decode(posterior.mean + posterior.std * noise)  # x0 is z as yet
-        error, kl = (decoded - x0).square().mean(), posterior.kl().mean() / noise[0].numel()
+        error = (clamped(decoded) - x0).square().mean()
+        kl = posterior.kl().mean() / noise[0].numel()
         return dict(loss=error + self.cfg.kl_weight * kl, reconstruction_loss=error, kl=kl)
 
     def validate(self, autoencoder, x0, label):
         """Figures: the peak signal-to-noise ratio of reconstructions, in dB."""
-        error = (autoencoder.decode(autoencoder.encode(x0)) - x0).square().mean()
+        error = (clamped(autoencoder.decode(autoencoder.encode(x0))) - x0).square().mean()
         return dict(psnr=-10 * torch.log10(error.clamp(min=1e-10) / 4))
 
     def picture(self, autoencoder, x0, label, path):
@@ -928,11 +928,8 @@ def folder_files(folder):
     else:
         raise ValueError(f"--data {folder}: a .zip needs EDM's dataset.json; unpack it")
     files = [files[i] for i in np.random.RandomState(0).permutation(len(files))]
-    left = collections.Counter(label for _, label, _ in files)
-    for i, (path, label, _) in enumerate(files if not tests else ()):
-        chosen = i % 6 == 0 and i < 60000 and left[label] > 1  # but not the last of its class
-        left[label] -= chosen
-        files[i] = path, label, chosen
+    for i in range(0, min(len(files), 60000), 6) if not tests else ():
+        files[i] = *files[i][:2], True
     return sorted(files, key=lambda entry: entry[2]), tuple(classes) or ("all",)
 
 
@@ -993,6 +990,11 @@ def training_batches(data, start, cfg, parts, device):
 def to_float(images):
     """uint8 -> float32 in [-1, 1]; latents, which are float32, as they are."""
     return images.float().div_(127.5).sub_(1) if images.dtype == torch.uint8 else images
+
+
+def clamped(images):
+    """Images as they will be shown, in [-1, 1], with the gradient of those given."""
+    return images + (images.clamp(-1, 1) - images).detach()
 
 
 def to_uint8(images):

@@ -480,11 +480,13 @@ def test_latents_have_edm_s_deviation_and_kl_is_that_of_normals(latent):
     cfg, images = options("--autoencoder", "--width", "8"), torch.rand(64, 3, 28, 28)
     task = teacher.AutoencoderTask(cfg, teacher.Data(images, None, ()), None)
     autoencoder, noise = teacher.build(task.facts), torch.randn(64, 4, 7, 7)
+    autoencoder.vae.decoder.conv_out.weight.data *= 2
     losses = task.losses(autoencoder, images, None, types.SimpleNamespace(normal=lambda: noise))
     mean, std = (posterior := autoencoder.posterior(images)).mean, posterior.std
     close(losses["kl"], (mean**2 + std**2 - 1 - 2 * std.log()).mean() / 2)
     decoded, before = map(autoencoder.decode, (mean + std * noise, autoencoder.encode(images)))
-    close(losses["reconstruction_loss"], (decoded - images).square().mean())
+    assert decoded.min() < -1
+    close(losses["reconstruction_loss"], (decoded.clamp(-1, 1) - images).square().mean())
     autoencoder.calibrate(images)
     assert (x0 := autoencoder.encode(images)).shape == (64, *task.shape) == (64, 4, 7, 7)
     close(x0.mean((0, 2, 3)), torch.zeros(4), rtol=0, atol=1e-5)
@@ -510,7 +512,9 @@ def test_generator_of_latents_goes_everywhere(latent):
 
 def test_real_x0_are_latents_of_the_autoencoder_that_travels(latent, distil, spy):
     batches, data = spy(dmd2, "training_batches"), teacher.load_data("digits", "train")
+    shown = spy(dmd2, "clamped")
     distil(f"--teacher {latent}/teacher/teacher.pt --steps 1")
+    assert not shown
     codec = teacher.build(teacher.load(latent / "teacher" / "teacher.pt")["autoencoder"])
     close(batches[0][0][0].images, codec.encode(teacher.to_float(data.images)))
 
@@ -715,12 +719,14 @@ def test_losses_draw_levels_from_their_range(flags, name, quantiles, distil, spy
 def test_steps_that_take_a_loss(flags, passes, logged, distil, spy, tiny, monkeypatch):
     """Passes per step: generator 1, its losses 2 + 1; fake score 1, discriminator 1, or 2 if its
     levels or its features are its own. Pairs take 35."""
-    begun, inputs, pairs = (spy(dmd2, name) for name in ("initial", "step_input", "load_pairs"))
+    watched = "initial", "step_input", "load_pairs", "clamped"
+    begun, inputs, pairs, shown = (spy(dmd2, name) for name in watched)
     calls, before = spy(teacher.Denoiser, "estimate"), teacher.load(tiny.teacher)["model"]
     if flags == "--gan-weight 0":
         monkeypatch.setattr(dmd2, "load_images", None)  # no image is read
     lines = log_of(distil(flags))
     assert len(calls) == passes
+    assert len(shown) == len(inputs)
     steps = [args[4] for args, _ in inputs]  # drawn anew after the generator's update
     assert steps == ([0, 1, 1, 0] if "--student-steps 2" in flags else [0] * len(steps))
     assert {args[3] for args, _ in inputs} | {args[4] for args, _ in pairs} == {0.95}  # recipe's
@@ -875,7 +881,6 @@ def test_yardstick_sees_lost_quality_and_lost_variety(name, monkeypatch):
     train, test = (teacher.load_data(name, split, SHARED / "data") for split in ("train", "test"))
     first, real, held_out = (data._replace(images=data.images[:n], labels=data.labels[:n])
                              for data, n in ((train, 20000), (train, 5000), (test, 2000)))
-    assert name == "digits" or held_out.labels[:5].tolist() == [7, 2, 1, 0, 4]
     splits = dict(train=first, test=held_out)
     monkeypatch.setattr(sample, "load_images", lambda facts, split: splits[split])
     reference = sample.load_reference(dict(name=name))
@@ -959,8 +964,13 @@ def test_digits_split():
     train, test = (teacher.load_data("digits", split) for split in ("train", "test"))
     assert train.images.shape == (1497, 1, 8, 8) and test.images.shape == (300, 1, 8, 8)
     assert train.labels.bincount().tolist() == [146, 154, 149, 148, 143, 155, 157, 144, 151, 150]
-    assert train.images.max() == 255
     assert torch.equal(teacher.to_uint8(teacher.to_float(train.images)), train.images)
+
+
+def test_clamped_images_have_the_gradient_of_those_given():
+    x = torch.tensor([-1.5, 0.3, 2.0], requires_grad=True)
+    close(teacher.clamped(x).detach(), torch.tensor([-1, 0.3, 1]))
+    assert torch.autograd.grad(teacher.clamped(x).sum(), x)[0].tolist() == [1, 1, 1]
 
 
 def test_epoch_shows_each_image_once_and_half_of_them_mirrored():
@@ -1157,16 +1167,6 @@ def test_split_folder(train, test, tmp_path):
                 for split in ("train", "test"))
     assert one.labels.bincount().tolist() == [5, 5] and two.labels.bincount().tolist() == [2, 2]
     assert one.classes == ("cats", "dogs")
-
-
-@pytest.mark.parametrize("classes, count", [(20, 2), (50, 2), (200, 3), (1, 6)])
-def test_every_class_keeps_an_image_to_train_on(classes, count, tmp_path):
-    for c, i in itertools.product(range(classes), range(count)):
-        (tmp_path / f"{c:03}").mkdir(exist_ok=True)
-        (tmp_path / f"{c:03}" / f"{i}.png").touch()
-    files, names = teacher.folder_files(tmp_path)
-    assert len({label for _, label, held_out in files if not held_out}) == len(names) == classes
-    assert len(files) == classes * count and files[-1][2] and not files[0][2]
 
 
 def test_resumed_run_goes_on_in_its_wandb_run(tmp_path, monkeypatch):
