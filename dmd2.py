@@ -288,12 +288,12 @@ def lpips_distance(device):
 # ---- pictures, and the best generator of a run --------------------------------------------------
 
 @torch.no_grad()
-def save_estimates(teacher, fake_score, sampler, schedule, path, count=10):
+def save_estimates(teacher, fake_score, sampler, schedule, shown, path, count=10):
     """The generator's images, a row each; with noise; what teacher and fake score make of that."""
     noises, device = fresh_noise(count, sampler.shape, seed=0), sampler.device
     label = torch.arange(count, device=device) % len(sampler.data["classes"])
     sigma = sigma_at(torch.linspace(0.15, 0.75, count, device=device), schedule)
-    x0 = sampler.x0(noises, label)
+    x0 = shown(sampler.x0(noises, label))
     x = x0 + sigma.view(-1, 1, 1, 1) * next(noises).to(device)
     columns = dict(x0=x0, x=x, teacher=teacher(x, sigma, label), fake=fake_score(x, sigma, label))
     images = torch.stack([sampler.decode(column) for column in columns.values()], dim=1)
@@ -405,8 +405,9 @@ def train(cfg):
     dm_range, fake_range, gan_range = (interval(cfg, name, lowest) for name in
                                        ("dm_range", "fake_range", "gan_range"))
     gan_range = gan_range if cfg.gan_noise else None
-    # Pixels are trained as they will be shown: black is black, not the mean of nearly black.
-    shown = (lambda x0: x0) if parent["autoencoder"] else clamped
+    # But for regression, pixels are trained as they are shown, clamped: else those that should be
+    # black scatter about -1, and half of them show as dark grey.
+    shown = nn.Identity() if parent["autoencoder"] else clamped
     # The discriminator may see the generator's images in the pass by which the fake score learns.
     shares_pass = cfg.gan_features == "fake" and gan_range == fake_range
     weights = dict(dmd_loss=cfg.dm_weight, gan_loss=cfg.gan_weight, fake_loss=cfg.fake_weight,
@@ -532,7 +533,7 @@ def train(cfg):
             best.consider(step, run, fake_score)
         if due(step, cfg.sample_every, cfg.steps):
             run.draw(step, lambda path: save_estimates(teacher, fake_score, best.sampler, schedule,
-                                                       path))
+                                                       shown, path))
     if best.best:
         figures = ", ".join(f"{title} {best.best[name]:.3f}" for name, title in TITLES.items()
                             if name in best.best)

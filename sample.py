@@ -825,6 +825,7 @@ def load_reference(facts, device="cpu", cfg=EvaluationOptions()):
 @torch.no_grad()
 def extract(nets, images, device):
     """What each network, by its name, makes of images uint8 [N, C, H, W]: [N, D], on the CPU."""
+    # 50 images at a time fit a CPU's cache.
     found = {name: torch.cat([net(to_float(part.to(device))).cpu() for part in
                               images.tensor_split(ranks())[rank()].split(50)])
              for name, net in nets.items()}

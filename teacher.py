@@ -890,7 +890,8 @@ def load_folder(folder, split, size, data_dir):
     labels, count, colour = json.loads(index.read_text())
     if (found := len({*labels[:count]})) < len(classes) or count == len(labels):
         raise ValueError(f"--data {folder}: has images to train on of {found} of its "
-                         f"{len(classes)} classes, and {len(labels) - count} to hold out")
+                         f"{len(classes)} classes, and {len(labels) - count} to hold out; put "
+                         "some of each into folders named train and test")
     images = torch.from_numpy(np.memmap(pixels, mode="c").reshape(-1, 3, size, size))
     chosen = slice(count) if split == "train" else slice(count, None)  # views: nothing is read yet
     return Data(images[chosen, :3 if colour else 1], torch.tensor(labels[chosen]), classes)
@@ -928,8 +929,9 @@ def folder_files(folder):
     else:
         raise ValueError(f"--data {folder}: a .zip needs EDM's dataset.json; unpack it")
     files = [files[i] for i in np.random.RandomState(0).permutation(len(files))]
-    for i in range(0, min(len(files), 60000), 6) if not tests else ():
-        files[i] = *files[i][:2], True
+    held_out = () if tests else range(0, min(len(files), 60000), 6)
+    for i in held_out:
+        files[i] = (*files[i][:2], True)
     return sorted(files, key=lambda entry: entry[2]), tuple(classes) or ("all",)
 
 
@@ -993,7 +995,8 @@ def to_float(images):
 
 
 def clamped(images):
-    """Images as they will be shown, in [-1, 1], with the gradient of those given."""
+    """Images as they are shown, in [-1, 1]; their gradient is as if they were not clamped, for one
+    beyond the range must be able to return (straight-through, Bengio et al. 2013)."""
     return images + (images.clamp(-1, 1) - images).detach()
 
 

@@ -510,11 +510,10 @@ def test_generator_of_latents_goes_everywhere(latent):
     assert (images.int() - sample.generate(b, INPUTS[2], seed=0).int()).abs().max() <= 1
 
 
-def test_real_x0_are_latents_of_the_autoencoder_that_travels(latent, distil, spy):
+def test_real_x0_are_latents_of_the_autoencoder_that_travels(latent, distil, spy, monkeypatch):
     batches, data = spy(dmd2, "training_batches"), teacher.load_data("digits", "train")
-    shown = spy(dmd2, "clamped")
+    monkeypatch.setattr(dmd2, "clamped", None)  # which latents are not
     distil(f"--teacher {latent}/teacher/teacher.pt --steps 1")
-    assert not shown
     codec = teacher.build(teacher.load(latent / "teacher" / "teacher.pt")["autoencoder"])
     close(batches[0][0][0].images, codec.encode(teacher.to_float(data.images)))
 
@@ -719,14 +718,15 @@ def test_losses_draw_levels_from_their_range(flags, name, quantiles, distil, spy
 def test_steps_that_take_a_loss(flags, passes, logged, distil, spy, tiny, monkeypatch):
     """Passes per step: generator 1, its losses 2 + 1; fake score 1, discriminator 1, or 2 if its
     levels or its features are its own. Pairs take 35."""
-    watched = "initial", "step_input", "load_pairs", "clamped"
-    begun, inputs, pairs, shown = (spy(dmd2, name) for name in watched)
+    watched = "initial", "step_input", "load_pairs", "clamped", "unit_error"
+    begun, inputs, pairs, shown, errors = (spy(dmd2, name) for name in watched)
     calls, before = spy(teacher.Denoiser, "estimate"), teacher.load(tiny.teacher)["model"]
     if flags == "--gan-weight 0":
         monkeypatch.setattr(dmd2, "load_images", None)  # no image is read
     lines = log_of(distil(flags))
     assert len(calls) == passes
-    assert len(shown) == len(inputs)
+    assert all(x0.abs().max() < 1.0001 for (_, _, x0, _), _ in errors)
+    assert all(x0.abs().max() > 1.1 for (x0,), _ in shown)
     steps = [args[4] for args, _ in inputs]  # drawn anew after the generator's update
     assert steps == ([0, 1, 1, 0] if "--student-steps 2" in flags else [0] * len(steps))
     assert {args[3] for args, _ in inputs} | {args[4] for args, _ in pairs} == {0.95}  # recipe's
