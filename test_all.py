@@ -1,4 +1,4 @@
-"""What the scripts promise. `pytest test_all.py`: 6 minutes on two idle cores, no GPU.
+"""What the scripts promise. `pytest test_all.py`: 4 minutes on two idle cores, no GPU.
 
 Wherever it can, a closed-form denoiser stands in for the network: that of data N(mean, std^2).
 `pytest test_all.py -m gpu` runs what needs CUDA, where it is, and `-m reach` what installs an old
