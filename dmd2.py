@@ -406,7 +406,7 @@ def train(cfg):
                                        ("dm_range", "fake_range", "gan_range"))
     gan_range = gan_range if cfg.gan_noise else None
     # But for regression, pixels are trained as they are shown, clamped: else those that should be
-    # black scatter about -1, and half of them show as dark grey.
+    # black scatter about -1, and many show as dark grey.
     shown = nn.Identity() if parent["autoencoder"] else clamped
     # The discriminator may see the generator's images in the pass by which the fake score learns.
     shares_pass = cfg.gan_features == "fake" and gan_range == fake_range

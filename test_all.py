@@ -1,8 +1,7 @@
 """What the scripts promise. `pytest test_all.py`: 4 minutes on two idle cores, no GPU.
 
 Wherever it can, a closed-form denoiser stands in for the network: that of data N(mean, std^2).
-`pytest test_all.py -m gpu` runs what needs CUDA, where it is, and `-m reach` what installs an old
-onnxruntime.
+`pytest test_all.py -m gpu` runs what needs CUDA, `-m reach` what installs an old onnxruntime.
 """
 
 import copy
@@ -881,6 +880,7 @@ def test_yardstick_sees_lost_quality_and_lost_variety(name, monkeypatch):
     train, test = (teacher.load_data(name, split, SHARED / "data") for split in ("train", "test"))
     first, real, held_out = (data._replace(images=data.images[:n], labels=data.labels[:n])
                              for data, n in ((train, 20000), (train, 5000), (test, 2000)))
+    assert name == "digits" or held_out.labels[:5].tolist() == [7, 2, 1, 0, 4]
     splits = dict(train=first, test=held_out)
     monkeypatch.setattr(sample, "load_images", lambda facts, split: splits[split])
     reference = sample.load_reference(dict(name=name))
@@ -964,12 +964,12 @@ def test_digits_split():
     train, test = (teacher.load_data("digits", split) for split in ("train", "test"))
     assert train.images.shape == (1497, 1, 8, 8) and test.images.shape == (300, 1, 8, 8)
     assert train.labels.bincount().tolist() == [146, 154, 149, 148, 143, 155, 157, 144, 151, 150]
+    assert train.images.max() == 255
     assert torch.equal(teacher.to_uint8(teacher.to_float(train.images)), train.images)
 
 
 def test_clamped_images_have_the_gradient_of_those_given():
     x = torch.tensor([-1.5, 0.3, 2.0], requires_grad=True)
-    close(teacher.clamped(x).detach(), torch.tensor([-1, 0.3, 1]))
     assert torch.autograd.grad(teacher.clamped(x).sum(), x)[0].tolist() == [1, 1, 1]
 
 
