@@ -19,8 +19,6 @@ import dataclasses
 import functools
 import importlib.util
 import json
-import math
-import statistics
 import tempfile
 import time
 import types
@@ -32,8 +30,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sample import (build_any, digest_of, exported_noise, few_step, load_reference, make_sampler,
-                    measure, onnx_sampler, onnx_session, open_checkpoint)
+from sample import (TITLES, build_any, digest_of, exported_noise, few_step, load_reference,
+                    make_sampler, measure, onnx_sampler, onnx_session, open_checkpoint)
 from teacher import (HEUN_STEPS, Options, __version__, arg, build, device_name, fresh_noise, parse,
                      pick_device, run_script, sampling_sigmas, shape_of, start_scale, to_uint8)
 
@@ -67,9 +65,8 @@ class Exported(nn.Module):
 
     def __init__(self, checkpoint, uint8=False):
         super().__init__()
-        self.denoiser, autoencoder = build_any(checkpoint), checkpoint["autoencoder"]
-        self.codec = build(autoencoder)
-        if autoencoder:
+        self.denoiser, self.codec = build_any(checkpoint), build(checkpoint["autoencoder"])
+        if checkpoint["autoencoder"]:
             self.codec.vae.disable_slicing()  # which would fix the batch
         self.sigmas, self.shape = checkpoint["sigmas"], shape_of(checkpoint["network"])
         self.uint8, self.start = uint8, start_scale(checkpoint["schedule"], self.sigmas[0])
@@ -181,14 +178,14 @@ def check_onnx(path, exported, device="cpu"):
     session, _ = onnx_session(path, device, **dict(use_tf32=0) if device == "cuda" else {})
     torch.set_float32_matmul_precision("highest")  # nor TF32 here
     exported, differences = exported.to(device), []
-    labels = torch.arange(64 * math.ceil(exported.count / 64)) % exported.count
+    labels = torch.arange(exported.count + -exported.count % 64) % exported.count
     for label in (labels[:1], labels[1:3], *(labels.split(64) if not exported.prompts else ())):
         inputs = exported.example(label)
         found, = session.run(None, {name: value.numpy() for name, value in inputs.items()})
         with torch.no_grad(), torch.backends.cudnn.flags(True, allow_tf32=False):
             expected = exported(*(value.to(device) for value in inputs.values())).cpu().numpy()
         assert found.shape == expected.shape and found.dtype == expected.dtype
-        differences.append(np.abs(found.astype(float) - expected.astype(float)).max())
+        differences.append(np.abs(np.subtract(found, expected, dtype=float)).max())
     worst = float(np.max(differences))  # NaN, if one is
     return max(0.0, worst - 1) / 127.5 if exported.uint8 else worst
 
@@ -199,7 +196,8 @@ def quantise(model, exported, facts, path, data):
     if these are worse than INT8_WORSE. Returns what to tell the user."""
     import onnx
     from onnxruntime.quantization import QuantType, quantize_static
-    samplers, reference = [onnx_sampler(path, torch.device("cpu"))], load_reference(data)
+    reference, cpu = load_reference(data), torch.device("cpu")
+    before = measure(onnx_sampler(path, cpu), reference, INT8_N, 0)
     onnx.helper.set_model_props(model, {"onnx.quant.pre_process": "onnxruntime.quant"})  # no advice
     inputs = (exported.example(torch.arange(64) % exported.count, seed) for seed in range(1, 5))
     feeds = ({name: value.numpy() for name, value in feed.items()} for feed in inputs)
@@ -207,13 +205,11 @@ def quantise(model, exported, facts, path, data):
                     op_types_to_quantize=["Conv", "Gemm"], per_channel=True,
                     activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8)
     store(onnx.load(path), exported, dict(facts, arithmetic="int8"), path)
-    samplers.append(onnx_sampler(path, torch.device("cpu")))
-    (far, share), (farther, less) = (
-        (figures["frechet_distance"], figures["accuracy"])
-        for figures in (measure(sampler, reference, INT8_N, 0) for sampler in samplers))
-    told = (f"int8 of float32: Fréchet distance {farther:.4f} of {far:.4f}, classified as asked "
-            f"{less:.4f} of {share:.4f}")
-    if not (farther <= INT8_WORSE[0] * far and less >= share - INT8_WORSE[1]):
+    after = measure(onnx_sampler(path, cpu), reference, INT8_N, 0)
+    told = "int8 of float32: " + ", ".join(f"{TITLES[name]} {after[name]:.4f} of {before[name]:.4f}"
+                                           for name in ("frechet_distance", "accuracy"))
+    if not (after["frechet_distance"] <= INT8_WORSE[0] * before["frechet_distance"]
+            and after["accuracy"] >= before["accuracy"] - INT8_WORSE[1]):
         raise ValueError(f"{told}; no file was written")
     return told
 
@@ -223,11 +219,11 @@ def quantise(model, exported, facts, path, data):
 def medians(calls, rounds=5):
     """Median seconds of each of the calls by name; they take turns, as a machine's speed drifts."""
     from torch.utils.benchmark import Timer
-    timers = {name: Timer("call()", globals=dict(call=call), num_threads=torch.get_num_threads())
-              for name, call in calls.items()}
-    found = [{name: timer.blocked_autorange(min_run_time=0.4).median
-              for name, timer in timers.items()} for _ in range(rounds)]
-    return {name: statistics.median(times[name] for times in found) for name in calls}
+    timers = [Timer("call()", globals=dict(call=call), num_threads=torch.get_num_threads())
+              for call in calls.values()]
+    found = [[timer.blocked_autorange(min_run_time=0.4).median for timer in timers]
+             for _ in range(rounds)]
+    return dict(zip(calls, np.median(found, axis=0)))
 
 
 @torch.no_grad()
@@ -284,10 +280,11 @@ def main(argv=None):
     tolerance *= 2 if checkpoint["autoencoder"] else 1  # two networks, one after the other
     if kind == "teacher" and checkpoint["prediction"] == "eps":
         tolerance *= checkpoint["sigmas"][0]  # which multiplies the network's errors
-    data, sigmas = checkpoint["data"], checkpoint["sigmas"]
+    data = checkpoint["data"]
     facts = dict(  # the file's origin
-        {name: checkpoint.get(name) for name in ("kind", "schedule", "figures", "teacher_figures")},
-        sigmas=sigmas, steps=len(sigmas), arithmetic="float16" if cfg.fp16 else "float32",
+        {name: checkpoint.get(name) for name in ("kind", "schedule", "sigmas", "figures",
+                                                 "teacher_figures")},
+        steps=len(exported.sigmas), arithmetic="float16" if cfg.fp16 else "float32",
         data=dict(name=data["name"] and Path(data["name"]).name,  # of a folder, not where it lies
                   size=data["shape"][-1], shape=data["shape"], classes=data["classes"]),
         version=__version__, training_step=checkpoint["step"],
