@@ -31,10 +31,10 @@ from sample import (TITLES, EvaluationOptions, batch_of, build_any, digest_of, f
                     make_sampler, measure, open_checkpoint, shard, with_adapter, write_student)
 from teacher import (GENERATOR, HEUN_STEPS, SIGMA_MAX, SIGMA_MIN, TRAINED_STEP, Descent, Draw, Run,
                      TrainingOptions, __version__, arg, batch_at, build, clamped, due, encoded,
-                     flag, fresh_noise, group_norm, heun, load, parse, parts_of, pick_device,
-                     prepare, progress, ranges_of, rank, rank_0_first, ranks, rate_at, recipe_of,
-                     run_script, sampling_sigmas, save, save_grid, seeded, shape_of, sigma_at,
-                     start_scale, tell, to_uint8, training_batches, unit_error, update_ema)
+                     fresh_noise, group_norm, heun, load, parse, parts_of, pick_device, prepare,
+                     progress, ranges_of, rank, rank_0_first, ranks, rate_at, recipe_of, run_script,
+                     sampling_sigmas, save, save_grid, seeded, shape_of, sigma_at, start_scale,
+                     tell, to_uint8, training_batches, unit_error, update_ema)
 
 # What of dmd2.py depends on the data: it fills the options that were not given.
 RECIPES = {
@@ -85,7 +85,7 @@ class Config(EvaluationOptions, TrainingOptions):
     lora_alpha: int = arg(8, "the adapters' weight, times their rank", low=1)
     fake_lora: int = arg(None, "0 for a whole fake score beside a LoRA generator", (0,))
     shard: bool = arg(False, "split generator and fake score over torchrun's GPUs, by FSDP")
-    first_timestep: int = arg(999, "the generator's first, of Stable Diffusion", low=249, high=999)
+    first_timestep: int = arg(999, "of Stable Diffusion; of one-step SDXL 399", low=249, high=999)
     half: bool = arg(False, "write the files for diffusers in float16", free=True)
     out: str = arg("runs/dmd2", "folder of the run")
     recipe: str = arg(None, "row of RECIPES (default: by data and device)", tuple(RECIPES))
@@ -127,12 +127,12 @@ class Config(EvaluationOptions, TrainingOptions):
 
 
 def interval(cfg, name, lowest):
-    """The two numbers of an option such as --dm-range 0.02,0.98, or `lowest` where that is more;
-    ValueError if they are none."""
-    found = re.fullmatch(r"([\d.]+),([\d.]+)", getattr(cfg, name))
+    """The two numbers of --dm-range ("dm") or the like, or `lowest` where that is more; ValueError
+    if they are none."""
+    found = re.fullmatch(r"([\d.]+),([\d.]+)", given := getattr(cfg, f"{name}_range"))
     if not found or not float(found[1]) <= float(found[2]) <= 1:
-        raise ValueError(f"{flag(name)} {getattr(cfg, name)}: needs two numbers from 0 to 1, the "
-                         "smaller one first, such as 0.02,0.98")
+        raise ValueError(f"--{name}-range {given}: needs two numbers from 0 to 1, the smaller one "
+                         "first, such as 0.02,0.98")
     return [max(lowest, float(u)) for u in found.groups()]
 
 
@@ -353,6 +353,8 @@ def recipe(given):
              "data_dir": parent["data"]["data_dir"], "recipe": chosen}
     if pipeline and "data" not in given:
         found["gan_weight"] = 0.0  # which is what real images are for
+    if pipeline and xl and given.get("student_steps", 1) == 1:
+        found["first_timestep"] = 399
     if not pipeline and "init_from" in given:
         # Only a start by regression makes the GAN dispensable, and a faster fake score any good.
         found.update(regression_steps=0, regression_weight=0.0, gan_weight=Config.gan_weight,
@@ -402,8 +404,7 @@ def train(cfg):
                               cfg.first_timestep if schedule == "scaled_linear" else None)
     start = start_scale(parent["schedule"], sigmas[0])
     num_classes, shape = len(parent["data"]["classes"]), shape_of(parent["network"])
-    dm_range, fake_range, gan_range = (interval(cfg, name, lowest) for name in
-                                       ("dm_range", "fake_range", "gan_range"))
+    dm_range, fake_range, gan_range = (interval(cfg, n, lowest) for n in ("dm", "fake", "gan"))
     gan_range = gan_range if cfg.gan_noise else None
     # But for regression, pixels are trained as they are shown, clamped: else those that should be
     # black scatter about -1, and many show as dark grey.
@@ -436,8 +437,7 @@ def train(cfg):
         if pipeline:
             real_data = load_captioned(parent["data"], codec, teacher.net.prompts, device)
         else:
-            real_data = load_images(parent["data"], "train")._replace(flip=parent["data"]["flip"])
-            real_data = encoded(real_data, codec, device)
+            real_data = encoded(load_images(parent["data"], "train"), codec, device)
     digest = digest_of(cfg.teacher)
     run = Run(cfg, "last.pt", dict(generator=generator, fake_score=fake_score,
                                    head=discriminator.head, descent=descent,

@@ -268,6 +268,8 @@ def main(argv=None):
         checkpoint["data"]["classes"] = checkpoint["data"]["classes"][:3]
     if kind == "teacher":
         checkpoint["sigmas"] = sampling_sigmas(HEUN_STEPS, checkpoint["schedule"])[:-1]
+    if pipeline and kind == "teacher":
+        raise ValueError(f"{cfg.checkpoint}: is a pipeline; export what dmd2.py makes of it")
     if cfg.uint8 and kind == "teacher" or cfg.int8 and cfg.fp16 or (cfg.int8 or cfg.benchmark) and (
             pipeline or kind == "teacher"):
         raise ValueError("--uint8, --int8, --benchmark: are not for teachers, nor the last two for "

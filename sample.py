@@ -421,7 +421,7 @@ def load_weights(unet, path):
         else:
             unet.load_state_dict(state)
     except Exception as error:  # torch.load, safetensors and peft have no base in common
-        raise ValueError(f"--weights {path}: not of this UNet, or damaged: {error}") from error
+        raise ValueError(f"--weights {path}: not this UNet's, or damaged: {error!s:.99}") from error
 
 
 def shard(net, *others):
@@ -540,7 +540,7 @@ def load_images(facts, split):
     for now, before in ((data.shape, facts["shape"]), (data.classes, facts["classes"])):
         if now != tuple(before) != ("all",):
             raise ValueError(f"--data {facts['name']}: has {now}, the checkpoint {tuple(before)}")
-    return data
+    return data._replace(flip=facts.get("flip"))
 
 
 def load_sampler(path, device="cpu", cfg=None):

@@ -602,7 +602,7 @@ class TrainingOptions(Options):
     decay_after: float = arg(None, "updates after which the (generator's) learning rate halves in "
                                    "every fifth of as many (default: by data)", low=1, free=True)
     ema: float = arg(None, "decay of the averaged weights (default: by data)", low=0, high=1)
-    dtype: str = arg("auto", "of arithmetic; auto is float32, or on cuda with --compile bfloat16",
+    dtype: str = arg("auto", "of arithmetic; auto: float32, on cuda by --compile, --lora bfloat16",
                      ("auto", "float32", "bfloat16", "float16"))
     compile: bool = arg(False, "torch.compile the networks, which takes minutes: for long runs")
     profile: bool = arg(False, "time some steps, tell where they go, and stop", free=True)
@@ -1118,9 +1118,9 @@ def pick_device(name):
 
 
 def dtype_of(cfg, device):
-    """The torch.dtype of arithmetic; not compiled, autocast costs what bfloat16 saves."""
+    """The torch.dtype of arithmetic; not compiled, autocast costs the time that bfloat16 saves."""
     has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    auto = "bfloat16" if cfg.compile and has_bfloat16 else "float32"
+    auto = "bfloat16" if has_bfloat16 and (cfg.compile or getattr(cfg, "lora", 0)) else "float32"
     return getattr(torch, auto if cfg.dtype == "auto" else cfg.dtype)
 
 

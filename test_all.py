@@ -1812,7 +1812,7 @@ def near(a, b, tolerance):
 
 
 def test_text_pipeline_is_a_denoiser(pipeline):
-    """Its x0_hat is the scheduler's, its prompts the pipeline's to the last bit."""
+    """Its x0_hat is the scheduler's, also of v; its prompts the pipeline's to the last bit."""
     denoiser, scheduler = pipeline.build(), pipeline.pipe.scheduler
     torch.manual_seed(0)
     timesteps = 0, 1, 20, 249, 399, 499, 749, 980, 999
@@ -1831,12 +1831,29 @@ def test_text_pipeline_is_a_denoiser(pipeline):
         assert torch.equal(ours[1], theirs[2]) and torch.equal(none[1], theirs[3][:1])
         added = dict(text_embeds=pooled, time_ids=torch.tensor([[16.0, 16, 0, 0, 16, 16]] * 9))
     with torch.no_grad():
-        x0_hat = denoiser(x, sigma, label)
-        eps = pipeline.pipe.unet(noise, torch.tensor(timesteps), text, added_cond_kwargs=added)
+        f = pipeline.pipe.unet(noise, torch.tensor(timesteps), text, added_cond_kwargs=added)
     scheduler.set_timesteps(1000)
-    for i, t in enumerate(timesteps):
-        found = scheduler.step(eps.sample[i:i + 1], t, noise[i:i + 1]).pred_original_sample
-        near(x0_hat[i:i + 1], found, 2e-7)
+    for prediction in ("v_prediction", "epsilon"):  # which the others test
+        scheduler.register_to_config(prediction_type=prediction)
+        scheduler.save_pretrained(Path(pipeline.folder, "scheduler"))
+        ours = sample.open_checkpoint(pipeline.folder)["prediction"]
+        with torch.no_grad():
+            x0_hat = teacher.Denoiser(denoiser.net, ours)(x, sigma, label)
+        for i, t in enumerate(timesteps):
+            found = scheduler.step(f.sample[i:i + 1], t, noise[i:i + 1]).pred_original_sample
+            near(x0_hat[i:i + 1], found, 2e-7)
+
+
+def test_text_begins_where_the_official_code_does(pipeline, tmp_path):
+    first = [dmd2.recipe(dict(teacher=pipeline.folder, student_steps=k)).get("first_timestep", 999)
+             for k in (1, 4)]
+    assert first == [399 if pipeline.folder.endswith("xl") else 999, 999]
+    shutil.copytree(pipeline.folder, tmp_path / "zero")  # terminal signal-to-noise ratio
+    type(pipeline.pipe.scheduler).from_pretrained(
+        pipeline.folder, subfolder="scheduler", rescale_betas_zero_snr=True).save_pretrained(
+        tmp_path / "zero" / "scheduler")
+    with pytest.raises(ValueError, match="with zero terminal SNR it has none"):
+        sample.open_checkpoint(tmp_path / "zero")
 
 
 def test_guided_ddim_of_text_is_the_pipelines(pipeline):
@@ -1858,7 +1875,8 @@ def test_guided_ddim_of_text_is_the_pipelines(pipeline):
     ("sd15", "", [999]), ("sdxl", "--lora 4 --first-timestep 399", [399]),
     *((kind, "--lora 4 --fake-lora 0 --student-steps 4", [999, 749, 499, 249])
       for kind in ("sd15", "sdxl")),
-    ("sdxl", "--half --student-steps 2 --first-timestep 399", [399, 199])], indirect=["pipeline"])
+    ("sdxl", "--student-steps 2 --first-timestep 399", [399, 199]),
+    ("sd15", "--half", [999])], indirect=["pipeline"])
 def test_text_student_in_diffusers_makes_our_images(flags, timesteps, distil_text, pipeline):
     def ours(weights):
         return sample.load_sampler(pipeline.folder, "cpu", sample.Config(
@@ -1886,8 +1904,11 @@ def test_text_student_in_diffusers_makes_our_images(flags, timesteps, distil_tex
         near(x0, pipe(PROMPTS, timesteps=timesteps, guidance_scale=0.0, latents=noises[0],
                       output_type="latent").images, tolerance)
     near(ours(weights), x0, tolerance)
-    if lora:  # under the names of the official code, too
-        from safetensors.torch import load_file, save_file
+    from safetensors.torch import load_file, save_file
+    if not lora:
+        torch.save(load_file(weights), out / "unet.bin")
+        near(ours(out / "unet.bin"), x0, tolerance)
+    else:  # under the names of the official code, too
         official = {}
         for key, value in load_file(weights).items():
             name, kind = key.removeprefix("unet.").split(".lora_")
@@ -1921,14 +1942,15 @@ def test_text_run_goes_on_with_the_same_bits(flags, distil_text, captioned):
     flags += f" --data {captioned} --save-every 2"
     torch.manual_seed(len(flags))  # from here on the runs begin with other random numbers
     whole, parts = distil_text(flags), distil_text(flags, "parts")
-    dmd2.main(["--resume", str(parts / "last.1.pt")])
+    dmd2.main(["--resume", str(parts / "last.1.pt"), "--checkpointing"])  # in the right roles
     assert log_of(whole) == log_of(parts) and "discriminator_loss" in log_of(whole)[0]
     same_end(whole, parts)
 
 
 @pytest.mark.parametrize("pipeline, flags, more", [
-    ("sd15", "", "--checkpointing --shard --save-every 2"), ("sd15", "--lora 4", "--checkpointing"),
-    ("sdxl", "--student-steps 4", "--checkpointing --shard --accumulate 2")], indirect=["pipeline"])
+    ("sd15", "--lora 4", "--checkpointing"),
+    ("sdxl", "--student-steps 4", "--checkpointing --shard --accumulate 2 --save-every 2")],
+    indirect=["pipeline"])
 def test_text_losses_of_two_processes(flags, more, pipeline, distil_text, captioned, tmp_path):
     """They are one's that recomputes nothing: of shards, in a resumed run, and of adapters."""
     alone = distil_text(f"{flags} --batch 4 --data {captioned} --gan-weight 0.1 --warmup 4")
@@ -1982,25 +2004,31 @@ def test_text_of_images_beside_them_or_in_one_file(captioned, pipeline, tmp_path
     assert latents.shape == (4, 4, 8, 8) and equal(prompts.table[rows], prompts.tokens(captions))
     (captioned / "metadata.jsonl").write_text("\n".join(
         json.dumps(dict(file_name=f"{i}.png", text=text)) for i, text in enumerate(captions[::-1])))
-    again, rows, *_ = sample.load_captioned(facts, codec, prompts, "cpu")
-    assert equal((again, prompts.table[rows]), (latents, prompts.tokens(captions[::-1])))
+    for _ in range(2):  # the second time from what the first kept
+        again, rows, *_ = sample.load_captioned(facts, codec, prompts, "cpu")
+        assert equal((again, prompts.table[rows]), (latents, prompts.tokens(captions[::-1])))
+        codec.encode = None
 
 
 def test_text_to_image_is_one_onnx_file(distil_text, pipeline, monkeypatch):
-    """Tokens to image: SD1.5's in float16, SDXL's of two steps with its weights beside it."""
+    """Tokens to image, SDXL's weights beside it; of two steps and halved as PyTorch runs it."""
     large = pipeline.folder.endswith("sdxl")
-    flags, tolerance = ("", 1e-5) if large else ("--fp16", 1e-2)
     monkeypatch.setattr(export, "LARGE", 2**20 if large else export.LARGE)
-    out = distil_text(f"--lora 4 --student-steps {1 + large}")
-    file, prompts = out / "generator.onnx", pipeline.build().net.prompts
-    export.main([str(out / "generator.pt"), "--out", str(file), *flags.split()])
-    assert (out / "generator.onnx.data").exists() == large
+    out, prompts = distil_text("--lora 4 --student-steps 2"), pipeline.build().net.prompts
+    two, file = teacher.load(out / "generator.pt"), out / "one.onnx"
+    one = dict(two, sigmas=two["sigmas"][:1])
+    torch.save(one, out / "one.pt")
+    export.main([str(out / "one.pt")])
+    assert Path(f"{file}.data").exists() == large
     session, facts = sample.onnx_session(file)
-    noises, tokens = torch.randn(1 + large, 66, 4, 8, 8), prompts.tokens(["red", "a dog", ""] * 22)
-    image, = session.run(None, dict(noise=noises.squeeze(0).numpy(), tokens=tokens.numpy()))
-    sampler = sample.load_sampler(str(out / "generator.pt"))
-    expected = sampler.decode(sampler.x0(iter(noises), tokens)).clamp(-1, 1)
-    assert (torch.from_numpy(image) - expected).abs().max() <= tolerance
+    noises, tokens = torch.randn(2, 66, 4, 8, 8), prompts.tokens(["red", "a dog", ""] * 22)
+    image, = session.run(None, dict(noise=noises[0].numpy(), tokens=tokens.numpy()))
+    halved = export.halve(export.Exported(one))(noises[0], tokens)
+    for checkpoint, found, tolerance in ((one, torch.from_numpy(image), 1e-5), (one, halved, 1e-2),
+                                         (two, export.Exported(two)(noises, tokens), 1e-5)):
+        sampler = sample.make_sampler(sample.build_any(checkpoint), checkpoint, CPU)
+        expected = sampler.decode(sampler.x0(iter(noises), tokens)).clamp(-1, 1)
+        assert (found - expected).abs().max() <= tolerance
     assert facts["tokens"]["shape"] == ["batch", *[2] * prompts.xl, 77]
 
 
