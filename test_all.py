@@ -1833,27 +1833,19 @@ def test_text_pipeline_is_a_denoiser(pipeline):
     with torch.no_grad():
         f = pipeline.pipe.unet(noise, torch.tensor(timesteps), text, added_cond_kwargs=added)
     scheduler.set_timesteps(1000)
-    for prediction in ("v_prediction", "epsilon"):  # which the others test
-        scheduler.register_to_config(prediction_type=prediction)
+    for kind, zero in (("epsilon", True), ("v_prediction", False), ("epsilon", False)):
+        scheduler.register_to_config(prediction_type=kind, rescale_betas_zero_snr=zero)
         scheduler.save_pretrained(Path(pipeline.folder, "scheduler"))
-        ours = sample.open_checkpoint(pipeline.folder)["prediction"]
+        if zero:
+            with pytest.raises(ValueError, match="with zero terminal SNR it has none"):
+                sample.open_checkpoint(pipeline.folder)
+            continue
+        prediction = sample.open_checkpoint(pipeline.folder)["prediction"]
         with torch.no_grad():
-            x0_hat = teacher.Denoiser(denoiser.net, ours)(x, sigma, label)
+            x0_hat = teacher.Denoiser(denoiser.net, prediction)(x, sigma, label)
         for i, t in enumerate(timesteps):
             found = scheduler.step(f.sample[i:i + 1], t, noise[i:i + 1]).pred_original_sample
             near(x0_hat[i:i + 1], found, 2e-7)
-
-
-def test_text_begins_where_the_official_code_does(pipeline, tmp_path):
-    first = [dmd2.recipe(dict(teacher=pipeline.folder, student_steps=k)).get("first_timestep", 999)
-             for k in (1, 4)]
-    assert first == [399 if pipeline.folder.endswith("xl") else 999, 999]
-    shutil.copytree(pipeline.folder, tmp_path / "zero")  # terminal signal-to-noise ratio
-    type(pipeline.pipe.scheduler).from_pretrained(
-        pipeline.folder, subfolder="scheduler", rescale_betas_zero_snr=True).save_pretrained(
-        tmp_path / "zero" / "scheduler")
-    with pytest.raises(ValueError, match="with zero terminal SNR it has none"):
-        sample.open_checkpoint(tmp_path / "zero")
 
 
 def test_guided_ddim_of_text_is_the_pipelines(pipeline):
@@ -1872,11 +1864,11 @@ def test_guided_ddim_of_text_is_the_pipelines(pipeline):
 
 
 @pytest.mark.parametrize("pipeline, flags, timesteps", [
-    ("sd15", "", [999]), ("sdxl", "--lora 4 --first-timestep 399", [399]),
+    ("sd15", "", [999]), ("sdxl", "--lora 4", [399]),
     *((kind, "--lora 4 --fake-lora 0 --student-steps 4", [999, 749, 499, 249])
       for kind in ("sd15", "sdxl")),
-    ("sdxl", "--student-steps 2 --first-timestep 399", [399, 199]),
-    ("sd15", "--half", [999])], indirect=["pipeline"])
+    ("sd15", "--half", [999]), ("sdxl", "--student-steps 2 --first-timestep 399", [399, 199])],
+    indirect=["pipeline"])
 def test_text_student_in_diffusers_makes_our_images(flags, timesteps, distil_text, pipeline):
     def ours(weights):
         return sample.load_sampler(pipeline.folder, "cpu", sample.Config(
