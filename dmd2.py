@@ -26,9 +26,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sample import (TITLES, EvaluationOptions, batch_of, build_any, digest_of, few_step, folder_of,
-                    generator_sigmas, guided, load_captioned, load_images, load_reference,
-                    make_sampler, measure, open_checkpoint, shard, with_adapter, write_student)
+from sample import (FIRST, TITLES, EvaluationOptions, batch_of, build_any, digest_of, few_step,
+                    generator_sigmas, generator_timesteps, guided, is_xl, load_captioned,
+                    load_images, load_reference, make_sampler, measure, open_checkpoint, shard,
+                    with_adapter, write_student)
 from teacher import (GENERATOR, HEUN_STEPS, SIGMA_MAX, SIGMA_MIN, TRAINED_STEP, Descent, Draw, Run,
                      TrainingOptions, __version__, arg, batch_at, build, clamped, due, encoded,
                      fresh_noise, group_norm, heun, load, parse, parts_of, pick_device, prepare,
@@ -85,7 +86,7 @@ class Config(EvaluationOptions, TrainingOptions):
     lora_alpha: int = arg(8, "the adapters' weight, times their rank", low=1)
     fake_lora: int = arg(None, "0 for a whole fake score beside a LoRA generator", (0,))
     shard: bool = arg(False, "split generator and fake score over torchrun's GPUs, by FSDP")
-    first_timestep: int = arg(999, "of Stable Diffusion; of one-step SDXL 399", low=249, high=999)
+    first_timestep: int = arg(None, FIRST, low=249, high=999)
     half: bool = arg(False, "write the files for diffusers in float16", free=True)
     out: str = arg("runs/dmd2", "folder of the run")
     recipe: str = arg(None, "row of RECIPES (default: by data and device)", tuple(RECIPES))
@@ -346,15 +347,12 @@ def recipe(given):
     kind = "latents" if parent["autoencoder"] else parent["data"]["name"]
     pipeline = parent["network"].get("pipeline")
     if pipeline:
-        xl = Path(folder_of(pipeline), "text_encoder_2").is_dir()
-        kind = ("sdxl" if xl else "sd15") + "-lora" * bool(given.get("lora"))
+        kind = ("sdxl" if is_xl(pipeline) else "sd15") + "-lora" * bool(given.get("lora"))
     chosen = given.get("recipe") or recipe_of(kind, given, RECIPES)
     found = {**(EPS if parent["prediction"] == "eps" and not pipeline else {}), **RECIPES[chosen],
              "data_dir": parent["data"]["data_dir"], "recipe": chosen}
     if pipeline and "data" not in given:
         found["gan_weight"] = 0.0  # which is what real images are for
-    if pipeline and xl and given.get("student_steps", 1) == 1:
-        found["first_timestep"] = 399
     if not pipeline and "init_from" in given:
         # Only a start by regression makes the GAN dispensable, and a faster fake score any good.
         found.update(regression_steps=0, regression_weight=0.0, gan_weight=Config.gan_weight,
@@ -400,8 +398,8 @@ def train(cfg):
     if pipeline and cfg.lora:
         parent["network"].update(lora=cfg.lora, lora_alpha=cfg.lora_alpha)
     schedule, lowest = ranges_of(parent["schedule"])
-    sigmas = generator_sigmas(cfg.student_steps, cfg.conditioning_sigma,
-                              cfg.first_timestep if schedule == "scaled_linear" else None)
+    sigmas = (generator_timesteps(pipeline, cfg.student_steps, cfg.first_timestep) if pipeline else
+              generator_sigmas(cfg.student_steps, cfg.conditioning_sigma))
     start = start_scale(parent["schedule"], sigmas[0])
     num_classes, shape = len(parent["data"]["classes"]), shape_of(parent["network"])
     dm_range, fake_range, gan_range = (interval(cfg, n, lowest) for n in ("dm", "fake", "gan"))

@@ -264,12 +264,12 @@ def main(argv=None):
     device = pick_device(cfg.device)
     checkpoint = open_checkpoint(cfg.checkpoint, data_dir=cfg.data_dir)
     kind, pipeline = checkpoint["kind"], "pipeline" in checkpoint["network"]
+    if pipeline and kind == "teacher":
+        raise ValueError(f"{cfg.checkpoint}: is a pipeline; export what dmd2.py makes of it")
     if pipeline:  # whose classes are all the prompts
         checkpoint["data"]["classes"] = checkpoint["data"]["classes"][:3]
     if kind == "teacher":
         checkpoint["sigmas"] = sampling_sigmas(HEUN_STEPS, checkpoint["schedule"])[:-1]
-    if pipeline and kind == "teacher":
-        raise ValueError(f"{cfg.checkpoint}: is a pipeline; export what dmd2.py makes of it")
     if cfg.uint8 and kind == "teacher" or cfg.int8 and cfg.fp16 or (cfg.int8 or cfg.benchmark) and (
             pipeline or kind == "teacher"):
         raise ValueError("--uint8, --int8, --benchmark: are not for teachers, nor the last two for "
@@ -286,7 +286,7 @@ def main(argv=None):
     facts = dict(  # the file's origin
         {name: checkpoint.get(name) for name in ("kind", "schedule", "sigmas", "figures",
                                                  "teacher_figures")},
-        steps=len(exported.sigmas), arithmetic="float16" if cfg.fp16 else "float32",
+        steps=len(checkpoint["sigmas"]), arithmetic="float16" if cfg.fp16 else "float32",
         data=dict(name=data["name"] and Path(data["name"]).name,  # of a folder, not where it lies
                   size=data["shape"][-1], shape=data["shape"], classes=data["classes"]),
         version=__version__, training_step=checkpoint["step"],

@@ -42,6 +42,7 @@ from teacher import (ENDINGS, FEATURES, HEUN_STEPS, SIGMA_MAX, SUBSET, Data, Den
 ASSETS = Path(__file__).resolve().parent / "assets"
 DIMENSIONS = 64  # of each space in which quality is measured
 NEIGHBOURS = 3  # k of precision and recall
+FIRST = "where Stable Diffusion's generator begins (default: 999; SDXL's of one step 399)"
 EVALUATE_N, FID_N, MAP_N = 10000, 50000, 1000  # images, by default
 BATCH = 256  # images at a time; changes the speed only
 TITLES = dict(frechet_distance="Fréchet distance", pixel_distance="in pixels",
@@ -92,13 +93,9 @@ def few_step(generator, x, sigmas, label, noises=()):
     return x0
 
 
-def generator_sigmas(steps, highest=SIGMA_MAX, first=None):
+def generator_sigmas(steps, highest=SIGMA_MAX):
     """A generator's noise levels, falling from `highest` by a tenth of its karras quantile a step,
-    as 80, 45.3, 24.4, 12.4, for steps from low levels lose variety; or, of Stable Diffusion, at
-    evenly spread timesteps up to `first`, such as 999, 749, 499, 249."""
-    if first is not None:
-        levels = timestep_sigmas("scaled_linear")
-        return [levels[(first + 1) * k // steps - 1].item() for k in range(steps, 0, -1)]
+    as 80, 45.3, 24.4, 12.4, for steps from low levels lose variety."""
     u = quantile_of(highest) * (1 - 0.1 * torch.arange(steps, dtype=torch.float64))
     return sigma_at(u, "karras").tolist()
 
@@ -154,7 +151,7 @@ class Config(EvaluationOptions, Options):
     prompts: str = arg(None, "a file of prompts, one a line, instead")
     weights: str = arg(None, "of a pipeline's generator: its UNet's or LoRA, .safetensors or .bin")
     student_steps: int = arg(1, "of --weights: the steps of that generator", (1, 2, 4))
-    first_timestep: int = arg(999, "of --weights: where it begins", low=249, high=999)
+    first_timestep: int = arg(None, FIRST, low=249, high=999)
     clip: str = arg(None, "print the CLIP score by this folder of transformers, or name on the Hub")
     seed: int = arg(0, "seed of the noise", low=0)
     out: str = arg("samples.png", "a .png (grid), .npz (images [N, H, W, C], labels) or new folder")
@@ -358,6 +355,19 @@ def folder_of(pipeline):
         allow_patterns=["model_index.json", "*/*.json", "*/*.txt", "*/*.safetensors"])
 
 
+def is_xl(pipeline):
+    """Whether it is SDXL."""
+    return Path(folder_of(pipeline), "text_encoder_2").is_dir()
+
+
+def generator_timesteps(pipeline, steps, first=None):
+    """Noise levels of a pipeline's generator, of evenly spread timesteps up to `first`, as 999,
+    749, 499, 249; without it where DMD2's begin."""
+    first = first or (399 if is_xl(pipeline) and steps == 1 else 999)
+    levels = timestep_sigmas("scaled_linear")
+    return [levels[(first + 1) * k // steps - 1].item() for k in range(steps, 0, -1)]
+
+
 def open_pipeline(folder):
     """A folder of diffusers, or org/name on the Hub, as load() returns a teacher, but without
     weights and classes; ValueError if it is no Stable Diffusion."""
@@ -540,7 +550,7 @@ def load_images(facts, split):
     for now, before in ((data.shape, facts["shape"]), (data.classes, facts["classes"])):
         if now != tuple(before) != ("all",):
             raise ValueError(f"--data {facts['name']}: has {now}, the checkpoint {tuple(before)}")
-    return data._replace(flip=facts.get("flip"))
+    return data._replace(flip=facts.get("flip", False))
 
 
 def load_sampler(path, device="cpu", cfg=None):
@@ -559,8 +569,8 @@ def load_sampler(path, device="cpu", cfg=None):
             raise ValueError('--prompt is missing: say what to show, such as --prompt "a red dog"')
         if cfg.weights:
             checkpoint["network"]["weights"] = cfg.weights
-            checkpoint.update(kind="generator", sigmas=generator_sigmas(cfg.student_steps,
-                                                                        first=cfg.first_timestep))
+            checkpoint.update(kind="generator", sigmas=generator_timesteps(
+                checkpoint["network"]["pipeline"], cfg.student_steps, cfg.first_timestep))
     denoiser = build_any(checkpoint, device)
     if checkpoint["kind"] == "teacher":
         denoiser = guided(denoiser, cfg.guidance, checkpoint)

@@ -602,7 +602,7 @@ class TrainingOptions(Options):
     decay_after: float = arg(None, "updates after which the (generator's) learning rate halves in "
                                    "every fifth of as many (default: by data)", low=1, free=True)
     ema: float = arg(None, "decay of the averaged weights (default: by data)", low=0, high=1)
-    dtype: str = arg("auto", "of arithmetic; auto: float32, on cuda by --compile, --lora bfloat16",
+    dtype: str = arg("auto", "of arithmetic; auto: float32; bfloat16 on cuda by --compile, --lora",
                      ("auto", "float32", "bfloat16", "float16"))
     compile: bool = arg(False, "torch.compile the networks, which takes minutes: for long runs")
     profile: bool = arg(False, "time some steps, tell where they go, and stop", free=True)
