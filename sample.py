@@ -243,7 +243,7 @@ class Prompts:
     def __init__(self, folder, texts, device="cpu"):
         from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
         index = json.loads((folder / "model_index.json").read_text())
-        self.xl, self.device = "text_encoder_2" in index, device
+        self.xl, self.device = is_xl(folder), device
         kinds = [("", CLIPTextModel), ("_2", CLIPTextModelWithProjection)][:1 + self.xl]
         self.tokenizers = [CLIPTokenizer.from_pretrained(folder / f"tokenizer{part}")
                            for part, _ in kinds]
