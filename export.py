@@ -10,9 +10,6 @@
               or, of Stable Diffusion, tokens [batch, 77], of SDXL [batch, 2, 77], int64
     output    image  [batch, C, H, W]  float32 in [-1, 1]; with --uint8 [batch, H, W, C] uint8
     teacher   x [batch, c, h, w], sigma [batch], label [batch] -> x0_hat [batch, c, h, w]
-
-The file, and the .json that tells the same as its metadata, is written only after onnx.checker
-passed it and onnxruntime gave PyTorch's output.
 """
 
 import dataclasses
@@ -27,7 +24,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from sample import (TITLES, build_any, digest_of, exported_noise, few_step, load_reference,
@@ -56,12 +52,8 @@ class Config(Options):
     benchmark: bool = arg(False, "time PyTorch, torch.compile, onnxruntime, OpenVINO, the teacher")
 
 
-# ---- the module that is exported ----------------------------------------------------------------
-
 class Exported(nn.Module):
     """A generator with its noise scaling, decoded, clamped and if asked converted to uint8."""
-
-    output = "image"
 
     def __init__(self, checkpoint, uint8=False):
         super().__init__()
@@ -74,7 +66,7 @@ class Exported(nn.Module):
         self.encoders = self.prompts and self.prompts.encoders  # for them to be in the file
         self.none = bool(checkpoint["config"].get("label_dropout"))  # of a teacher, the last label
         self.count = len(checkpoint["data"]["classes"]) + self.none
-        self.register_buffer("labels", torch.arange(self.count)[:, None])
+        self.register_buffer("labels", torch.arange(self.count))
 
     def forward(self, noise, label):
         """noise and label or tokens, as of example() -> image, as the file says"""
@@ -85,10 +77,9 @@ class Exported(nn.Module):
         return to_uint8(image).permute(0, 2, 3, 1) if self.uint8 else image
 
     def checked(self, label):
-        """The label; one that is none is an IndexError on a CPU, and onnxruntime's
+        """The label; one that is none, -1 too, is an IndexError on a CPU, and onnxruntime's
         INVALID_ARGUMENT. OpenVINO does not look."""
-        label = torch.where(label < 0, len(self.labels), label)  # -1 would be the last one
-        return F.embedding(label, self.labels)[:, 0]
+        return self.labels.index_select(0, torch.where(label < 0, self.count, label))
 
     def example(self, label, seed=0):
         """Inputs by name to try it with: noise [batch, *shape], for K > 1 steps [K, batch, *shape],
@@ -100,8 +91,6 @@ class Exported(nn.Module):
 
 class ExportedTeacher(Exported):
     """A teacher, which is a denoiser, for a sampler in the app; of latents it gives latents."""
-
-    output = "x0_hat"
 
     def forward(self, x, sigma, label):
         """x [batch, c, h, w], sigma [batch], label [batch] int64 -> x0_hat [batch, c, h, w]"""
@@ -128,8 +117,6 @@ def halve(exported):
     return exported
 
 
-# ---- export and check ---------------------------------------------------------------------------
-
 def export_onnx(exported):
     """A module of example()'s inputs as an ONNX model with dynamic batch."""
     import onnxscript.optimizer
@@ -137,8 +124,9 @@ def export_onnx(exported):
     with warnings.catch_warnings(action="ignore"):
         program = torch.onnx.export(
             exported, tuple(inputs.values()), dynamo=True, optimize=False, opset_version=OPSET,
-            input_names=[*inputs], output_names=[exported.output], verbose=False,
-            dynamic_shapes=tuple({max(0, value.ndim - 4): "batch"} for value in inputs.values()))
+            input_names=[*inputs], output_names=["x0_hat" if "sigma" in inputs else "image"],
+            dynamic_shapes=tuple({max(0, value.ndim - 4): "batch"} for value in inputs.values()),
+            verbose=False)
     # Weights that are made of weights: quantisers want them as they are.
     onnxscript.optimizer.optimize(program.model, input_size_limit=LARGE, output_size_limit=LARGE)
     program.model.ir_version = 8  # all that the opset needs, for onnxruntime before 1.18
@@ -171,22 +159,19 @@ def store(model, exported, facts, path):
     path.with_suffix(".json").write_text(json.dumps(dict(facts, id2label=names), indent=2))
 
 
+@torch.no_grad()
 def check_onnx(path, exported, device="cpu"):
     """Largest difference of onnxruntime's output from PyTorch's; of uint8 beyond one level, which
     comes of rounding, on the scale of [-1, 1]. Of batch 1, 2 and 64, every label among them; of
     text, where an image may take gigabytes, of batch 1 and 2."""
     session, _ = onnx_session(path, device, **dict(use_tf32=0) if device == "cuda" else {})
-    torch.set_float32_matmul_precision("highest")  # nor TF32 here
-    exported, differences = exported.to(device), []
-    labels = torch.arange(exported.count + -exported.count % 64) % exported.count
+    labels, worst = torch.arange(exported.count + -exported.count % 64) % exported.count, 0.0
     for label in (labels[:1], labels[1:3], *(labels.split(64) if not exported.prompts else ())):
         inputs = exported.example(label)
         found, = session.run(None, {name: value.numpy() for name, value in inputs.items()})
-        with torch.no_grad(), torch.backends.cudnn.flags(True, allow_tf32=False):
-            expected = exported(*(value.to(device) for value in inputs.values())).cpu().numpy()
+        expected = exported(*inputs.values()).numpy()
         assert found.shape == expected.shape and found.dtype == expected.dtype
-        differences.append(np.abs(np.subtract(found, expected, dtype=float)).max())
-    worst = float(np.max(differences))  # NaN, if one is
+        worst = np.maximum(worst, np.abs(np.subtract(found, expected, dtype=float)).max())  # or NaN
     return max(0.0, worst - 1) / 127.5 if exported.uint8 else worst
 
 
@@ -214,26 +199,15 @@ def quantise(model, exported, facts, path, data):
     return told
 
 
-# ---- benchmark ----------------------------------------------------------------------------------
-
-def medians(calls, rounds=5):
-    """Median seconds of each of the calls by name; they take turns, as a machine's speed drifts."""
-    from torch.utils.benchmark import Timer
-    timers = [Timer("call()", globals=dict(call=call), num_threads=torch.get_num_threads())
-              for call in calls.values()]
-    found = [[timer.blocked_autorange(min_run_time=0.4).median for timer in timers]
-             for _ in range(rounds)]
-    return dict(zip(calls, np.median(found, axis=0)))
-
-
 @torch.no_grad()
 def benchmark(files, exported, checkpoint, device):
     """Print the medians of the generator by PyTorch, by onnxruntime, of ONNX files by name, by
     OpenVINO if it is installed, and of the teacher's sampler, where the generator's network stands
     in for the teacher's, which is of its size."""
+    from torch.utils.benchmark import Timer
     print(f"{device_name(device)}, torch {torch.__version__}; medians of calls that take turns\n"
           f"{'batch':>5}  {'':22} {'ms':>9} {'images/s':>10} {'x teacher':>10}")
-    exported = exported.to(device)
+    compiled = torch.compile(exported.to(device), dynamic=False)
     teacher = make_sampler(exported.denoiser, dict(checkpoint, kind="teacher"), device)
     hosts = {name: functools.partial(onnx_session(content, device.type)[0].run, None)
              for name, content in files.items()}
@@ -246,43 +220,44 @@ def benchmark(files, exported, checkpoint, device):
         noise, label = (value.to(device) for value in inputs.values())
         noises = noise.view(-1, batch, *teacher.shape)
         feed = {name: value.numpy() for name, value in inputs.items()}
-        torch.compiler.reset()
-        compiled = torch.compile(exported, dynamic=False)
-        compiled(noise, label)
-        found = medians({
+        calls = {
             teacher.name: lambda: teacher.decode(teacher.x0(iter(noises), label)),
             "PyTorch": lambda: exported(noise, label),
             "torch.compile": lambda: compiled(noise, label),
-            **{name: functools.partial(run, feed) for name, run in hosts.items()}})
-        for name, seconds in found.items():
+            **{name: functools.partial(run, feed) for name, run in hosts.items()}}
+        timers = [Timer("call()", globals=dict(call=call), num_threads=torch.get_num_threads())
+                  for call in calls.values()]
+        found = np.median([[timer.blocked_autorange(min_run_time=0.4).median for timer in timers]
+                           for _ in range(5)], axis=0)  # by turns, as a machine's speed drifts
+        for name, seconds in zip(calls, found):
             print(f"{batch:5}  {name:22} {1000 * seconds:9.2f} {batch / seconds:10.0f} "
-                  f"{found[teacher.name] / seconds:10.1f}", flush=True)
+                  f"{found[0] / seconds:10.1f}", flush=True)
 
 
 def main(argv=None):
-    cfg = parse(Config, argv, __doc__.split("\n\nThe file, ")[0])
+    cfg = parse(Config, argv, __doc__)
     device = pick_device(cfg.device)
     checkpoint = open_checkpoint(cfg.checkpoint, data_dir=cfg.data_dir)
-    kind, pipeline = checkpoint["kind"], "pipeline" in checkpoint["network"]
-    if pipeline and kind == "teacher":
+    data, pipeline = checkpoint["data"], "pipeline" in checkpoint["network"]
+    teacher = checkpoint["kind"] == "teacher"
+    if pipeline and teacher:
         raise ValueError(f"{cfg.checkpoint}: is a pipeline; export what dmd2.py makes of it")
-    if pipeline:  # whose classes are all the prompts
-        checkpoint["data"]["classes"] = checkpoint["data"]["classes"][:3]
-    if kind == "teacher":
-        checkpoint["sigmas"] = sampling_sigmas(HEUN_STEPS, checkpoint["schedule"])[:-1]
-    if cfg.uint8 and kind == "teacher" or cfg.int8 and cfg.fp16 or (cfg.int8 or cfg.benchmark) and (
-            pipeline or kind == "teacher"):
+    if cfg.uint8 and teacher or cfg.int8 and cfg.fp16 or (cfg.int8 or cfg.benchmark) and (
+            pipeline or teacher):
         raise ValueError("--uint8, --int8, --benchmark: are not for teachers, nor the last two for "
                          "text; --int8 not with --fp16")
-    ending = "_pixels" * cfg.uint8 + "_fp16" * cfg.fp16 + "_int8" * cfg.int8 + ".onnx"
-    path = Path(cfg.out or str(Path(cfg.checkpoint).with_suffix("")) + ending)
-    make = ExportedTeacher if kind == "teacher" else Exported
-    exported = make(checkpoint, cfg.uint8)
     tolerance = 1e-2 if cfg.fp16 else 1e-4 if device.type == "cuda" else 1e-5
     tolerance *= 2 if checkpoint["autoencoder"] else 1  # two networks, one after the other
-    if kind == "teacher" and checkpoint["prediction"] == "eps":
-        tolerance *= checkpoint["sigmas"][0]  # which multiplies the network's errors
-    data = checkpoint["data"]
+    if pipeline:  # whose classes are all the prompts
+        data["classes"] = data["classes"][:3]
+    if teacher:
+        checkpoint["sigmas"] = sampling_sigmas(HEUN_STEPS, checkpoint["schedule"])[:-1]
+        # Of eps the highest multiplies the network's errors.
+        tolerance *= checkpoint["sigmas"][0] if checkpoint["prediction"] == "eps" else 1
+    ending = "_pixels" * cfg.uint8 + "_fp16" * cfg.fp16 + "_int8" * cfg.int8 + ".onnx"
+    path = Path(cfg.out or str(Path(cfg.checkpoint).with_suffix("")) + ending)
+    make = ExportedTeacher if teacher else Exported
+    exported = make(checkpoint, cfg.uint8)
     facts = dict(  # the file's origin
         {name: checkpoint.get(name) for name in ("kind", "schedule", "sigmas", "figures",
                                                  "teacher_figures")},
@@ -297,21 +272,18 @@ def main(argv=None):
         model = export_onnx(halve(make(checkpoint, cfg.uint8)) if cfg.fp16 else exported)
         store(model, exported, facts, file)
         error = check_onnx(file, exported, device.type)
-        if not error <= tolerance:
-            raise ValueError(f"onnxruntime differs from PyTorch by {error:.1e}; no file was "
-                             "written")
         told = (f"differs from PyTorch by {error:.1e}, allowed are {tolerance:.0e}"
                 f"{' beyond one level' * cfg.uint8}")
-        files = {"onnxruntime": file.read_bytes()} if not pipeline else {}
+        if not error <= tolerance:
+            raise ValueError(f"{path}: {told}; no file was written")
+        files = {"onnxruntime": file.read_bytes()} if cfg.benchmark else {}
         if cfg.int8:
             told = quantise(model, exported, facts, file, data)
             files["onnxruntime, int8"] = file.read_bytes()
-        written = {file.name: file.stat().st_size for file in Path(folder).iterdir()}
-        for name in written:
-            Path(folder, name).replace(path.with_name(name))
-    print(f"{path}: {sum(written.values()) / 1e6:.2f} MB; {told}"
+        written = [part.replace(path.with_name(part.name)) for part in [*Path(folder).iterdir()]]
+    print(f"{path}: {sum(part.stat().st_size for part in written) / 1e6:.2f} MB; {told}"
           + f"; its weights are in {path.name}.data" * (len(written) > 2)
-          + f"\nnext: python sample.py {path}" * (kind == "generator" and not pipeline))
+          + f"\nnext: python sample.py {path}" * (not teacher and not pipeline))
     if cfg.benchmark:
         benchmark(files, exported, checkpoint, device)
 

@@ -41,7 +41,6 @@ from teacher import (ENDINGS, FEATURES, HEUN_STEPS, SIGMA_MAX, SUBSET, Data, Den
 
 ASSETS = Path(__file__).resolve().parent / "assets"
 DIMENSIONS = 64  # of each space in which quality is measured
-NEIGHBOURS = 3  # k of precision and recall
 FIRST = "where Stable Diffusion's generator begins (default: 999; SDXL's of one step 399)"
 EVALUATE_N, FID_N, MAP_N = 10000, 50000, 1000  # images, by default
 BATCH = 256  # images at a time; changes the speed only
@@ -130,17 +129,14 @@ class EvaluationOptions:
 
     features: str = arg(None, "measure by this network: inception, for FID, or a file of "
                               "TorchScript or ONNX, of images in [-1, 1]")
-    features_weights: str = arg(None, "of inception: a file of them (default: downloaded)",
-                                free=True)
-    reference: str = arg(None, "of --features: an .npz with mu and sigma of the real images', such "
-                               "as EDM's; made if it is not there", free=True)
+    features_weights: str = arg(None, "of inception: their file (default: downloaded)", free=True)
+    reference: str = arg(None, "of --features: mu and sigma, .npz; made if not there", free=True)
 
 
 @dataclasses.dataclass(frozen=True)
 class Config(EvaluationOptions, Options):
     checkpoint: str = arg(None, "of teacher.py, dmd2.py or EDM, or a .onnx file", positional=True)
-    n: int = arg(None, f"images (default: 10 per class; with --evaluate {EVALUATE_N}, by "
-                       f"inception {FID_N})", low=1)
+    n: int = arg(None, f"images (default: 10 a class; --evaluate {EVALUATE_N}, FID {FID_N})", low=1)
     labels: str = arg(None, "classes by name or number, such as 3,3,7 (default: all, evenly)")
     sampler: str = arg(None, "of a teacher (default: heun, at EDM's noise levels)", tuple(SAMPLERS))
     steps: int = arg(None, f"its steps (default: {[s[2] for s in SAMPLERS.values()]})", low=1)
@@ -180,8 +176,7 @@ class EDMUnpickler(pickle.Unpickler):
         _rebuild_tensor_v2=torch._utils._rebuild_tensor_v2,
         _rebuild_parameter=lambda data, *rest: data,
         _rebuild_parameter_with_state=lambda data, *rest: data,
-        scalar=lambda *rest: None,
-        dtype=type("dtype", (), dict(__init__=lambda *rest: None, __setstate__=lambda *rest: None)),
+        scalar=lambda *rest: None, dtype=np.dtype,
         OrderedDict=dict, EasyDict=type("EasyDict", (dict,), {}), set=set,
         encode=lambda text, _: text.encode("latin1"))
 
@@ -195,8 +190,7 @@ class EDMUnpickler(pickle.Unpickler):
 EDM_SIZES = "label_dim", "model_channels", "channel_mult", "num_blocks", "attn_resolutions"
 EDM_DEFAULTS = {"SongUNet": (0, 128, [1, 2, 2, 2], 4, [16]),
                 "DhariwalUNet": (0, 192, [1, 2, 3, 4], 3, [32, 16, 8])}
-IMAGENET_64 = dict(zip(EDM_SIZES, EDM_DEFAULTS["DhariwalUNet"]), model_type="DhariwalUNet",
-                   img_resolution=64, img_channels=3, label_dim=1000)
+IMAGENET_64 = dict(label_dim=1000, img_resolution=64, in_channels=3)  # else the defaults
 
 
 def load_edm(path):
@@ -205,7 +199,7 @@ def load_edm(path):
     content, official = io.BytesIO(Path(path).read_bytes()), Path(path).suffix == ".bin"
     try:
         if official:
-            network = IMAGENET_64
+            kind, args = "DhariwalUNet", IMAGENET_64
             state = torch.load(content, map_location="cpu", weights_only=True)
         else:
             precond = EDMUnpickler(content).load()["ema"]
@@ -214,15 +208,14 @@ def load_edm(path):
                 raise ValueError(f"holds {precond.class_name} of {kind}; it must be EDMPrecond")
             if args.get("embedding_type") == "fourier":
                 raise ValueError("its embedding_type is fourier: NCSN++, which is not read")
-            network = dict(zip(EDM_SIZES, EDM_DEFAULTS[kind]), model_type=kind)
-            network.update({name: args[name] for name in EDM_SIZES if name in args})
-            network.update(img_resolution=args["img_resolution"], img_channels=args["in_channels"])
             state = dict(precond.model.named_parameters())
+        network = dict(zip(EDM_SIZES, EDM_DEFAULTS[kind]), model_type=kind,
+                       img_resolution=args["img_resolution"], img_channels=args["in_channels"])
+        network.update({name: args[name] for name in EDM_SIZES if name in args})
         weights = {f"net.{name.split('model.')[-1]}": value.detach().float() for name, value in
                    state.items() if not re.search("augment|resample_filter", name)}
     except Exception as error:  # a damaged pickle raises whatever its bytes happen to say
-        origin = "PyTorch" if official else "NVlabs/edm"
-        raise ValueError(f"{path}: no checkpoint of {origin}, or damaged: {error}") from error
+        raise ValueError(f"{path}: no checkpoint of NVlabs/edm, or damaged: {error}") from error
     classes = tuple(map(str, range(network["label_dim"]))) or ("all",)
     return dict(kind="generator" if official else "teacher", step=None, config={}, network=network,
                 prediction="edm", schedule="lognormal", model=weights, autoencoder=None,
@@ -243,7 +236,7 @@ class Prompts:
     def __init__(self, folder, texts, device="cpu"):
         from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
         index = json.loads((folder / "model_index.json").read_text())
-        self.xl, self.device = is_xl(folder), device
+        self.xl, self.device = (folder / "text_encoder_2").is_dir(), device
         kinds = [("", CLIPTextModel), ("_2", CLIPTextModelWithProjection)][:1 + self.xl]
         self.tokenizers = [CLIPTokenizer.from_pretrained(folder / f"tokenizer{part}")
                            for part, _ in kinds]
@@ -324,9 +317,8 @@ def timestep_of(level, levels):
 
 
 # The layers that DMD2's LoRA of SDXL adapts.
-LORA_LAYERS = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj",
-               "ff.net.2", "conv1", "conv2", "conv_shortcut", "downsamplers.0.conv",
-               "upsamplers.0.conv", "time_emb_proj"]
+LORA_LAYERS = ("to_q to_k to_v to_out.0 proj_in proj_out ff.net.0.proj ff.net.2 conv1 conv2 "
+               "conv_shortcut downsamplers.0.conv upsamplers.0.conv time_emb_proj").split()
 
 
 def with_adapter(denoiser, rank, alpha):
@@ -355,15 +347,10 @@ def folder_of(pipeline):
         allow_patterns=["model_index.json", "*/*.json", "*/*.txt", "*/*.safetensors"])
 
 
-def is_xl(pipeline):
-    """Whether it is SDXL."""
-    return Path(folder_of(pipeline), "text_encoder_2").is_dir()
-
-
-def generator_timesteps(pipeline, steps, first=None):
+def generator_timesteps(network, steps, first=None):
     """Noise levels of a pipeline's generator, of evenly spread timesteps up to `first`, as 999,
     749, 499, 249; without it where DMD2's begin."""
-    first = first or (399 if is_xl(pipeline) and steps == 1 else 999)
+    first = first or (399 if network["xl"] and steps == 1 else 999)
     levels = timestep_sigmas("scaled_linear")
     return [levels[(first + 1) * k // steps - 1].item() for k in range(steps, 0, -1)]
 
@@ -387,7 +374,7 @@ def open_pipeline(folder):
     side = unet["sample_size"]
     pixels = side * 2 ** (len(vae["block_out_channels"]) - 1)
     network = dict(pipeline=name, img_channels=unet["in_channels"], img_resolution=side,
-                   pixels=pixels)
+                   pixels=pixels, xl=Path(folder, "text_encoder_2").is_dir())
     return dict(kind="teacher", step=None, config=dict(label_dropout=0.1), network=network,
                 prediction=prediction, schedule="scaled_linear", model=None,
                 autoencoder=dict(kind="autoencoder", network=dict(pipeline=name), model=None),
@@ -467,8 +454,7 @@ def load_captioned(facts, codec, prompts, device):
     file_name and text: latents, made once and kept in data_dir, and the rows of their captions,
     which follow the prompts. ValueError if there are none."""
     if not facts["name"]:
-        raise ValueError("--data is missing: the GAN needs real images with captions; --gan-weight "
-                         "0 does without")
+        raise ValueError("--data is missing: the GAN needs captioned images; else --gan-weight 0")
     folder, listed = Path(facts["name"]), Path(facts["name"], "metadata.jsonl")
     if listed.exists():
         lines = map(json.loads, listed.read_text().splitlines())
@@ -544,8 +530,7 @@ def open_checkpoint(path, data=None, data_dir=None, kind=None, prompts=None):
 def load_images(facts, split):
     """load_data() of the images that a checkpoint tells of; ValueError if they are others now."""
     if facts["name"] is None:
-        raise ValueError("--data is missing: an EDM checkpoint does not tell its data, as cifar10; "
-                         "pipelines have --clip instead")
+        raise ValueError("--data is missing: an EDM checkpoint tells none; pipelines have --clip")
     data = load_data(facts["name"], split, facts["data_dir"], facts["size"])
     for now, before in ((data.shape, facts["shape"]), (data.classes, facts["classes"])):
         if now != tuple(before) != ("all",):
@@ -570,7 +555,7 @@ def load_sampler(path, device="cpu", cfg=None):
         if cfg.weights:
             checkpoint["network"]["weights"] = cfg.weights
             checkpoint.update(kind="generator", sigmas=generator_timesteps(
-                checkpoint["network"]["pipeline"], cfg.student_steps, cfg.first_timestep))
+                checkpoint["network"], cfg.student_steps, cfg.first_timestep))
     denoiser = build_any(checkpoint, device)
     if checkpoint["kind"] == "teacher":
         denoiser = guided(denoiser, cfg.guidance, checkpoint)
@@ -775,15 +760,13 @@ def load_network(name, weights=None, device="cpu"):
     if name == "inception":
         net = Inception(weights).to(device)
         content = b"".join(p.cpu().numpy().tobytes() for p in net.state_dict().values())
-    elif not Path(name).is_file():
-        raise ValueError(f"--features {name}: no such file, and not inception")
     elif Path(name).suffix == ".onnx":
         import onnxruntime
-        session, content = onnxruntime.InferenceSession(name), Path(name).read_bytes()
+        content, session = Path(name).read_bytes(), onnxruntime.InferenceSession(name)
         given = session.get_inputs()[0].name
         net = lambda x: torch.from_numpy(session.run(None, {given: x.cpu().numpy()})[0])
     else:
-        net, content = torch.jit.load(name, device).eval(), Path(name).read_bytes()
+        content, net = Path(name).read_bytes(), torch.jit.load(name, device).eval()
     return net, hashlib.sha256(content).hexdigest()[:12]
 
 
@@ -793,7 +776,6 @@ class Reference(NamedTuple):
     nets: dict            # of load_features(), or one of load_network()
     features: dict        # of the real training images: [N, D] in each space, by its distance
     labels: torch.Tensor  # [N] int64, in the same order
-    floor: dict           # distances and accuracy of the n held-out real images
     protocol: str
     device: torch.device | str
 
@@ -809,27 +791,20 @@ def load_reference(facts, device="cpu", cfg=EvaluationOptions()):
             with np.load(cfg.reference) as file:
                 real = tuple(torch.from_numpy(file[part]).double() for part in ("mu", "sigma"))
             return Reference(nets, dict.fromkeys(nets, real), torch.arange(len(facts["classes"])),
-                             {}, f"reference {Path(cfg.reference).name}, {about}", device)
-    data, held_out = (load_images(facts, split) for split in ("train", "test"))
+                             f"reference {Path(cfg.reference).name}, {about}", device)
+    data = load_images(facts, "train")
     if not cfg.features:
-        if len(held_out.images) <= NEIGHBOURS:
-            raise ValueError(f"{facts['name']}: too few held-out images; try --evaluate-every 0")
         nets, digest = load_features(data, facts, device)
         about = f"feature networks {digest}"
     order = torch.randperm(len(data.images), generator=seeded(SUBSET))  # a prefix is a fair sample
     real = {name: found[order] for name, found in extract(nets, data.images, device).items()
             if name != "classifier"}
+    if cfg.features and cfg.reference and rank() == 0:
+        mu, sigma = gaussian(*real.values())
+        with replacing(cfg.reference) as file:
+            np.savez(file, mu=mu, sigma=sigma)
     about = f"reference {len(order)} training images of {facts['name']}, {about}"
-    reference = Reference(nets, real, data.labels[order], {}, about, device)
-    if cfg.features:
-        if cfg.reference and rank() == 0:
-            mu, sigma = gaussian(*real.values())
-            with replacing(cfg.reference) as file:
-                np.savez(file, mu=mu, sigma=sigma)
-        return reference
-    floor = evaluate(held_out.images, held_out.labels, reference)
-    del floor["precision"], floor["recall"]  # of so few images they compare with no others
-    return reference._replace(floor=dict(floor, n=len(held_out.images)))
+    return Reference(nets, real, data.labels[order], about, device)
 
 
 @torch.no_grad()
@@ -897,7 +872,7 @@ def frechet_distance(a, b):
     return (means + cov_a.trace() + cov_b.trace() - 2 * root_trace).item()
 
 
-def precision_recall(real, fake, k=NEIGHBOURS):
+def precision_recall(real, fake, k=3):
     """Share of fake features [N, D] in the real ones' manifold, and of real in the fake ones': the
     union of balls that reach to their centre's k-th neighbour (Kynkäänniemi et al. 2019)."""
     def share_inside(points, centres):
@@ -914,9 +889,9 @@ def measure(sampler, reference, n, seed, batch=BATCH):
     return evaluate(generate(sampler, label, seed, batch), label, reference)
 
 
-def report(runs, reference, of_what):
+def report(runs, floor, protocol):
     """Print mean and spread of figures of evaluate() beside the floor, then all as JSON."""
-    mean, spread, floor = {}, {}, reference.floor
+    mean, spread = {}, {}
     about = f"   (floor: the {floor['n']} held-out real images)" if floor else ""
     tell(f"{'':22}samples   spread    floor{about}")
     for name in runs[0]:
@@ -925,7 +900,6 @@ def report(runs, reference, of_what):
         spread[name] = statistics.stdev(values) if len(runs) > 1 else None
         cells = (mean[name], spread[name], floor.get(name))
         tell(f"{title:20}" + "".join(f"{'-':>9}" if x is None else f"{x:9.4f}" for x in cells))
-    protocol = f"{of_what}; {reference.protocol}"
     tell(json.dumps(dict(mean=mean, spread=spread, floor=floor, protocol=protocol)))
 
 
@@ -1041,8 +1015,14 @@ def main(argv=None):
         default = FID_N if cfg.features == "inception" else EVALUATE_N
         n, seeds = cfg.n or default, range(cfg.seed, cfg.seed + cfg.seeds)
         runs = [measure(sampler, reference, n, seed, cfg.batch) for seed in seeds]
-        return report(runs, reference, f"{n} samples, {sampler.name}, EMA weights, "
-                      f"{sampler.evaluations} function evaluation(s), seeds {[*seeds]}")
+        floor = {}
+        if not cfg.features:  # of so few images precision and recall compare with no others
+            real = {name: gaussian(features) for name, features in reference.features.items()}
+            images, label, *_ = load_images(sampler.data, "test")
+            floor = dict(evaluate(images, label, reference._replace(features=real)), n=len(images))
+        return report(runs, floor, f"{n} samples, {sampler.name}, EMA weights, "
+                      f"{sampler.evaluations} function evaluation(s), seeds {[*seeds]}; "
+                      f"{reference.protocol}")
     if out.suffix not in (".png", ".npz", "") or out.is_dir():
         raise ValueError(f"--out {out}: must end in .png or .npz, or be a folder that is not there "
                          "yet")

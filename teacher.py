@@ -202,15 +202,13 @@ def unit_error(prediction, x0_hat, x0, sigma, min_snr_gamma=None):
 def sampling_sigmas(steps, schedule, own=False):
     """Levels for a sampler, falling, and then 0: karras's, which are good for any denoiser, within
     the schedule's range, or the schedule's own, all of its range (lognormal has karras's)."""
-    if schedule == "scaled_linear" and own:  # of timesteps 999, 899, ..., of 10 ("trailing")
-        timestep = torch.arange(1000, 0, -1000 / steps, dtype=torch.float64).round() - 1
-        sigmas = sigma_at(timestep / 999, schedule)
-    elif own and schedule != "lognormal":
-        sigmas = sigma_at(torch.linspace(1, 0, steps, dtype=torch.float64), schedule)
-    else:
+    u = torch.linspace(1, 0, steps, dtype=torch.float64)
+    if not own or schedule == "lognormal":
         low, high = map(quantile_of, sigma_at(torch.tensor([0, 1]).double(), schedule).tolist())
-        sigmas = sigma_at(torch.linspace(high, low, steps, dtype=torch.float64), "karras")
-    return [*sigmas.tolist(), 0.0]
+        u, schedule = torch.linspace(high, low, steps, dtype=torch.float64), "karras"
+    elif schedule == "scaled_linear":  # of timesteps 999, 899, ..., of 10 ("trailing")
+        u = (torch.arange(1000, 0, -1000 / steps, dtype=torch.float64).round() - 1) / 999
+    return [*sigma_at(u, schedule).tolist(), 0.0]
 
 
 @torch.no_grad()
@@ -714,8 +712,7 @@ def parse(config_class, argv=None, doc="", recipe=lambda given: {}):
             again = restarts and parse(config_class, ["--resume", str(path)])
             if again and dataclasses.replace(cfg, out=again.out) == again:
                 return again
-            raise ValueError(f"--out {cfg.out}: holds a run, {name}; go on with it by --resume, or "
-                             "name another folder")
+            raise ValueError(f"--out {cfg.out}: holds a run, {name}; --resume it, or name another")
     return cfg
 
 
@@ -929,9 +926,8 @@ def folder_files(folder):
     else:
         raise ValueError(f"--data {folder}: a .zip needs EDM's dataset.json; unpack it")
     files = [files[i] for i in np.random.RandomState(0).permutation(len(files))]
-    held_out = () if tests else range(0, min(len(files), 60000), 6)
-    for i in held_out:
-        files[i] = (*files[i][:2], True)
+    if not tests:
+        files = [(*file[:2], i % 6 == 0 and i < 60000) for i, file in enumerate(files)]
     return sorted(files, key=lambda entry: entry[2]), tuple(classes) or ("all",)
 
 

@@ -352,7 +352,7 @@ def test_official_generator_of_imagenet(monkeypatch, tmp_path):
     v, path = vectors("edm_adm_tiny"), tmp_path / "pytorch_model.bin"
     torch.save({f"feedforward_model.{key[6:]}": value for key, value in v.items()
                 if key.startswith("state/")}, path)
-    monkeypatch.setattr(sample, "IMAGENET_64", TINY_EDM["edm_adm_tiny"])
+    monkeypatch.setattr(sample, "IMAGENET_64", dict(TINY_EDM["edm_adm_tiny"], in_channels=3))
     sampler = sample.load_sampler(str(path))
     assert (sampler.name, sampler.shape) == ("generator, 1 step", (3, 16, 16))
     x, sigma, label = v["in/x"], v["in/sigma"], v["in/label"]
@@ -849,7 +849,6 @@ def test_evaluation_of_the_real_images(digits):
     same = sample.evaluate(images, labels, reference)
     assert max(same[name] for name in reference.features) < 1e-6
     assert same["precision"] == same["recall"] == same["accuracy"] == 1
-    assert reference.floor["accuracy"] > 0.97
 
 
 def distortions(images, labels):
@@ -936,7 +935,7 @@ def test_report_tells_figures_floor_and_protocol(tiny, digits, capsys):
     result = json.loads(out.splitlines()[-1])
     assert all(word in result["protocol"] for word in (
         "200 samples", "1497 training images of digits", "5b856f0ba1cd", "[0, 1]"))
-    assert result["floor"] == pytest.approx(digits[0].floor)
+    assert result["floor"]["accuracy"] > 0.97 and result["floor"]["n"] == 300
     assert f"{result['mean']['accuracy']:9.4f}" in out and result["spread"]["frechet_distance"] > 0
 
 
@@ -1724,15 +1723,16 @@ def test_export_that_differs_leaves_no_file(spoil, tiny, tmp_path, monkeypatch, 
 
 
 def test_benchmark_prints_all_rows(tiny, exported, monkeypatch, capsys):
-    monkeypatch.setattr(export, "BATCHES", (1, 3))
-    monkeypatch.setattr(export, "medians", lambda calls: {
-        name: 1 if "teacher" in name else [call(), 0.5][1] for name, call in calls.items()})
-    monkeypatch.setattr(torch, "compile", lambda module, **options: module)
     files = {name: Path(tiny.onnx).read_bytes() for name in ("onnxruntime", "onnxruntime, int8")}
-    export.benchmark(files, exported, teacher.load(tiny.generator), CPU)
-    rows = re.findall(r"^ +(\d) +(\w.*?) {2,}(.*)$", capsys.readouterr().out, re.M)
     names = ["teacher, 18 Heun steps", "PyTorch", "torch.compile", *files]
     names += ["OpenVINO"] * bool(importlib.util.find_spec("openvino"))
+    medians = itertools.cycle([1] + [0.5] * (len(names) - 1))
+    monkeypatch.setattr(export, "BATCHES", (1, 3))
+    monkeypatch.setattr(torch, "compile", lambda module, **options: module)
+    monkeypatch.setattr("torch.utils.benchmark.Timer.blocked_autorange", lambda timer, **options:
+                        types.SimpleNamespace(median=(timer.timeit(1), next(medians))[1]))
+    export.benchmark(files, exported, teacher.load(tiny.generator), CPU)
+    rows = re.findall(r"^ +(\d) +(\w.*?) {2,}(.*)$", capsys.readouterr().out, re.M)
     assert [row[:2] for row in rows] == [(batch, name) for batch in "13" for name in names]
     teacher_s, ours = (rows[len(names) + i][2].split() for i in (0, 1))
     assert teacher_s == ["1000.00", "3", "1.0"] and ours == ["500.00", "6", "2.0"]
