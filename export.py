@@ -43,7 +43,7 @@ MEANING = dict(noise="standard normal", image="-1 to 1, of uint8 0 to 255", sigm
 @dataclasses.dataclass(frozen=True)
 class Config(Options):
     checkpoint: str = arg(None, "generator.pt of dmd2.py, or a teacher", positional=True)
-    device: str = arg("cpu", "where the file is checked against PyTorch", ("cpu", "cuda"))
+    device: str = arg("cpu", "where the file is checked, and timed by --benchmark", ("cpu", "cuda"))
     out: str = arg(None, "the file to write (default: beside the checkpoint, and .onnx)")
     uint8: bool = arg(False, "the image as uint8 [batch, H, W, C], not float32 [batch, C, H, W]")
     fp16: bool = arg(False, "weights and arithmetic in float16; inputs and output keep their types")
@@ -161,9 +161,9 @@ def store(model, exported, facts, path):
 
 @torch.no_grad()
 def check_onnx(path, exported, device="cpu"):
-    """Largest difference of onnxruntime's output from PyTorch's; of uint8 beyond one level, which
-    comes of rounding, on the scale of [-1, 1]. Of batch 1, 2 and 64, every label among them; of
-    text, where an image may take gigabytes, of batch 1 and 2."""
+    """Largest difference of onnxruntime's output from PyTorch's on a CPU; of uint8 beyond one
+    level, which comes of rounding, on the scale of [-1, 1]. Of batch 1, 2 and 64, every label
+    among them; of text, where an image may take gigabytes, of batch 1 and 2."""
     session, _ = onnx_session(path, device, **dict(use_tf32=0) if device == "cuda" else {})
     labels, worst = torch.arange(exported.count + -exported.count % 64) % exported.count, 0.0
     for label in (labels[:1], labels[1:3], *(labels.split(64) if not exported.prompts else ())):
@@ -201,9 +201,8 @@ def quantise(model, exported, facts, path, data):
 
 @torch.no_grad()
 def benchmark(files, exported, checkpoint, device):
-    """Print the medians of the generator by PyTorch, by onnxruntime, of ONNX files by name, by
-    OpenVINO if it is installed, and of the teacher's sampler, where the generator's network stands
-    in for the teacher's, which is of its size."""
+    """Print medians of the generator by PyTorch, by onnxruntime, of ONNX files by name, and by
+    OpenVINO; and of the teacher's sampler, by the generator's network, which is of its size."""
     from torch.utils.benchmark import Timer
     print(f"{device_name(device)}, torch {torch.__version__}; medians of calls that take turns\n"
           f"{'batch':>5}  {'':22} {'ms':>9} {'images/s':>10} {'x teacher':>10}")
@@ -248,11 +247,10 @@ def main(argv=None):
                          "text; --int8 not with --fp16")
     tolerance = 1e-2 if cfg.fp16 else 1e-4 if device.type == "cuda" else 1e-5
     tolerance *= 2 if checkpoint["autoencoder"] else 1  # two networks, one after the other
-    if pipeline:  # whose classes are all the prompts
-        data["classes"] = data["classes"][:3]
+    data["classes"] = data["classes"][:3 if pipeline else None]  # which are all of its prompts
     if teacher:
         checkpoint["sigmas"] = sampling_sigmas(HEUN_STEPS, checkpoint["schedule"])[:-1]
-        # Of eps the highest multiplies the network's errors.
+        # In x0_hat the errors of a network of eps are multiplied by sigma.
         tolerance *= checkpoint["sigmas"][0] if checkpoint["prediction"] == "eps" else 1
     ending = "_pixels" * cfg.uint8 + "_fp16" * cfg.fp16 + "_int8" * cfg.int8 + ".onnx"
     path = Path(cfg.out or str(Path(cfg.checkpoint).with_suffix("")) + ending)

@@ -129,8 +129,9 @@ class EvaluationOptions:
 
     features: str = arg(None, "measure by this network: inception, for FID, or a file of "
                               "TorchScript or ONNX, of images in [-1, 1]")
-    features_weights: str = arg(None, "of inception: their file (default: downloaded)", free=True)
-    reference: str = arg(None, "of --features: mu and sigma, .npz; made if not there", free=True)
+    features_weights: str = arg(None, "inception's weights (default: downloaded)", free=True)
+    reference: str = arg(None, "of --features: an .npz with mu and sigma of the real images', such "
+                               "as EDM's; made if it is not there", free=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,7 +177,8 @@ class EDMUnpickler(pickle.Unpickler):
         _rebuild_tensor_v2=torch._utils._rebuild_tensor_v2,
         _rebuild_parameter=lambda data, *rest: data,
         _rebuild_parameter_with_state=lambda data, *rest: data,
-        scalar=lambda *rest: None, dtype=np.dtype,
+        scalar=lambda *rest: None,
+        dtype=type("dtype", (), dict(__init__=lambda *rest: None, __setstate__=lambda *rest: None)),
         OrderedDict=dict, EasyDict=type("EasyDict", (dict,), {}), set=set,
         encode=lambda text, _: text.encode("latin1"))
 
@@ -215,7 +217,7 @@ def load_edm(path):
         weights = {f"net.{name.split('model.')[-1]}": value.detach().float() for name, value in
                    state.items() if not re.search("augment|resample_filter", name)}
     except Exception as error:  # a damaged pickle raises whatever its bytes happen to say
-        raise ValueError(f"{path}: no checkpoint of NVlabs/edm, or damaged: {error}") from error
+        raise ValueError(f"{path}: no checkpoint of EDM or DMD2, or damaged: {error}") from error
     classes = tuple(map(str, range(network["label_dim"]))) or ("all",)
     return dict(kind="generator" if official else "teacher", step=None, config={}, network=network,
                 prediction="edm", schedule="lognormal", model=weights, autoencoder=None,
@@ -530,7 +532,8 @@ def open_checkpoint(path, data=None, data_dir=None, kind=None, prompts=None):
 def load_images(facts, split):
     """load_data() of the images that a checkpoint tells of; ValueError if they are others now."""
     if facts["name"] is None:
-        raise ValueError("--data is missing: an EDM checkpoint tells none; pipelines have --clip")
+        raise ValueError("--data is missing: an EDM checkpoint does not tell its data, as cifar10; "
+                         "pipelines have --clip instead")
     data = load_data(facts["name"], split, facts["data_dir"], facts["size"])
     for now, before in ((data.shape, facts["shape"]), (data.classes, facts["classes"])):
         if now != tuple(before) != ("all",):
@@ -760,13 +763,15 @@ def load_network(name, weights=None, device="cpu"):
     if name == "inception":
         net = Inception(weights).to(device)
         content = b"".join(p.cpu().numpy().tobytes() for p in net.state_dict().values())
+    elif not Path(name).is_file():
+        raise ValueError(f"--features {name}: no such file, and not inception")
     elif Path(name).suffix == ".onnx":
         import onnxruntime
-        content, session = Path(name).read_bytes(), onnxruntime.InferenceSession(name)
+        session, content = onnxruntime.InferenceSession(name), Path(name).read_bytes()
         given = session.get_inputs()[0].name
         net = lambda x: torch.from_numpy(session.run(None, {given: x.cpu().numpy()})[0])
     else:
-        content, net = Path(name).read_bytes(), torch.jit.load(name, device).eval()
+        net, content = torch.jit.load(name, device).eval(), Path(name).read_bytes()
     return net, hashlib.sha256(content).hexdigest()[:12]
 
 
@@ -774,7 +779,7 @@ class Reference(NamedTuple):
     """What images are measured against."""
 
     nets: dict            # of load_features(), or one of load_network()
-    features: dict        # of the real training images: [N, D] in each space, by its distance
+    features: dict        # of real images, in each space by its distance: [N, D] or gaussian()
     labels: torch.Tensor  # [N] int64, in the same order
     protocol: str
     device: torch.device | str
@@ -890,7 +895,8 @@ def measure(sampler, reference, n, seed, batch=BATCH):
 
 
 def report(runs, floor, protocol):
-    """Print mean and spread of figures of evaluate() beside the floor, then all as JSON."""
+    """Print mean and spread of figures of evaluate() beside those of n held-out real images, the
+    floor, which may be empty; then all as JSON."""
     mean, spread = {}, {}
     about = f"   (floor: the {floor['n']} held-out real images)" if floor else ""
     tell(f"{'':22}samples   spread    floor{about}")
@@ -1014,12 +1020,13 @@ def main(argv=None):
         reference = load_reference(sampler.data, device, cfg)
         default = FID_N if cfg.features == "inception" else EVALUATE_N
         n, seeds = cfg.n or default, range(cfg.seed, cfg.seed + cfg.seeds)
-        runs = [measure(sampler, reference, n, seed, cfg.batch) for seed in seeds]
         floor = {}
-        if not cfg.features:  # of so few images precision and recall compare with no others
+        if not cfg.features:
+            # Without precision and recall, which of so few images compare with no others.
             real = {name: gaussian(features) for name, features in reference.features.items()}
             images, label, *_ = load_images(sampler.data, "test")
             floor = dict(evaluate(images, label, reference._replace(features=real)), n=len(images))
+        runs = [measure(sampler, reference, n, seed, cfg.batch) for seed in seeds]
         return report(runs, floor, f"{n} samples, {sampler.name}, EMA weights, "
                       f"{sampler.evaluations} function evaluation(s), seeds {[*seeds]}; "
                       f"{reference.protocol}")

@@ -205,7 +205,7 @@ def sampling_sigmas(steps, schedule, own=False):
     u = torch.linspace(1, 0, steps, dtype=torch.float64)
     if not own or schedule == "lognormal":
         low, high = map(quantile_of, sigma_at(torch.tensor([0, 1]).double(), schedule).tolist())
-        u, schedule = torch.linspace(high, low, steps, dtype=torch.float64), "karras"
+        schedule, u = "karras", torch.linspace(high, low, steps, dtype=torch.float64)
     elif schedule == "scaled_linear":  # of timesteps 999, 899, ..., of 10 ("trailing")
         u = (torch.arange(1000, 0, -1000 / steps, dtype=torch.float64).round() - 1) / 999
     return [*sigma_at(u, schedule).tolist(), 0.0]
@@ -712,7 +712,8 @@ def parse(config_class, argv=None, doc="", recipe=lambda given: {}):
             again = restarts and parse(config_class, ["--resume", str(path)])
             if again and dataclasses.replace(cfg, out=again.out) == again:
                 return again
-            raise ValueError(f"--out {cfg.out}: holds a run, {name}; --resume it, or name another")
+            raise ValueError(f"--out {cfg.out}: holds a run, {name}; go on with it by --resume, or "
+                             "name another folder")
     return cfg
 
 

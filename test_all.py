@@ -6,6 +6,7 @@ Wherever it can, a closed-form denoiser stands in for the network: that of data 
 
 import copy
 import functools
+import hashlib
 import importlib
 import inspect
 import itertools
@@ -202,7 +203,7 @@ def descent(optimizer, *flags):
 @pytest.mark.parametrize("schedule, levels", [
     ("lognormal", {0: 0.002, 0.5: math.exp(-1.2), 0.8413447: 1, 1: 80}),  # one deviation up
     ("karras", {0: 0.002, 0.5: 2.51521898, 1: 80}),
-    ("linear", {0: 0.0100005, 499 / 999: 3.42413662, 1: 157.40728}),  # diffusers', as cosine
+    ("linear", {0: 0.0100005, 499 / 999: 3.42413662, 1: 157.40728}),
     ("cosine", {0: 0.0064254128, 499 / 999: 1.01238956, 1: 20291.1696}),
     ("sigmoid", {0: 0.0173311683, 249 / 999: 0.418676954, 499 / 999: 1, 1: 1824.8926}),
     ("flow", {0: 0.001 / 0.999, 0.25: 0.2505 / 0.7495, 1: 0.999 / 0.001})])  # t / (1 - t)
@@ -378,7 +379,7 @@ STORAGE = called(torch.storage._load_from_bytes, pickle.dumps(PLANTED, 2))
 def test_bad_pickle_is_one_line(changes, says, edm_pkl, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     line = fails(sample.main, [edm_pkl(**changes)], capsys)
-    assert "edm.pkl: no checkpoint of NVlabs/edm, or damaged" in line and says in line
+    assert "edm.pkl: no checkpoint of EDM or DMD2, or damaged" in line and says in line
     assert os.listdir(tmp_path) == ["edm.pkl"]
 
 
@@ -390,10 +391,12 @@ def test_heun_matches_edm():
     close(x0, v["edm_heun_18"], rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["linear", "squaredcos_cap_v2"])
-def test_ddim_and_ddpm_match_diffusers(name):
+@pytest.mark.parametrize("schedule, name", [("linear", "linear"), ("cosine", "squaredcos_cap_v2")])
+def test_ddim_and_ddpm_match_diffusers(schedule, name):
     v = {key.removeprefix(f"{name}_"): value for key, value in vectors("samplers").items()}
     denoiser, levels = Gaussian(v["mu"], v["s"]).double(), v["sigmas"].tolist()
+    sigma = teacher.sigma_at(torch.linspace(0, 1, 1000, dtype=torch.float64), schedule)
+    close(sigma, v["sigmas"].double(), rtol=1e-3, atol=0)  # whose betas are float32
     sigmas = [*(levels[t] for t in v["ddim50_timesteps"]), 0.0]
     x = v["latents"] * (1 + sigmas[0] ** 2) ** 0.5  # out of variance-preserving coordinates
     close(sample.ddim(denoiser, x, sigmas, None), v["ddim50_eta0"], rtol=0, atol=1e-5)
@@ -637,6 +640,12 @@ def test_pairs_are_kept_until_the_teacher_changes(tiny, denoiser, tmp_path):
                     (unused._replace(name="guided"),)):
         with pytest.raises(TypeError):
             pairs(*changed)
+
+
+def test_regression_is_of_a_step_at_its_level():
+    x, images = torch.randn(2, 8, 1, 8, 8)
+    loss = dmd2.regression_loss(Gaussian(0.3, 0.5), 4.0, x, None, images)
+    close(loss, (Gaussian(0.3, 0.5)(x, torch.full((8,), 4.0), None) - images).square().mean())
 
 
 def test_lpips_sees_colour_images_of_224(monkeypatch):
@@ -911,13 +920,14 @@ def test_features_of_other_data_are_trained_once(digits, tmp_path, monkeypatch, 
     assert len(trained) == 2 and digest == same != other
 
 
-def test_report_tells_figures_floor_and_protocol(tiny, digits, capsys):
+def test_report_tells_figures_floor_and_protocol(tiny, capsys):
     sample.main([tiny.generator, "--evaluate", "--n", "200", "--seeds", "2"])
     out = capsys.readouterr().out
     result = json.loads(out.splitlines()[-1])
     assert all(word in result["protocol"] for word in (
         "200 samples", "1497 training images of digits", "5b856f0ba1cd", "[0, 1]"))
     assert result["floor"]["accuracy"] > 0.97 and result["floor"]["n"] == 300
+    assert "recall" in result["mean"] and "recall" not in result["floor"]
     assert f"{result['mean']['accuracy']:9.4f}" in out and result["spread"]["frechet_distance"] > 0
 
 
@@ -1293,8 +1303,8 @@ def finish(words, *args):
 
 
 def script(name, argv, prepare=lambda: None, *args):
-    """Be a script, or one rank of several, after a function has prepared a fault; after the word
-    "then" once more."""
+    """Be a script, or one rank of several, after a function has prepared a fault; argv may be that
+    of two runs, with the word "then" between them."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs of a shell ignore it
     sys.argv[0] = f"{name}.py"
     prepare(*args)
@@ -1302,7 +1312,7 @@ def script(name, argv, prepare=lambda: None, *args):
     def main():
         for words in " ".join(map(str, argv)).split(" then "):
             sys.modules[name].main(words.split())
-            with teacher.rank_0_first():  # which may write yet
+            with teacher.rank_0_first():  # which may still be writing
                 pass
     teacher.run_script(main)
 
@@ -1458,7 +1468,9 @@ def test_losses_of_two_parts_and_of_two_processes(name, flags, tiny, tmp_path):
     assert [said.count("next: ") for said in words] == [1, 0]
     whole, *others = (log_of(tmp_path / name) for name in ("whole", "parts", "ranks"))
     for line, same in itertools.chain(*(zip(whole, other, strict=True) for other in others)):
+        losses = {key: value for key, value in line.items() if "loss" in key}
         assert same == pytest.approx(line, rel=1e-4, abs=1e-4)
+        assert {key: same[key] for key in losses} == pytest.approx(losses, rel=1e-5, abs=1e-5)
 
 
 def test_rank_that_is_lost_is_started_anew(tmp_path, monkeypatch):
@@ -1519,6 +1531,7 @@ def test_images_of_two_processes_and_of_onnx(tiny, tmp_path):
     (dmd2, "--teacher TEACHER --init-from GENERATOR --conditioning-sigma 2", "sigmas is [80.0]"),
     (dmd2, "--resume GENERATOR --steps 9", "holds no optimizers"),
     (sample, "GENERATOR --labels 3,10", "'10' is no class"),
+    (sample, "GENERATOR --evaluate --features x", "--features x: no such file, and not inception"),
     (sample, "GENERATOR --steps 4", "--guidance: are for teachers"),
     (sample, "ONNX --trajectory", "ONNX file"),
     (sample, "GENERATOR --out x.jpg", "--out x.jpg: must end in .png or .npz"),
@@ -1615,7 +1628,7 @@ def test_onnx_metadata(tiny):
         facts, noise=dict(images, meaning="standard normal"),
         image=dict(images, meaning="-1 to 1, of uint8 0 to 255"), sigmas=[80.0],
         label=dict(type="int64", shape=["batch"], meaning="0 to 9"),
-        checkpoint_sha256=sample.digest_of(tiny.generator),
+        checkpoint_sha256=hashlib.sha256(Path(tiny.generator).read_bytes()).hexdigest(),
         version=teacher.__version__, data=dict(facts["data"], classes=[*"0123456789"]))
     assert facts["figures"]["frechet_distance"] > 0
     for part in (ROOT, tiny.folder, Path(torch.__file__).parent, "export.py", "teacher.py"):
@@ -1926,6 +1939,9 @@ def test_text_losses_of_two_processes(flags, more, distil_text, captioned, tmp_p
     as_ranks("dmd2", argv, tmp_path)
     for line, same in zip(log_of(alone), log_of(tmp_path / "ranks"), strict=True):
         assert same == pytest.approx(line, rel=2e-5)
+    one, two = (teacher.load(path / "generator.pt")["model"].values()
+                for path in (alone, tmp_path / "ranks"))
+    assert sum((p - q).norm() for p, q in zip(one, two)) <= 3e-4 * sum(p.norm() for p in one)
 
 
 @pytest.fixture
