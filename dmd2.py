@@ -27,9 +27,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from sample import (FIRST, TITLES, EvaluationOptions, batch_of, build_any, digest_of, few_step,
-                    generator_sigmas, generator_timesteps, guided, load_captioned, load_images,
-                    load_reference, make_sampler, measure, open_checkpoint, shard, with_adapter,
-                    write_student)
+                    generator_sigmas, generator_timesteps, guided, is_xl, load_captioned,
+                    load_images, load_reference, make_sampler, measure, open_checkpoint, shard,
+                    with_adapter, write_student)
 from teacher import (GENERATOR, HEUN_STEPS, SIGMA_MAX, SIGMA_MIN, TRAINED_STEP, Descent, Draw, Run,
                      TrainingOptions, __version__, arg, batch_at, build, clamped, due, encoded,
                      fresh_noise, group_norm, heun, load, parse, parts_of, pick_device, prepare,
@@ -347,7 +347,7 @@ def recipe(given):
     kind = "latents" if parent["autoencoder"] else parent["data"]["name"]
     pipeline = parent["network"].get("pipeline")
     if pipeline:
-        kind = ("sdxl" if parent["network"]["xl"] else "sd15") + "-lora" * bool(given.get("lora"))
+        kind = ("sdxl" if is_xl(pipeline) else "sd15") + "-lora" * bool(given.get("lora"))
     chosen = given.get("recipe") or recipe_of(kind, given, RECIPES)
     found = {**(EPS if parent["prediction"] == "eps" and not pipeline else {}), **RECIPES[chosen],
              "data_dir": parent["data"]["data_dir"], "recipe": chosen}
@@ -390,15 +390,15 @@ def train(cfg):
     """Distil a teacher into a generator, kept as generator.pt in the run's folder."""
     device, parts = pick_device(cfg.device), parts_of(cfg)
     parent = open_checkpoint(cfg.teacher, cfg.data, cfg.data_dir, prompts=cfg.prompts)
-    network, pipeline = parent["network"], parent["network"].get("pipeline")
+    pipeline = parent["network"].get("pipeline")
     if pipeline and not parent["data"]["classes"]:
         raise ValueError("--prompts is missing: give a file of prompts, one a line")
     if cfg.shard and (not pipeline or cfg.lora or ranks() == 1):
         raise ValueError("--shard: is for whole networks of Stable Diffusion, under torchrun")
     if pipeline and cfg.lora:
-        network.update(lora=cfg.lora, lora_alpha=cfg.lora_alpha)
+        parent["network"].update(lora=cfg.lora, lora_alpha=cfg.lora_alpha)
     schedule, lowest = ranges_of(parent["schedule"])
-    sigmas = (generator_timesteps(network, cfg.student_steps, cfg.first_timestep) if pipeline else
+    sigmas = (generator_timesteps(pipeline, cfg.student_steps, cfg.first_timestep) if pipeline else
               generator_sigmas(cfg.student_steps, cfg.conditioning_sigma))
     start = start_scale(parent["schedule"], sigmas[0])
     num_classes, shape = len(parent["data"]["classes"]), shape_of(parent["network"])

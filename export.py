@@ -55,6 +55,8 @@ class Config(Options):
 class Exported(nn.Module):
     """A generator with its noise scaling, decoded, clamped and if asked converted to uint8."""
 
+    output = "image"
+
     def __init__(self, checkpoint, uint8=False):
         super().__init__()
         self.denoiser, self.codec = build_any(checkpoint), build(checkpoint["autoencoder"])
@@ -92,6 +94,8 @@ class Exported(nn.Module):
 class ExportedTeacher(Exported):
     """A teacher, which is a denoiser, for a sampler in the app; of latents it gives latents."""
 
+    output = "x0_hat"
+
     def forward(self, x, sigma, label):
         """x [batch, c, h, w], sigma [batch], label [batch] int64 -> x0_hat [batch, c, h, w]"""
         return self.denoiser(x, sigma, self.checked(label))
@@ -124,9 +128,8 @@ def export_onnx(exported):
     with warnings.catch_warnings(action="ignore"):
         program = torch.onnx.export(
             exported, tuple(inputs.values()), dynamo=True, optimize=False, opset_version=OPSET,
-            input_names=[*inputs], output_names=["x0_hat" if "sigma" in inputs else "image"],
-            dynamic_shapes=tuple({max(0, value.ndim - 4): "batch"} for value in inputs.values()),
-            verbose=False)
+            input_names=[*inputs], output_names=[exported.output], verbose=False,
+            dynamic_shapes=tuple({max(0, value.ndim - 4): "batch"} for value in inputs.values()))
     # Weights that are made of weights: quantisers want them as they are.
     onnxscript.optimizer.optimize(program.model, input_size_limit=LARGE, output_size_limit=LARGE)
     program.model.ir_version = 8  # all that the opset needs, for onnxruntime before 1.18
@@ -171,7 +174,8 @@ def check_onnx(path, exported, device="cpu"):
         found, = session.run(None, {name: value.numpy() for name, value in inputs.items()})
         expected = exported(*inputs.values()).numpy()
         assert found.shape == expected.shape and found.dtype == expected.dtype
-        worst = np.maximum(worst, np.abs(np.subtract(found, expected, dtype=float)).max())  # or NaN
+        difference = np.abs(np.subtract(found, expected, dtype=float)).max()
+        worst = np.maximum(worst, difference)  # which keeps NaN
     return max(0.0, worst - 1) / 127.5 if exported.uint8 else worst
 
 
@@ -247,7 +251,8 @@ def main(argv=None):
                          "text; --int8 not with --fp16")
     tolerance = 1e-2 if cfg.fp16 else 1e-4 if device.type == "cuda" else 1e-5
     tolerance *= 2 if checkpoint["autoencoder"] else 1  # two networks, one after the other
-    data["classes"] = data["classes"][:3 if pipeline else None]  # which are all of its prompts
+    if pipeline:  # whose classes are all the prompts
+        data["classes"] = data["classes"][:3]
     if teacher:
         checkpoint["sigmas"] = sampling_sigmas(HEUN_STEPS, checkpoint["schedule"])[:-1]
         # In x0_hat the errors of a network of eps are multiplied by sigma.

@@ -238,7 +238,7 @@ class Prompts:
     def __init__(self, folder, texts, device="cpu"):
         from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
         index = json.loads((folder / "model_index.json").read_text())
-        self.xl, self.device = (folder / "text_encoder_2").is_dir(), device
+        self.xl, self.device = is_xl(folder), device
         kinds = [("", CLIPTextModel), ("_2", CLIPTextModelWithProjection)][:1 + self.xl]
         self.tokenizers = [CLIPTokenizer.from_pretrained(folder / f"tokenizer{part}")
                            for part, _ in kinds]
@@ -349,10 +349,15 @@ def folder_of(pipeline):
         allow_patterns=["model_index.json", "*/*.json", "*/*.txt", "*/*.safetensors"])
 
 
-def generator_timesteps(network, steps, first=None):
+def is_xl(pipeline):
+    """Whether it is SDXL."""
+    return Path(folder_of(pipeline), "text_encoder_2").is_dir()
+
+
+def generator_timesteps(pipeline, steps, first=None):
     """Noise levels of a pipeline's generator, of evenly spread timesteps up to `first`, as 999,
     749, 499, 249; without it where DMD2's begin."""
-    first = first or (399 if network["xl"] and steps == 1 else 999)
+    first = first or (399 if is_xl(pipeline) and steps == 1 else 999)
     levels = timestep_sigmas("scaled_linear")
     return [levels[(first + 1) * k // steps - 1].item() for k in range(steps, 0, -1)]
 
@@ -376,7 +381,7 @@ def open_pipeline(folder):
     side = unet["sample_size"]
     pixels = side * 2 ** (len(vae["block_out_channels"]) - 1)
     network = dict(pipeline=name, img_channels=unet["in_channels"], img_resolution=side,
-                   pixels=pixels, xl=Path(folder, "text_encoder_2").is_dir())
+                   pixels=pixels)
     return dict(kind="teacher", step=None, config=dict(label_dropout=0.1), network=network,
                 prediction=prediction, schedule="scaled_linear", model=None,
                 autoencoder=dict(kind="autoencoder", network=dict(pipeline=name), model=None),
@@ -558,7 +563,7 @@ def load_sampler(path, device="cpu", cfg=None):
         if cfg.weights:
             checkpoint["network"]["weights"] = cfg.weights
             checkpoint.update(kind="generator", sigmas=generator_timesteps(
-                checkpoint["network"], cfg.student_steps, cfg.first_timestep))
+                checkpoint["network"]["pipeline"], cfg.student_steps, cfg.first_timestep))
     denoiser = build_any(checkpoint, device)
     if checkpoint["kind"] == "teacher":
         denoiser = guided(denoiser, cfg.guidance, checkpoint)
