@@ -4,6 +4,7 @@ Wherever it can, a closed-form denoiser stands in for the network: that of data 
 `pytest test_all.py -m gpu` runs what needs CUDA, `-m reach` what installs an old onnxruntime.
 """
 
+import concurrent.futures
 import copy
 import functools
 import hashlib
@@ -1269,18 +1270,32 @@ FAULTY = dict(teacher=[*TINY, *"--save-every 1 --steps 30".split()],
 
 
 @pytest.fixture(scope="session", autouse=True)
-def forkserver():
-    """Begun here, where it finds this file, whose imports no child then has to do again."""
-    multiprocessing.get_context("forkserver").set_forkserver_preload([
+def begun(request, tmp_path_factory):
+    """What takes a minute, begun on the other core: a function that waits for it, to its folder."""
+    multiprocessing.get_context("forkserver").set_forkserver_preload([  # no child imports anew
         __name__, "sklearn.datasets", "torch._dynamo", "torch.distributed.fsdp", "peft",
         "diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl"])
-    multiprocessing.forkserver.ensure_running()
+    multiprocessing.forkserver.ensure_running()  # here, where it finds this file
+    pool, jobs = concurrent.futures.ThreadPoolExecutor(), {}  # as a start waits for the preload
+    for function, tests in ((distil_digits, "digits_for_a_minute|yardstick_ranks"),
+                            (export_texts, "text_to_image_is_one")):
+        if any(re.search(tests, item.name) for item in request.session.items):
+            folder = tmp_path_factory.mktemp(function.__name__)
+            jobs[function] = folder, pool.submit(in_child, folder / "words", function, folder)
+
+    def wait(function):
+        folder, started = jobs[function]
+        (process := started.result()).join(900)
+        assert process.exitcode == 0, (folder / "words").read_text()
+        return folder
+    return wait
 
 
 def in_child(words, function, *args):
     """Start a process that calls a function of this file, its words to a file; returns it."""
     args = str(words), torch.cuda.is_available(), function, *args
-    process = multiprocessing.get_context("forkserver").Process(target=be_child, args=args)
+    context = multiprocessing.get_context("forkserver")
+    process = context.Process(target=be_child, args=args, daemon=True)
     process.start()
     return process
 
@@ -1732,7 +1747,7 @@ def test_benchmark_prints_all_rows(tiny, monkeypatch, capsys):
 # ---- Stable Diffusion: tiny pipelines, made here, against diffusers -----------------------------
 
 def make_pipeline(folder, xl):
-    """A tiny random SD1.5 or SDXL, saved as a folder; its pipeline."""
+    """A tiny random SD1.5 or SDXL, saved as a folder, with prompts.txt beside it; its pipeline."""
     diffusers, transformers = map(pytest.importorskip, ("diffusers", "transformers"))
     letters = [*map(chr, range(33, 127))]
     words = [*letters, *(c + "</w>" for c in letters), "<|startoftext|>", "<|endoftext|>"]
@@ -1767,6 +1782,7 @@ def make_pipeline(folder, xl):
         parts.update(safety_checker=None, feature_extractor=None, requires_safety_checker=False)
     pipe = getattr(diffusers, f"StableDiffusion{'XL' * xl}Pipeline")(**parts)
     pipe.save_pretrained(folder)
+    folder.with_name("prompts.txt").write_text("\n".join(PROMPTS))
     return pipe
 
 
@@ -1778,22 +1794,24 @@ def pipeline(request, tmp_path_factory):
     """A tiny pipeline: its folder, diffusers' object, our denoiser, a file of prompts."""
     folder = tmp_path_factory.mktemp("pipeline") / request.param
     pipe = make_pipeline(folder, request.param == "sdxl")
-    (texts := folder.with_name("prompts.txt")).write_text("\n".join(PROMPTS))
-    checkpoint = sample.open_checkpoint(str(folder), prompts=texts)
+    prompts = str(folder.with_name("prompts.txt"))
+    checkpoint = sample.open_checkpoint(str(folder), prompts=prompts)
     return types.SimpleNamespace(folder=str(folder), pipe=pipe, checkpoint=checkpoint,
-                                 prompts=str(texts), build=lambda: sample.build_any(checkpoint))
+                                 prompts=prompts, build=lambda: sample.build_any(checkpoint))
+
+
+def distil_pipeline(folder, out, flags=""):
+    """Distil a pipeline, beside whose folder its prompts are, in two steps; returns out."""
+    dmd2.main(["--teacher", str(folder), "--prompts", str(Path(folder).with_name("prompts.txt")),
+               *("--device cpu --batch 2 --steps 2 --fake-steps 1 --warmup 0 --lr 1e-3 "
+                 "--fake-lr 1e-3 --log-every 1 --sample-every 0").split(), *flags.split(),
+               "--data-dir", str(out.with_name("data")), "--out", str(out)])
+    return out
 
 
 @pytest.fixture
 def distil_text(pipeline, tmp_path):
-    """Distil it in four steps with more flags; returns the run's folder."""
-    def run(flags="", name="run"):
-        dmd2.main(["--teacher", pipeline.folder, "--prompts", pipeline.prompts,
-                   *("--device cpu --batch 2 --steps 4 --fake-steps 2 --warmup 0 --lr 1e-3 "
-                     "--fake-lr 1e-3 --log-every 1 --sample-every 0").split(), *flags.split(),
-                   "--data-dir", str(tmp_path / "data"), "--out", str(tmp_path / name)])
-        return tmp_path / name
-    return run
+    return lambda flags="", name="run": distil_pipeline(pipeline.folder, tmp_path / name, flags)
 
 
 def near(a, b, tolerance):
@@ -1866,7 +1884,7 @@ def test_text_student_in_diffusers_makes_our_images(flags, timesteps, distil_tex
             checkpoint=pipeline.folder, prompts=pipeline.prompts, student_steps=len(timesteps),
             weights=str(weights), first_timestep=399 if "399" in flags else None)).x0(
                 iter(noises), label)
-    diffusers, out = pytest.importorskip("diffusers"), distil_text(flags)
+    diffusers, out = pytest.importorskip("diffusers"), distil_text(f"{flags} --steps 1")
     tolerance, lora = 2e-3 if "--half" in flags else 1e-6, "--lora" in flags
     torch.manual_seed(0)
     noises, label = torch.randn(len(timesteps), 2, 4, 8, 8), torch.arange(2)
@@ -1920,7 +1938,7 @@ def test_text_adapters_share_the_weights(pipeline):
 @pytest.mark.parametrize("pipeline, flags", [("sd15", ""), ("sdxl", "--lora 4")],
                          indirect=["pipeline"])
 def test_text_run_goes_on_with_the_same_bits(flags, distil_text, captioned):
-    flags += f" --data {captioned} --save-every 2"
+    flags += f" --data {captioned} --save-every 1"
     torch.manual_seed(len(flags))  # from here on the runs begin with other random numbers
     whole, parts = distil_text(flags), distil_text(flags, "parts")
     dmd2.main(["--resume", str(parts / "last.1.pt"), "--checkpointing"])  # roles recomputed
@@ -1935,7 +1953,7 @@ def test_text_losses_of_two_processes(flags, more, distil_text, captioned, tmp_p
     """They are one's that recomputes nothing: of adapters and of shards, in a resumed run."""
     alone = distil_text(f"{flags} --batch 4 --data {captioned} --gan-weight 0.1 --warmup 4")
     argv = ["--config", alone / "config.json", *more.split(), "--out", tmp_path / "ranks"]
-    argv += ["--steps", 2, "then", "--resume", tmp_path / "ranks" / "last.pt", "--steps", 4]
+    argv += ["--steps", 1, "then", "--resume", tmp_path / "ranks" / "last.pt", "--steps", 2]
     as_ranks("dmd2", argv, tmp_path)
     for line, same in zip(log_of(alone), log_of(tmp_path / "ranks"), strict=True):
         assert same == pytest.approx(line, rel=2e-5)
@@ -1987,27 +2005,27 @@ def test_text_of_images_beside_them_or_in_one_file(captioned, pipeline, tmp_path
         codec.encode = None
 
 
-def test_text_to_image_is_one_onnx_file(distil_text, pipeline, monkeypatch):
-    """Tokens to image: SD1.5's in float16, SDXL's with its weights beside it; of two steps as
-    PyTorch runs it."""
-    large = pipeline.folder.endswith("sdxl")
-    flags, tolerance = ("", 1e-5) if large else ("--fp16", 1e-2)
-    monkeypatch.setattr(export, "LARGE", 2**20 if large else export.LARGE)
-    out, prompts = distil_text("--lora 4 --student-steps 2"), pipeline.build().net.prompts
-    two, file = teacher.load(out / "generator.pt"), out / "one.onnx"
-    one = dict(two, sigmas=two["sigmas"][:1])
-    torch.save(one, out / "one.pt")
-    export.main([str(out / "one.pt"), "--out", str(file), *flags.split()])
-    assert Path(f"{file}.data").exists() == large
-    session, facts = sample.onnx_session(file)
-    noises, tokens = torch.randn(2, 66, 4, 8, 8), prompts.tokens(["red", "a dog", ""] * 22)
-    image, = session.run(None, dict(noise=noises[0].numpy(), tokens=tokens.numpy()))
-    for checkpoint, found, allowed in ((one, torch.from_numpy(image), tolerance),
-                                       (two, export.Exported(two)(noises, tokens), 1e-5)):
-        sampler = sample.make_sampler(sample.build_any(checkpoint), checkpoint, CPU)
-        expected = sampler.decode(sampler.x0(iter(noises), tokens)).clamp(-1, 1)
-        assert (found - expected).abs().max() <= allowed
-    assert facts["tokens"]["shape"] == ["batch", *[2] * prompts.xl, 77]
+def export_texts(folder):
+    """SD1.5's tokens to image in float16, and SDXL's with its weights beside it."""
+    for name, flags, export.LARGE in (("sd15", ["--fp16"], 2**31), ("sdxl", [], 2**20)):
+        make_pipeline(folder / name, name == "sdxl")
+        distil_pipeline(folder / name, folder / f"{name}_run", "--lora 4")
+        export.main([f"{folder}/{name}_run/generator.pt", "--out", f"{folder}/{name}.onnx", *flags])
+
+
+@pytest.mark.parametrize("name, tolerance", [("sd15", 1e-2), ("sdxl", 1e-5)])
+def test_text_to_image_is_one_onnx_file(name, tolerance, begun):
+    pytest.importorskip("diffusers")
+    folder, xl = begun(export_texts), name == "sdxl"
+    sampler = sample.load_sampler(f"{folder}/{name}_run/generator.pt")
+    session, facts = sample.onnx_session(folder / f"{name}.onnx")
+    prompts, noise = sampler.denoiser.net.prompts, torch.randn(66, 4, 8, 8)
+    tokens = prompts.tokens(["red", "a dog", ""] * 22)
+    image, = session.run(None, dict(noise=noise.numpy(), tokens=tokens.numpy()))
+    expected = sampler.decode(sampler.x0(iter([noise]), tokens)).clamp(-1, 1)
+    assert abs(image - expected.numpy()).max() <= tolerance
+    assert facts["tokens"]["shape"] == ["batch", *[2] * xl, 77]
+    assert Path(folder, f"{name}.onnx.data").exists() == xl
 
 
 def check_turn(v, name, teacher_, fake, x0, sigma, label, noise, tolerance=2e-5):
@@ -2181,23 +2199,10 @@ def test_two_gpus(tmp_path):
 # ---- the house ----------------------------------------------------------------------------------
 
 def test_imports_form_a_line():
-    allowed = dict(teacher=set(), sample={"teacher"}, dmd2={"teacher", "sample"},
-                   export={"teacher", "sample"})
+    allowed = dict(teacher="", sample="teacher", dmd2="teacher sample", export="teacher sample")
     for name, may in allowed.items():
         found = re.findall(r"^\s*(?:from|import) (\w+)", (ROOT / f"{name}.py").read_text(), re.M)
-        assert {*found} & {*allowed} <= may, name
-
-
-@pytest.fixture(scope="session", autouse=True)
-def distilled_digits(request, forkserver, tmp_path_factory):
-    """A minute's distillation, begun before the first test where the one that waits is to run."""
-    wanted = any(name in item.name for item in request.session.items
-                 for name in ("digits_for_a_minute", "yardstick_ranks"))
-    folder = tmp_path_factory.mktemp("digits")
-    process = in_child(folder / "words", distil_digits, folder) if wanted else None
-    yield folder, process
-    if process:
-        process.kill()
+        assert {*found} & {*allowed} <= {*may.split()}, name
 
 
 def distil_digits(folder):
@@ -2208,10 +2213,8 @@ def distil_digits(folder):
                "--pairs", "1000", "--teacher", f"{folder}/teacher/teacher.pt"])
 
 
-def test_digits_for_a_minute(distilled_digits):
-    folder, process = distilled_digits
-    process.join(900)
-    assert process.exitcode == 0, (folder / "words").read_text()
+def test_digits_for_a_minute(begun):
+    folder = begun(distil_digits)
     samplers = [sample.load_sampler(folder / path)
                 for path in ("teacher/teacher.pt", "dmd2/generator.pt")]
     reference = sample.load_reference(samplers[0].data)
@@ -2221,10 +2224,9 @@ def test_digits_for_a_minute(distilled_digits):
     assert fake["accuracy"] > real["accuracy"] - 0.02 and fake["recall"] > 0.75 * real["recall"]
 
 
-def test_yardstick_ranks_as_pixels_and_random_features_do(distilled_digits):
+def test_yardstick_ranks_as_pixels_and_random_features_do(begun):
     """By Spearman's correlation, over samplers of a teacher and its generator."""
-    folder, process = distilled_digits
-    process.join(900)
+    folder = begun(distil_digits)
     path, options = folder / "teacher" / "teacher.pt", [
         *(dict(steps=steps) for steps in (2, 3, 4, 6, 12)), dict(sampler="ddpm", steps=20),
         dict(sampler="ddim", steps=6), *(dict(steps=6, guidance=g) for g in (1.5, 3.0))]
@@ -2266,7 +2268,6 @@ def test_readme_s_commands_run(optional, tmp_path, monkeypatch):
     if optional:
         make_pipeline(Path("stable-diffusion-v1-5"), xl=False)
         make_pipeline(Path("stable-diffusion-xl-base-1.0"), xl=True)
-        Path("prompts.txt").write_text("\n".join(PROMPTS))
         checkpoint = sample.open_checkpoint("stable-diffusion-xl-base-1.0", prompts="prompts.txt")
         generator = sample.with_adapter(sample.build_any(checkpoint), 4, 8)
         sample.write_student(generator, Path("generator.pt"))
@@ -2284,9 +2285,9 @@ def test_readme_s_commands_run(optional, tmp_path, monkeypatch):
             continue
         script, n = Path(words.pop(0)).stem, "100" if "--evaluate" in words else "20"
         words += ["--steps", "6"] if "--resume" in words else SIZES[script]
-        words += ["--n", n] if script == "sample" else []
+        words += ["--n", "2" if of_text else n] if script == "sample" else []
         if of_text and script == "dmd2":
-            words += "--gan-weight 0 --evaluate-every 0 --steps 2".split()
+            words += "--gan-weight 0 --evaluate-every 0 --steps 2 --accumulate 2".split()
         if script == "export" in ran:  # has tests of its own, and takes seconds
             assert Path(teacher.parse(export.Config, words).checkpoint).exists()
             continue
