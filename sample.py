@@ -465,7 +465,7 @@ def load_captioned(facts, codec, prompts, device):
     folder, listed = Path(facts["name"]), Path(facts["name"], "metadata.jsonl")
     if listed.exists():
         lines = map(json.loads, listed.read_text().splitlines())
-        found = [(folder / line["file_name"], line["text"]) for line in lines]
+        found = [(folder / line["file_name"], line["text"]) for line in lines if "text" in line]
     else:
         found = [(path, text.read_text().strip()) for path in sorted(folder.rglob("*"))
                  if path.suffix.lower() in ENDINGS and (text := path.with_suffix(".txt")).exists()]
@@ -485,7 +485,8 @@ def load_captioned(facts, codec, prompts, device):
                     latents.append(codec.encode(x0).cpu())
                     captions.append(text)
             if not captions:
-                raise ValueError(f"--data {folder}: has no image with caption, as x.jpg and x.txt")
+                raise ValueError(f"--data {folder}: no image has a caption, in x.txt or as `text` "
+                                 "in metadata.jsonl")
             save(dict(latents=torch.cat(latents), captions=captions), path)
             tell(f"{folder}: latents of {len(captions)} images, kept as {path}", sys.stderr)
     stored = torch.load(path, weights_only=True, mmap=True)
