@@ -458,14 +458,14 @@ def write_student(generator, path, half=False):
 
 def load_captioned(facts, codec, prompts, device):
     """Data of a folder's images with captions, in x.jpg and x.txt, or by metadata.jsonl's lines of
-    file_name and text: latents, made once and kept in data_dir, and the rows of their captions,
-    which follow the prompts. ValueError if there are none."""
+    file_name and text; others are left out. Latents, made once and kept in data_dir, and the rows
+    of their captions, which follow the prompts. ValueError if there are none."""
     if not facts["name"]:
         raise ValueError("--data is missing: the GAN needs captioned images; else --gan-weight 0")
     folder, listed = Path(facts["name"]), Path(facts["name"], "metadata.jsonl")
     if listed.exists():
         lines = map(json.loads, listed.read_text().splitlines())
-        found = [(folder / line["file_name"], line["text"]) for line in lines if "text" in line]
+        found = [(folder / line["file_name"], line["text"]) for line in lines if line.get("text")]
     else:
         found = [(path, text.read_text().strip()) for path in sorted(folder.rglob("*"))
                  if path.suffix.lower() in ENDINGS and (text := path.with_suffix(".txt")).exists()]
@@ -485,8 +485,7 @@ def load_captioned(facts, codec, prompts, device):
                     latents.append(codec.encode(x0).cpu())
                     captions.append(text)
             if not captions:
-                raise ValueError(f"--data {folder}: no image has a caption, in x.txt or as `text` "
-                                 "in metadata.jsonl")
+                raise ValueError(f"--data {folder}: no readable image has a caption, as in x.txt")
             save(dict(latents=torch.cat(latents), captions=captions), path)
             tell(f"{folder}: latents of {len(captions)} images, kept as {path}", sys.stderr)
     stored = torch.load(path, weights_only=True, mmap=True)
