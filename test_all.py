@@ -1757,7 +1757,7 @@ def make_pipeline(folder, xl):
     text = transformers.CLIPTextConfig(
         vocab_size=190, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
         eos_token_id=189, projection_dim=32)
-    blocks = ("CrossAttn{}Block2D", "{}Block2D")[::-1 if xl else 1]
+    blocks = "{}Block2D" if xl else "CrossAttn{}Block2D", "{}Block2D"  # and attention between
     more = dict(use_linear_projection=True, addition_embed_type="text_time",
                 addition_time_embed_dim=8, projection_class_embeddings_input_dim=6 * 8 + 32)
     vae = diffusers.AutoencoderKL(
@@ -2004,30 +2004,6 @@ def test_text_of_images_beside_them_or_in_one_file(captioned, pipeline, tmp_path
         codec.encode = None
 
 
-def export_texts(folder):
-    """Tokens to image: SD1.5's in float16, SDXL's of two steps with its weights beside it."""
-    export.LARGE = 2**20  # between the two files; in a child alone, as this stays changed
-    for name, steps, flags in (("sd15", 1, ["--fp16"]), ("sdxl", 2, [])):
-        make_pipeline(folder / name, name == "sdxl")
-        distil_pipeline(folder / name, folder / f"{name}_run", f"--lora 4 --student-steps {steps}")
-        export.main([f"{folder}/{name}_run/generator.pt", "--out", f"{folder}/{name}.onnx", *flags])
-
-
-@pytest.mark.parametrize("name, tolerance", [("sd15", 1e-2), ("sdxl", 1e-5)])
-def test_text_to_image_is_one_onnx_file(name, tolerance, begun):
-    pytest.importorskip("diffusers"), pytest.importorskip("peft")
-    folder, xl = begun(export_texts), name == "sdxl"
-    sampler = sample.load_sampler(f"{folder}/{name}_run/generator.pt")
-    session, facts = sample.onnx_session(folder / f"{name}.onnx")
-    tokens = sampler.denoiser.net.prompts.tokens(["red", "a dog", ""] * 22)
-    noise = torch.randn(1 + xl, 66, *sampler.shape, generator=teacher.seeded(0))
-    feed = dict(noise=(noise if xl else noise[0]).numpy(), tokens=tokens.numpy())
-    (image,), expected = session.run(None, feed), sampler.decode(sampler.x0(iter(noise), tokens))
-    assert abs(image - expected.clamp(-1, 1).numpy()).max() <= tolerance
-    assert facts["tokens"]["shape"] == ["batch", *[2] * xl, 77]
-    assert Path(folder, f"{name}.onnx.data").exists() == xl
-
-
 def check_turn(v, name, teacher_, fake, x0, sigma, label, noise, tolerance=2e-5):
     """Distribution matching of x0 is the official code's."""
     near(dmd2.dmd_gradient(teacher_, fake, x0, sigma, label, noise), v[f"{name}/gradient"],
@@ -2117,6 +2093,30 @@ def test_official_turns_of_text(name, timesteps, guidance, tolerance):
     near(gan_loss.detach(), v[f"{name}_guidance/guidance_cls_loss"], 3e-6)
     (loss + 0.01 * gan_loss).backward()
     near(fake.net.unet.conv_in.weight.grad, v[f"{name}_guidance/fake_conv_in_grad"], 3e-6)
+
+
+def export_texts(folder):
+    """Tokens to image: SD1.5's in float16, SDXL's of two steps with its weights beside it."""
+    export.LARGE = 2**20  # between the two files; in a child alone, as this stays changed
+    for name, steps, flags in (("sd15", 1, ["--fp16"]), ("sdxl", 2, [])):
+        make_pipeline(folder / name, name == "sdxl")
+        distil_pipeline(folder / name, folder / f"{name}_run", f"--lora 4 --student-steps {steps}")
+        export.main([f"{folder}/{name}_run/generator.pt", "--out", f"{folder}/{name}.onnx", *flags])
+
+
+@pytest.mark.parametrize("name, tolerance", [("sd15", 1e-2), ("sdxl", 1e-5)])
+def test_text_to_image_is_one_onnx_file(name, tolerance, begun):
+    pytest.importorskip("diffusers"), pytest.importorskip("peft")
+    folder, xl = begun(export_texts), name == "sdxl"
+    sampler = sample.load_sampler(f"{folder}/{name}_run/generator.pt")
+    session, facts = sample.onnx_session(folder / f"{name}.onnx")
+    tokens = sampler.denoiser.net.prompts.tokens(["red", "a dog", ""] * 22)
+    noise = torch.randn(1 + xl, 66, *sampler.shape, generator=teacher.seeded(0))
+    feed = dict(noise=(noise if xl else noise[0]).numpy(), tokens=tokens.numpy())
+    (image,), expected = session.run(None, feed), sampler.decode(sampler.x0(iter(noise), tokens))
+    assert abs(image - expected.clamp(-1, 1).numpy()).max() <= tolerance
+    assert facts["tokens"]["shape"] == ["batch", *[2] * xl, 77]
+    assert Path(folder, f"{name}.onnx.data").exists() == xl
 
 
 # ---- gpu ----------------------------------------------------------------------------------------
@@ -2287,7 +2287,7 @@ def test_readme_s_commands_run(optional, tmp_path, monkeypatch):
         words += ["--steps", "6"] if "--resume" in words else SIZES[script]
         words += ["--n", "2" if of_text else n] if script == "sample" else []
         if of_text and script == "dmd2":
-            words += "--gan-weight 0 --evaluate-every 0 --steps 2 --accumulate 2".split()
+            words += "--gan-weight 0 --evaluate-every 0 --steps 2 --batch 2 --accumulate 2".split()
         if script == "export" in ran:  # has tests of its own, and takes seconds
             assert Path(teacher.parse(export.Config, words).checkpoint).exists()
             continue
