@@ -6,10 +6,10 @@
 
     inputs    noise  [batch, c, h, w]  float32, standard normal; [K, batch, c, h, w] of K steps; in
                                        the shape of images or, with an autoencoder, of its latents
-              label  [batch]           int64, in [0, classes)
-              or, of Stable Diffusion, tokens [batch, 77], of SDXL [batch, 2, 77], int64
+              label  [batch]           int64, in [0, classes); of teachers also classes: no label
+              or, of Stable Diffusion, tokens [batch, 77], of SDXL [batch, 2, 77], int64, CLIP's
     output    image  [batch, C, H, W]  float32 in [-1, 1]; with --uint8 [batch, H, W, C] uint8
-    teacher   x [batch, c, h, w], sigma [batch], label [batch] -> x0_hat [batch, c, h, w]
+    teacher   x = x0 + sigma * noise, sigma [batch], label -> x0_hat, the mean of all x0 that fit
 """
 
 import dataclasses
@@ -35,9 +35,6 @@ OPSET = 18  # the fewest nodes at run time, and read by every onnxruntime since 
 BATCHES = (1, 16, 256)  # of the benchmark
 LARGE = 2**31 - 2**20  # bytes: protobuf's limit, less a margin
 INT8_N, INT8_WORSE = 2000, (1.1, 0.01)  # images; times the distance, and share not as asked
-MEANING = dict(noise="standard normal", image="-1 to 1, of uint8 0 to 255", sigma="noise level",
-               x="x0 + sigma * standard normal noise", x0_hat="the mean of all x0 that fit",
-               tokens="CLIP's of a prompt, filled up to 77; of SDXL both tokenizers'")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,8 +63,8 @@ class Exported(nn.Module):
         self.uint8, self.start = uint8, start_scale(checkpoint["schedule"], self.sigmas[0])
         self.prompts = getattr(self.denoiser.net, "prompts", None)
         self.encoders = self.prompts and self.prompts.encoders  # for them to be in the file
-        self.none = bool(checkpoint["config"].get("label_dropout"))  # of a teacher, the last label
-        self.count = len(checkpoint["data"]["classes"]) + self.none
+        none = bool(checkpoint["config"].get("label_dropout"))  # of a teacher, the last label
+        self.count = len(checkpoint["data"]["classes"]) + none
         self.register_buffer("labels", torch.arange(self.count))
 
     def forward(self, noise, label):
@@ -79,13 +76,11 @@ class Exported(nn.Module):
         return to_uint8(image).permute(0, 2, 3, 1) if self.uint8 else image
 
     def checked(self, label):
-        """The label; one that is none, -1 too, is an IndexError on a CPU, and onnxruntime's
-        INVALID_ARGUMENT. OpenVINO does not look."""
+        """The label; on a CPU an error if it is none, or -1. OpenVINO does not look."""
         return self.labels.index_select(0, torch.where(label < 0, self.count, label))
 
     def example(self, label, seed=0):
-        """Inputs by name to try it with: noise [batch, *shape], for K > 1 steps [K, batch, *shape],
-        and label [batch] or, of the prompts in these rows, their tokens."""
+        """The file's inputs by name, to try it with: of label [batch], or rows of prompts."""
         noise = exported_noise(fresh_noise(len(label), self.shape, seed), len(self.sigmas))
         return {"noise": noise, "label": label} if not self.prompts else {
             "noise": noise, "tokens": self.prompts.table[label]}
@@ -110,19 +105,17 @@ class ExportedTeacher(Exported):
 def halve(exported):
     """Let the networks of a module compute in float16; denoiser and codec make that float32."""
     nets, prompts = [exported.denoiser.net], exported.prompts
-    if prompts:
-        prompts.encoders.half()
     if hasattr(exported.codec, "vae") and not (prompts and prompts.xl):  # whose decoder overflows
         nets.append(exported.codec.vae.decoder)
     for net in nets:
-        for p in net.parameters():  # not the noise levels of timesteps, a buffer
-            p.data = p.data.half()
         net.register_forward_pre_hook(lambda net, args: (args[0].half(), *args[1:]))
+    for p in nn.ModuleList([*nets, *(exported.encoders or ())]).parameters():
+        p.data = p.data.half()  # not the noise levels of timesteps, a buffer
     return exported
 
 
 def export_onnx(exported):
-    """A module of example()'s inputs as an ONNX model with dynamic batch."""
+    """A module of example()'s inputs as an ONNX model with dynamic batch, constants folded."""
     import onnxscript.optimizer
     inputs = exported.example(torch.zeros(2, dtype=torch.long))
     with warnings.catch_warnings(action="ignore"):
@@ -130,7 +123,6 @@ def export_onnx(exported):
             exported, tuple(inputs.values()), dynamo=True, optimize=False, opset_version=OPSET,
             input_names=[*inputs], output_names=[exported.output], verbose=False,
             dynamic_shapes=tuple({max(0, value.ndim - 4): "batch"} for value in inputs.values()))
-    # Weights that are made of weights: quantisers want them as they are.
     onnxscript.optimizer.optimize(program.model, input_size_limit=LARGE, output_size_limit=LARGE)
     program.model.ir_version = 8  # all that the opset needs, for onnxruntime before 1.18
     for node in program.model.graph:
@@ -145,12 +137,10 @@ def store(model, exported, facts, path):
     """Write an ONNX model with facts as its metadata, of more than protobuf's 2 GB with the weights
     in a second file, .data; and for languages that can't read metadata the facts as .json."""
     import onnx
-    last = f"0 to {exported.count - 1}{', which is none' * exported.none}"
     for value in (*model.graph.input, *model.graph.output):
         tensor = value.type.tensor_type
         facts[value.name] = dict(type=str(onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)),
-                                 shape=[dim.dim_param or dim.dim_value for dim in tensor.shape.dim],
-                                 meaning=dict(MEANING, label=last)[value.name])
+                                 shape=[dim.dim_param or dim.dim_value for dim in tensor.shape.dim])
     names = dict(enumerate(facts["data"]["classes"]))
     onnx.helper.set_model_props(model, {
         "description": f"{facts['kind']}, {facts['arithmetic']}",
@@ -164,9 +154,8 @@ def store(model, exported, facts, path):
 
 @torch.no_grad()
 def check_onnx(path, exported, device="cpu"):
-    """Largest difference of onnxruntime's output from PyTorch's on a CPU; of uint8 beyond one
-    level, which comes of rounding, on the scale of [-1, 1]. Of batch 1, 2 and 64, every label
-    among them; of text, where an image may take gigabytes, of batch 1 and 2."""
+    """Largest difference of onnxruntime's output from PyTorch's on a CPU, of batch 1, 2 and, but
+    for text, 64, every label among them; of uint8 beyond one level, on the scale of [-1, 1]."""
     session, _ = onnx_session(path, device, **dict(use_tf32=0) if device == "cuda" else {})
     labels, worst = torch.arange(exported.count + -exported.count % 64) % exported.count, 0.0
     for label in (labels[:1], labels[1:3], *(labels.split(64) if not exported.prompts else ())):
@@ -174,8 +163,7 @@ def check_onnx(path, exported, device="cpu"):
         found, = session.run(None, {name: value.numpy() for name, value in inputs.items()})
         expected = exported(*inputs.values()).numpy()
         assert found.shape == expected.shape and found.dtype == expected.dtype
-        difference = np.abs(np.subtract(found, expected, dtype=float)).max()
-        worst = np.maximum(worst, difference)  # which keeps NaN
+        worst = np.maximum(worst, np.abs(np.subtract(found, expected, dtype=float)).max())  # or NaN
     return max(0.0, worst - 1) / 127.5 if exported.uint8 else worst
 
 
@@ -251,32 +239,29 @@ def main(argv=None):
                          "text; --int8 not with --fp16")
     tolerance = 1e-2 if cfg.fp16 else 1e-4 if device.type == "cuda" else 1e-5
     tolerance *= 2 if checkpoint["autoencoder"] else 1  # two networks, one after the other
-    if pipeline:  # whose classes are all the prompts
-        data["classes"] = data["classes"][:3]
+    data["classes"] = data["classes"][:3] if pipeline else data["classes"]  # of prompts
     if teacher:
         checkpoint["sigmas"] = sampling_sigmas(HEUN_STEPS, checkpoint["schedule"])[:-1]
         # In x0_hat the errors of a network of eps are multiplied by sigma.
         tolerance *= checkpoint["sigmas"][0] if checkpoint["prediction"] == "eps" else 1
     ending = "_pixels" * cfg.uint8 + "_fp16" * cfg.fp16 + "_int8" * cfg.int8 + ".onnx"
     path = Path(cfg.out or str(Path(cfg.checkpoint).with_suffix("")) + ending)
-    make = ExportedTeacher if teacher else Exported
-    exported = make(checkpoint, cfg.uint8)
+    exported = (ExportedTeacher if teacher else Exported)(checkpoint, cfg.uint8)
     facts = dict(  # the file's origin
         {name: checkpoint.get(name) for name in ("kind", "schedule", "sigmas", "figures",
                                                  "teacher_figures")},
         steps=len(checkpoint["sigmas"]), arithmetic="float16" if cfg.fp16 else "float32",
         data=dict(name=data["name"] and Path(data["name"]).name,  # of a folder, not where it lies
                   size=data["shape"][-1], shape=data["shape"], classes=data["classes"]),
-        version=__version__, training_step=checkpoint["step"],
-        checkpoint_sha256=digest_of(cfg.checkpoint))
+        contract=__doc__.split("\n\n")[2].splitlines(), version=__version__,
+        training_step=checkpoint["step"], checkpoint_sha256=digest_of(cfg.checkpoint))
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         file = Path(folder, path.name)
-        model = export_onnx(halve(make(checkpoint, cfg.uint8)) if cfg.fp16 else exported)
+        model = export_onnx(halve(type(exported)(checkpoint, cfg.uint8)) if cfg.fp16 else exported)
         store(model, exported, facts, file)
         error = check_onnx(file, exported, device.type)
-        told = (f"differs from PyTorch by {error:.1e}, allowed are {tolerance:.0e}"
-                f"{' beyond one level' * cfg.uint8}")
+        told = f"differs from PyTorch by {error:.1e}, allowed are {tolerance:.0e}"
         if not error <= tolerance:
             raise ValueError(f"{path}: {told}; no file was written")
         files = {"onnxruntime": file.read_bytes()} if cfg.benchmark else {}
