@@ -1638,11 +1638,12 @@ def test_onnx_metadata(tiny):
     beside = json.loads(Path(tiny.onnx).with_suffix(".json").read_text())
     assert beside == dict(facts, id2label=names) and names == {c: c for c in "0123456789"}
     images = dict(type="float32", shape=["batch", 1, 8, 8])
+    means = {name: dict(meaning=meaning) for name, meaning in export.MEANING.items()}
     assert facts == dict(
-        facts, noise=images, image=images, label=dict(type="int64", shape=["batch"]), sigmas=[80.0],
-        checkpoint_sha256=hashlib.sha256(Path(tiny.generator).read_bytes()).hexdigest(),
-        version=teacher.__version__, data=dict(facts["data"], classes=[*"0123456789"]))
-    assert facts["figures"]["frechet_distance"] > 0 and "standard normal" in facts["contract"][0]
+        facts, noise=images | means["noise"], image=images | means["image"], labels=10,
+        label=dict(type="int64", shape=["batch"], **means["label"]), version=teacher.__version__,
+        checkpoint_sha256=hashlib.sha256(Path(tiny.generator).read_bytes()).hexdigest())
+    assert facts["figures"]["frechet_distance"] > 0 and "[0, labels)" in facts["label"]["meaning"]
     for part in (ROOT, tiny.folder, Path(torch.__file__).parent, "export.py", "teacher.py"):
         assert str(part).encode() not in Path(tiny.onnx).read_bytes()
 
@@ -1700,6 +1701,7 @@ def test_readme_s_snippet_elsewhere(language, commands, tiny, tmp_path, monkeypa
 def test_onnx_of_teacher_samples_as_it_does(tiny, tmp_path):
     export.main([tiny.teacher, "--out", f"{tmp_path}/teacher.onnx"])
     session, facts = sample.onnx_session(tmp_path / "teacher.onnx")
+    assert facts["labels"] == 11 and "`sigmas`, then 0" in facts["sigma"]["meaning"]
 
     def denoiser(x, sigma, label):
         feed = dict(x=x.numpy(), sigma=sigma.numpy(), label=label.numpy())
