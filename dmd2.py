@@ -393,9 +393,10 @@ def train(cfg):
     pipeline = parent["network"].get("pipeline")
     if pipeline and not parent["data"]["classes"]:
         raise ValueError("--prompts is missing: give a file of prompts, one a line")
-    if cfg.shard and (not pipeline or cfg.lora or ranks() == 1):
-        raise ValueError("--shard: is for whole networks of Stable Diffusion, under torchrun")
-    if pipeline and cfg.lora:
+    if (cfg.lora or cfg.shard) and not pipeline or cfg.shard and (cfg.lora or ranks() == 1):
+        raise ValueError("--lora: is for Stable Diffusion; --shard for its whole networks, under "
+                         "torchrun")
+    if cfg.lora:
         parent["network"].update(lora=cfg.lora, lora_alpha=cfg.lora_alpha)
     schedule, lowest = ranges_of(parent["schedule"])
     sigmas = (generator_timesteps(pipeline, cfg.student_steps, cfg.first_timestep) if pipeline else

@@ -342,7 +342,7 @@ def folder_of(pipeline):
         return pipeline
     if Path(pipeline).is_absolute():
         raise ValueError(f"{pipeline}: this pipeline is not there any more; give sample.py its new "
-                         "folder, and --weights unet/diffusion_pytorch_model.safetensors")
+                         "folder, and --weights the .safetensors beside generator.pt")
     from huggingface_hub import snapshot_download
     return snapshot_download(
         pipeline, ignore_patterns=["*.fp16.*", "*.non_ema.*", "safety_checker/*"],
@@ -461,10 +461,10 @@ def load_captioned(facts, codec, prompts, device):
     file_name and text; others are left out. Latents, made once and kept in data_dir, and the rows
     of their captions, which follow the prompts. ValueError if there are none."""
     if not facts["name"]:
-        raise ValueError("--data is missing: the GAN needs captioned images; else --gan-weight 0")
+        raise ValueError("--data is missing: captioned images, for GAN or --no-backward-simulation")
     folder, listed = Path(facts["name"]), Path(facts["name"], "metadata.jsonl")
     if listed.exists():
-        lines = map(json.loads, listed.read_text().splitlines())
+        lines = map(json.loads, filter(str.strip, listed.read_text().splitlines()))
         found = [(folder / line["file_name"], line["text"]) for line in lines if line.get("text")]
     else:
         found = [(path, text.read_text().strip()) for path in sorted(folder.rglob("*"))
@@ -561,7 +561,7 @@ def load_sampler(path, device="cpu", cfg=None):
         if not facts["classes"]:
             raise ValueError('--prompt is missing: say what to show, such as --prompt "a red dog"')
         if cfg.weights:
-            checkpoint["network"]["weights"] = cfg.weights
+            checkpoint["network"]["weights"], checkpoint["model"] = cfg.weights, None
             checkpoint.update(kind="generator", sigmas=generator_timesteps(
                 checkpoint["network"]["pipeline"], cfg.student_steps, cfg.first_timestep))
     denoiser = build_any(checkpoint, device)

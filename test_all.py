@@ -1547,7 +1547,7 @@ def test_images_of_two_processes_and_of_onnx(tiny, tmp_path):
     (sample, "GENERATOR --labels 3,10", "'10' is no class"),
     (sample, "GENERATOR --evaluate --features x", "--features x: no such file, and not inception"),
     (sample, "GENERATOR --steps 4", "--guidance: are for teachers"),
-    (sample, "ONNX --trajectory", "ONNX file"),
+    (sample, "ONNX --trajectory", "ONNX file"), (dmd2, "--teacher TEACHER --lora 4", "--lora"),
     (sample, "GENERATOR --out x.jpg", "--out x.jpg: must end in .png or .npz"),
     (sample, "GENERATOR --out FOLDER/dmd2", "folder that is not there yet"),
     (export, "TEACHER --uint8", "are not for teachers")])
@@ -1989,14 +1989,14 @@ def test_clip_score_of_text(pipeline, tmp_path, capsys):
     assert score == pytest.approx(100 * cosines.diagonal().mean().item(), abs=0.006)
 
 
-def test_text_of_images_beside_them_or_in_one_file(captioned, pipeline, tmp_path, capsys):
+def test_text_of_images_beside_them_or_in_one_file(captioned, pipeline, tmp_path):
     codec = teacher.build(pipeline.checkpoint["autoencoder"])
     facts, prompts = dict(name=captioned, size=16, data_dir=tmp_path, classes=()), sample.Prompts(
         Path(pipeline.folder), PROMPTS)
     captions = ["a dog", "the sea", "red", "a cat"]
     latents, rows, *_ = sample.load_captioned(facts, codec, prompts, "cpu")
     assert latents.shape == (4, 4, 8, 8) and equal(prompts.table[rows], prompts.tokens(captions))
-    (captioned / "metadata.jsonl").write_text('{"file_name": "0.png", "text": null}\n' + "\n".join(
+    (captioned / "metadata.jsonl").write_text('{"file_name": "0", "text": null}\n\n' + "\n".join(
         json.dumps(dict(file_name=f"{i}.png", text=text)) for i, text in enumerate(captions[::-1])))
     for _ in range(2):  # the second time from what the first kept
         again, rows, *_ = sample.load_captioned(facts, codec, prompts, "cpu")
