@@ -5,11 +5,11 @@
     python export.py runs/teacher/teacher.pt               # a denoiser, for a sampler in the app
 
     noise   float32 [batch, c, h, w]: standard normal; of K steps [K, batch, c, h, w]
-    label   int64 [batch] in [0, labels): a class; of most teachers the last is "no label"
-    tokens  of text, int64 [batch, 77]: CLIP's, filled up; of SDXL [batch, 2, 77], both tokenizers'
-    image   float32 [batch, C, H, W] in [-1, 1]; of _pixels uint8 [batch, H, W, C] in [0, 255]
+    label   int64 [batch] in [0, labels): a class; of a teacher, beyond all classes, "no label"
+    tokens  of text, int64 [batch, 77], of SDXL [batch, 2, 77]: by its tokenizers, padded to 77
+    image   float32 [batch, C, H, W] in [-1, 1], or uint8 [batch, H, W, C]; grey or RGB
     x       of a teacher, float32 [batch, c, h, w]: x0 + sigma * noise, x0 an image or latents
-    sigma   float32 [batch]: the noise level; sample at `sigmas`, then 0
+    sigma   float32 [batch]: the noise level; sample from sigmas[0] * noise down sigmas, then to 0
     x0_hat  float32 [batch, c, h, w]: the mean of all x0 that fit x
 """
 
@@ -69,7 +69,7 @@ class Exported(nn.Module):
         self.register_buffer("labels", torch.arange(self.count))
 
     def forward(self, noise, label):
-        """noise and label or tokens -> image, as above"""
+        """noise, and label or tokens -> image, all as in the file"""
         label = self.prompts.encoded(label) if self.prompts else self.checked(label)
         noise = noise if len(self.sigmas) > 1 else noise[None]
         x0 = few_step(self.denoiser, self.start * noise[0], self.sigmas, label, noise[1:])
@@ -77,11 +77,11 @@ class Exported(nn.Module):
         return to_uint8(image).permute(0, 2, 3, 1) if self.uint8 else image
 
     def checked(self, label):
-        """The label; on a CPU an error if there is no such one, as -1. OpenVINO does not look."""
+        """The label; one out of range, -1 too, is an error on a CPU. OpenVINO does not look."""
         return self.labels.index_select(0, torch.where(label < 0, self.count, label))
 
     def example(self, label, seed=0):
-        """The file's inputs by name, to try it with: of label [batch], or rows of prompts."""
+        """Inputs by name to try the file with, of label [batch] or, of text, rows of prompts."""
         noise = exported_noise(fresh_noise(len(label), self.shape, seed), len(self.sigmas))
         return {"noise": noise, "label": label} if not self.prompts else {
             "noise": noise, "tokens": self.prompts.table[label]}
@@ -154,7 +154,7 @@ def store(model, facts, path):
 
 @torch.no_grad()
 def check_onnx(path, exported, device="cpu"):
-    """Largest difference of onnxruntime's output from PyTorch's on a CPU, on the scale of [-1, 1].
+    """Largest difference, on the scale of [-1, 1], of onnxruntime's output from PyTorch's on a CPU.
     Batches are of 1, 2 and 64, with every label; of text, which takes more memory, of 1 and 2."""
     session, _ = onnx_session(path, device, **dict(use_tf32=0) if device == "cuda" else {})
     labels, worst = torch.arange(exported.count + -exported.count % 64) % exported.count, 0.0
@@ -240,7 +240,7 @@ def main(argv=None):
     tolerance = 1e-2 if cfg.fp16 else 1e-4 if device.type == "cuda" else 1e-5
     tolerance *= 2 if checkpoint["autoencoder"] else 1  # two networks, one after the other
     tolerance += cfg.uint8 / 127.5  # a level: it may be rounded the other way
-    data["classes"] = data["classes"][:3 if pipeline else None]  # of text these are all the prompts
+    data["classes"] = data["classes"][:3 if pipeline else None]  # of text, 3 of all prompts
     if teacher:
         checkpoint["sigmas"] = sampling_sigmas(HEUN_STEPS, checkpoint["schedule"])[:-1]
         # In x0_hat the errors of a network of eps are multiplied by sigma.
@@ -248,13 +248,13 @@ def main(argv=None):
     ending = "_pixels" * cfg.uint8 + "_fp16" * cfg.fp16 + "_int8" * cfg.int8 + ".onnx"
     path = Path(cfg.out or str(Path(cfg.checkpoint).with_suffix("")) + ending)
     exported = (ExportedTeacher if teacher else Exported)(checkpoint, cfg.uint8)
-    facts = dict(  # the file's origin, without a path
-        {name: checkpoint.get(name) for name in ("kind", "schedule", "sigmas", "figures",
-                                                 "teacher_figures")},
-        steps=len(checkpoint["sigmas"]), arithmetic="float16" if cfg.fp16 else "float32",
-        data=dict(name=data["name"] and Path(data["name"]).name, size=data["shape"][-1],
-                  shape=data["shape"], classes=data["classes"]), training_step=checkpoint["step"],
-        version=__version__, labels=exported.count, checkpoint_sha256=digest_of(cfg.checkpoint))
+    origin = "kind", "schedule", "sigmas", "figures", "teacher_figures"
+    facts = {name: checkpoint.get(name) for name in origin} | dict(
+        steps=len(checkpoint["sigmas"]), labels=exported.count, training_step=checkpoint["step"],
+        arithmetic="float16" if cfg.fp16 else "float32", version=__version__,
+        checkpoint_sha256=digest_of(cfg.checkpoint), data=dict(
+            name=data["name"] and Path(data["name"]).name,  # of a folder, not where it lies
+            size=data["shape"][-1], shape=data["shape"], classes=data["classes"]))
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         file = Path(folder, path.name)

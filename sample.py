@@ -342,7 +342,7 @@ def folder_of(pipeline):
         return pipeline
     if Path(pipeline).is_absolute():
         raise ValueError(f"{pipeline}: this pipeline is not there any more; give sample.py its new "
-                         "folder, and --weights the .safetensors beside generator.pt")
+                         "folder, and --weights a .safetensors beside generator.pt, or in unet/")
     from huggingface_hub import snapshot_download
     return snapshot_download(
         pipeline, ignore_patterns=["*.fp16.*", "*.non_ema.*", "safety_checker/*"],

@@ -1701,7 +1701,7 @@ def test_readme_s_snippet_elsewhere(language, commands, tiny, tmp_path, monkeypa
 def test_onnx_of_teacher_samples_as_it_does(tiny, tmp_path):
     export.main([tiny.teacher, "--out", f"{tmp_path}/teacher.onnx"])
     session, facts = sample.onnx_session(tmp_path / "teacher.onnx")
-    assert facts["labels"] == 11 and "`sigmas`, then 0" in facts["sigma"]["meaning"]
+    assert facts["labels"] == 11 and "sigmas[0] * noise" in facts["sigma"]["meaning"]
 
     def denoiser(x, sigma, label):
         feed = dict(x=x.numpy(), sigma=sigma.numpy(), label=label.numpy())
@@ -1757,7 +1757,7 @@ def make_pipeline(folder, xl):
     text = transformers.CLIPTextConfig(
         vocab_size=190, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
         eos_token_id=189, projection_dim=32)
-    blocks = "{}Block2D" if xl else "CrossAttn{}Block2D", "{}Block2D"  # and attention between
+    blocks = "{}Block2D" if xl else "CrossAttn{}Block2D", "{}Block2D"  # and attention in the middle
     more = dict(use_linear_projection=True, addition_embed_type="text_time",
                 addition_time_embed_dim=8, projection_class_embeddings_input_dim=6 * 8 + 32)
     vae = diffusers.AutoencoderKL(
