@@ -54,7 +54,7 @@ RECIPES["mnist"] = dict(RECIPES["digits"], batch=256, pairs=24000, regression_st
                         regression_weight=0.1, steps=7200, lr=4e-4, decay_after=840, fake_lr=1.5e-3,
                         ema=0.995, save_every=1600, sample_every=1600, evaluate_every=1600)
 RECIPES["mnist-cpu"] = dict(RECIPES["digits-best"], pairs=4000, regression_steps=2000,
-                            regression_weight=0.25, decay_after=1200, dm_range="0.4,0.9")
+                            regression_weight=0.25, decay_after=1200)
 # The official settings of Stable Diffusion, of whole networks; without EMA.
 RECIPES["sd15"] = dict(batch=2048, steps=40000, lr=1e-5, fake_lr=1e-5, fake_steps=10, guidance=1.75,
                        ema=0.0, save_every=500, sample_every=500, evaluate_every=0)
@@ -63,7 +63,7 @@ RECIPES["sdxl"] = dict(RECIPES["sd15"], batch=128, steps=20000, lr=5e-7, fake_lr
 RECIPES["sdxl-lora"] = dict(RECIPES["sdxl"], lr=5e-5, fake_lr=5e-5)
 RECIPES["sd15-lora"] = dict(RECIPES["sd15"], lr=5e-5, fake_lr=5e-5)  # which is not official
 RECIPES.update({"fashion": RECIPES["mnist"], "fashion-cpu": RECIPES["mnist-cpu"],
-                "latents": dict(RECIPES["mnist-cpu"], dm_range="0.02,0.6")})  # of whatever data
+                "latents": RECIPES["mnist-cpu"]})  # of whatever data
 
 # Of eps teachers, whatever the data: their error counts sigma-fold in x0_hat, so 80 is no use.
 EPS = dict(conditioning_sigma=2.0, dm_range="0.02,0.6")
@@ -100,7 +100,7 @@ class Config(EvaluationOptions, TrainingOptions):
     student_steps: int = arg(1, "steps in which the generator makes an image", (1, 2, 4))
     backward_simulation: bool = arg(True, "train later steps on earlier ones' images, not on real")
     dm_weight: float = arg(1.0, "of the distribution-matching loss; 0 for the GAN only", low=0)
-    dm_range: str = arg("0.02,0.98", "its noise levels, as quantiles; or by data")
+    dm_range: str = arg("0.02,0.98", "its noise levels, as quantiles; by some recipes to 0.6")
     fake_weight: float = arg(1.0, "of the fake score's loss", low=0)
     fake_range: str = arg("0,1", "its noise levels, likewise")
     guidance: float = arg(1.0, "classifier-free guidance of the teacher; 1 is none", low=0)
@@ -349,7 +349,7 @@ def recipe(given):
     if pipeline:
         kind = ("sdxl" if is_xl(pipeline) else "sd15") + "-lora" * bool(given.get("lora"))
     chosen = given.get("recipe") or recipe_of(kind, given, RECIPES)
-    found = {**RECIPES[chosen], **(EPS if parent["prediction"] == "eps" and not pipeline else {}),
+    found = {**(EPS if parent["prediction"] == "eps" and not pipeline else {}), **RECIPES[chosen],
              "data_dir": parent["data"]["data_dir"], "recipe": chosen}
     if pipeline and "data" not in given:
         found["gan_weight"] = 0.0  # which is what real images are for
