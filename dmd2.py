@@ -54,7 +54,7 @@ RECIPES["mnist"] = dict(RECIPES["digits"], batch=256, pairs=24000, regression_st
                         regression_weight=0.1, steps=7200, lr=4e-4, decay_after=840, fake_lr=1.5e-3,
                         ema=0.995, save_every=1600, sample_every=1600, evaluate_every=1600)
 RECIPES["mnist-cpu"] = dict(RECIPES["digits-best"], pairs=4000, regression_steps=2000,
-                            regression_weight=0.25, decay_after=1200)
+                            regression_weight=0.25, decay_after=1200, late_range="0.4,0.9")
 # The official settings of Stable Diffusion, of whole networks; without EMA.
 RECIPES["sd15"] = dict(batch=2048, steps=40000, lr=1e-5, fake_lr=1e-5, fake_steps=10, guidance=1.75,
                        ema=0.0, save_every=500, sample_every=500, evaluate_every=0)
@@ -63,10 +63,10 @@ RECIPES["sdxl"] = dict(RECIPES["sd15"], batch=128, steps=20000, lr=5e-7, fake_lr
 RECIPES["sdxl-lora"] = dict(RECIPES["sdxl"], lr=5e-5, fake_lr=5e-5)
 RECIPES["sd15-lora"] = dict(RECIPES["sd15"], lr=5e-5, fake_lr=5e-5)  # which is not official
 RECIPES.update({"fashion": RECIPES["mnist"], "fashion-cpu": RECIPES["mnist-cpu"],
-                "latents": RECIPES["mnist-cpu"]})  # of whatever data
+                "latents": dict(RECIPES["mnist-cpu"], late_range=None)})  # of whatever data
 
 # Of eps teachers, whatever the data: their error counts sigma-fold in x0_hat, so 80 is no use.
-EPS = dict(conditioning_sigma=2.0, dm_range="0.02,0.6")
+EPS = dict(conditioning_sigma=2.0, dm_range="0.02,0.6", late_range=None)
 
 # Other noise than `sample.py --evaluate` takes: to choose the best by, and for the pairs.
 EVALUATION_SEED, PAIRS_SEED = 1_000_000, 2_000_000
@@ -101,6 +101,7 @@ class Config(EvaluationOptions, TrainingOptions):
     backward_simulation: bool = arg(True, "train later steps on earlier ones' images, not on real")
     dm_weight: float = arg(1.0, "of the distribution-matching loss; 0 for the GAN only", low=0)
     dm_range: str = arg("0.02,0.98", "its noise levels, as quantiles; by some recipes to 0.6")
+    late_range: str = arg(None, "the same from --decay-after on (default: no other; or by data)")
     fake_weight: float = arg(1.0, "of the fake score's loss", low=0)
     fake_range: str = arg("0,1", "its noise levels, likewise")
     guidance: float = arg(1.0, "classifier-free guidance of the teacher; 1 is none", low=0)
@@ -128,9 +129,9 @@ class Config(EvaluationOptions, TrainingOptions):
 
 
 def interval(cfg, name, lowest):
-    """The two numbers of --dm-range ("dm") or the like, or `lowest` where that is more; ValueError
-    if they are none."""
-    found = re.fullmatch(r"([\d.]+),([\d.]+)", given := getattr(cfg, f"{name}_range"))
+    """The two numbers of --dm-range ("dm") or the like, `lowest` or more; ValueError otherwise."""
+    given = getattr(cfg, f"{name}_range") or cfg.dm_range
+    found = re.fullmatch(r"([\d.]+),([\d.]+)", given)
     if not found or not float(found[1]) <= float(found[2]) <= 1:
         raise ValueError(f"--{name}-range {given}: needs two numbers from 0 to 1, the smaller one "
                          "first, such as 0.02,0.98")
@@ -349,8 +350,8 @@ def recipe(given):
     if pipeline:
         kind = ("sdxl" if is_xl(pipeline) else "sd15") + "-lora" * bool(given.get("lora"))
     chosen = given.get("recipe") or recipe_of(kind, given, RECIPES)
-    found = {**(EPS if parent["prediction"] == "eps" and not pipeline else {}), **RECIPES[chosen],
-             "data_dir": parent["data"]["data_dir"], "recipe": chosen}
+    found = {**RECIPES[chosen], "data_dir": parent["data"]["data_dir"], "recipe": chosen,
+             **(EPS if parent["prediction"] == "eps" and not pipeline else {})}
     if pipeline and "data" not in given:
         found["gan_weight"] = 0.0  # which is what real images are for
     if not pipeline and "init_from" in given:
@@ -403,7 +404,8 @@ def train(cfg):
               generator_sigmas(cfg.student_steps, cfg.conditioning_sigma))
     start = start_scale(parent["schedule"], sigmas[0])
     num_classes, shape = len(parent["data"]["classes"]), shape_of(parent["network"])
-    dm_range, fake_range, gan_range = (interval(cfg, n, lowest) for n in ("dm", "fake", "gan"))
+    dm_range, late_range, fake_range, gan_range = (
+        interval(cfg, name, lowest) for name in ("dm", "late", "fake", "gan"))
     gan_range = gan_range if cfg.gan_noise else None
     # But for regression, pixels are trained as they are shown, clamped: else those that should be
     # black scatter about -1, and many show as dark grey.
@@ -494,7 +496,8 @@ def train(cfg):
                 judges.requires_grad_(False)
                 losses = {}
                 if cfg.dm_weight:
-                    sigma, noise = sigma_at(draw.uniform(*dm_range), schedule), draw.normal()
+                    span = late_range if update >= (cfg.decay_after or cfg.steps) else dm_range
+                    sigma, noise = sigma_at(draw.uniform(*span), schedule), draw.normal()
                     losses["dmd_loss"] = dmd_loss(guide, fake_score, x0, sigma, label, noise)
                 if cfg.gan_weight:
                     logits = discriminator(*diffused(x0, draw, gan_range, schedule), label)

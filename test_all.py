@@ -692,11 +692,12 @@ def test_discriminator_trains_the_encoder_it_shares(features, trains_encoder, di
 
 @pytest.mark.parametrize("flags, name, quantiles", [
     ("--dm-range 0.5,0.6", "dmd_loss", (0.5, 0.6)), ("", "dmd_loss", (0.02, 0.6)),
+    ("--late-range 0.7,0.8 --decay-after 1 --steps 3", "dmd_loss", (0.7, 0.8)),
     ("--fake-range 0.1,0.2", "unit_error", (0.1, 0.2)), ("", "unit_error", (0, 1))])
 def test_losses_draw_levels_from_their_range(flags, name, quantiles, distil, spy):
     calls = spy(dmd2, name)
     distil(f"--batch 256 --steps 1 {flags}")
-    sigma, (low, high) = calls[0][0][3], teacher.sigma_at(torch.tensor(quantiles), "karras")
+    sigma, (low, high) = calls[-1][0][3], teacher.sigma_at(torch.tensor(quantiles), "karras")
     assert low <= sigma.min() < 2 * low + 0.01 and high / 1.5 < sigma.max() <= high
 
 
@@ -847,8 +848,7 @@ def test_evaluation_of_the_real_images(digits):
 
 
 def distortions(images, labels):
-    """What may be wrong with images uint8 [N, C, H, W] of ten classes, each kind growing: a list of
-    uint8 images by what was done to them."""
+    """Lists of images by what was done to those given, uint8 [N, C, H, W], ever more of each."""
     x, rng = teacher.to_float(images), teacher.seeded(0)
     noise, order = torch.randn(x.shape, generator=rng), torch.randperm(len(x), generator=rng)
     means = torch.stack([x[labels == c].mean(0) for c in range(10)])[labels]
