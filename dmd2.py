@@ -129,7 +129,7 @@ class Config(EvaluationOptions, TrainingOptions):
 
 
 def interval(cfg, name, lowest):
-    """The two numbers of --dm-range ("dm") or the like, `lowest` or more; ValueError otherwise."""
+    """The two numbers of --dm-range ("dm") or the like, raised to `lowest`; ValueError if unfit."""
     given = getattr(cfg, f"{name}_range") or cfg.dm_range
     found = re.fullmatch(r"([\d.]+),([\d.]+)", given)
     if not found or not float(found[1]) <= float(found[2]) <= 1:
@@ -496,8 +496,8 @@ def train(cfg):
                 judges.requires_grad_(False)
                 losses = {}
                 if cfg.dm_weight:
-                    span = late_range if update >= (cfg.decay_after or cfg.steps) else dm_range
-                    sigma, noise = sigma_at(draw.uniform(*span), schedule), draw.normal()
+                    levels = late_range if update >= (cfg.decay_after or cfg.steps) else dm_range
+                    sigma, noise = sigma_at(draw.uniform(*levels), schedule), draw.normal()
                     losses["dmd_loss"] = dmd_loss(guide, fake_score, x0, sigma, label, noise)
                 if cfg.gan_weight:
                     logits = discriminator(*diffused(x0, draw, gan_range, schedule), label)
