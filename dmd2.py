@@ -101,9 +101,8 @@ class Config(EvaluationOptions, TrainingOptions):
     backward_simulation: bool = arg(True, "train later steps on earlier ones' images, not on real")
     dm_weight: float = arg(1.0, "of the distribution-matching loss; 0 for the GAN only", low=0)
     dm_range: str = arg("0.02,0.98", "its noise levels, as quantiles; by some recipes to 0.6")
-    late_range: str = arg(None, "the same from --decay-after on (default: no other; or by data)")
-    fake_weight: float = arg(1.0, "of the fake score's loss", low=0)
-    fake_range: str = arg("0,1", "its noise levels, likewise")
+    late_range: str = arg(None, "the same, from --decay-after on (default: by data, or no other)")
+    fake_range: str = arg("0,1", "noise levels of the fake score's loss, likewise")
     guidance: float = arg(1.0, "classifier-free guidance of the teacher; 1 is none", low=0)
     gan_weight: float = arg(0.001, "of the generator's GAN loss; 0 (some recipes) is off", low=0)
     gan_features: str = arg("fake", "whose encoder the discriminator sees by", ("fake", "teacher"))
@@ -129,7 +128,7 @@ class Config(EvaluationOptions, TrainingOptions):
 
 
 def interval(cfg, name, lowest):
-    """The two numbers of --dm-range ("dm") or the like, raised to `lowest`; ValueError if unfit."""
+    """Numbers of --dm-range ("dm"), or of another if given, raised to `lowest`; or ValueError."""
     given = getattr(cfg, f"{name}_range") or cfg.dm_range
     found = re.fullmatch(r"([\d.]+),([\d.]+)", given)
     if not found or not float(found[1]) <= float(found[2]) <= 1:
@@ -351,13 +350,14 @@ def recipe(given):
         kind = ("sdxl" if is_xl(pipeline) else "sd15") + "-lora" * bool(given.get("lora"))
     chosen = given.get("recipe") or recipe_of(kind, given, RECIPES)
     found = {**RECIPES[chosen], "data_dir": parent["data"]["data_dir"], "recipe": chosen,
-             **(EPS if parent["prediction"] == "eps" and not pipeline else {})}
+             **(EPS if parent["prediction"] == "eps" and not pipeline else {}),
+             **({"late_range": None} if "dm_range" in given else {})}  # it goes with the recipe's
     if pipeline and "data" not in given:
         found["gan_weight"] = 0.0  # which is what real images are for
     if not pipeline and "init_from" in given:
         # Only a start by regression makes the GAN dispensable, and a faster fake score any good.
         found.update(regression_steps=0, regression_weight=0.0, gan_weight=Config.gan_weight,
-                     fake_lr=min(found["fake_lr"], 1e-3))
+                     late_range=None, fake_lr=min(found["fake_lr"], 1e-3))
     found["regression_steps"] = min(found.get("regression_steps", 0),
                                     given.get("steps", found["steps"]) // 2)
     return found
@@ -412,9 +412,8 @@ def train(cfg):
     shown = nn.Identity() if parent["autoencoder"] else clamped
     # The discriminator may see the generator's images in the pass by which the fake score learns.
     shares_pass = cfg.gan_features == "fake" and gan_range == fake_range
-    weights = dict(dmd_loss=cfg.dm_weight, gan_loss=cfg.gan_weight, fake_loss=cfg.fake_weight,
-                   discriminator_loss=cfg.discriminator_weight,
-                   regression_loss=cfg.regression_weight)
+    weights = dict(dmd_loss=cfg.dm_weight, regression_loss=cfg.regression_weight, fake_loss=1.0,
+                   gan_loss=cfg.gan_weight, discriminator_loss=cfg.discriminator_weight)
 
     teacher, generator, fake_score = initial(cfg, parent, sigmas, device)
     # A pipeline's generator has no average: a second UNet would cost more than it gives.
@@ -496,8 +495,8 @@ def train(cfg):
                 judges.requires_grad_(False)
                 losses = {}
                 if cfg.dm_weight:
-                    levels = late_range if update >= (cfg.decay_after or cfg.steps) else dm_range
-                    sigma, noise = sigma_at(draw.uniform(*levels), schedule), draw.normal()
+                    quantiles = late_range if update >= (cfg.decay_after or cfg.steps) else dm_range
+                    sigma, noise = sigma_at(draw.uniform(*quantiles), schedule), draw.normal()
                     losses["dmd_loss"] = dmd_loss(guide, fake_score, x0, sigma, label, noise)
                 if cfg.gan_weight:
                     logits = discriminator(*diffused(x0, draw, gan_range, schedule), label)

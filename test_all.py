@@ -693,6 +693,7 @@ def test_discriminator_trains_the_encoder_it_shares(features, trains_encoder, di
 @pytest.mark.parametrize("flags, name, quantiles", [
     ("--dm-range 0.5,0.6", "dmd_loss", (0.5, 0.6)), ("", "dmd_loss", (0.02, 0.6)),
     ("--late-range 0.7,0.8 --decay-after 1 --steps 3", "dmd_loss", (0.7, 0.8)),
+    ("--late-range 0.7,0.8 --decay-after 2 --steps 3", "dmd_loss", (0.02, 0.6)),
     ("--fake-range 0.1,0.2", "unit_error", (0.1, 0.2)), ("", "unit_error", (0, 1))])
 def test_losses_draw_levels_from_their_range(flags, name, quantiles, distil, spy):
     calls = spy(dmd2, name)
