@@ -54,7 +54,8 @@ RECIPES["mnist"] = dict(RECIPES["digits"], batch=256, pairs=24000, regression_st
                         regression_weight=0.1, steps=7200, lr=4e-4, decay_after=840, fake_lr=1.5e-3,
                         ema=0.995, save_every=1600, sample_every=1600, evaluate_every=1600)
 RECIPES["mnist-cpu"] = dict(RECIPES["digits-best"], pairs=4000, regression_steps=2000,
-                            regression_weight=0.25, decay_after=1200, late_range="0.4,0.9")
+                            regression_weight=0.25, decay_after=1200, late_range="0.4,0.9",
+                            guidance=1.15, guidance_below=4.0)
 # The official settings of Stable Diffusion, of whole networks; without EMA.
 RECIPES["sd15"] = dict(batch=2048, steps=40000, lr=1e-5, fake_lr=1e-5, fake_steps=10, guidance=1.75,
                        ema=0.0, save_every=500, sample_every=500, evaluate_every=0)
@@ -63,10 +64,10 @@ RECIPES["sdxl"] = dict(RECIPES["sd15"], batch=128, steps=20000, lr=5e-7, fake_lr
 RECIPES["sdxl-lora"] = dict(RECIPES["sdxl"], lr=5e-5, fake_lr=5e-5)
 RECIPES["sd15-lora"] = dict(RECIPES["sd15"], lr=5e-5, fake_lr=5e-5)  # which is not official
 RECIPES.update({"fashion": RECIPES["mnist"], "fashion-cpu": RECIPES["mnist-cpu"],
-                "latents": dict(RECIPES["mnist-cpu"], late_range=None)})  # of whatever data
+                "latents": dict(RECIPES["mnist-cpu"], late_range=None, guidance=1.0)})
 
 # Of eps teachers, whatever the data: their error counts sigma-fold in x0_hat, so 80 is no use.
-EPS = dict(conditioning_sigma=2.0, dm_range="0.02,0.6", late_range=None)
+EPS = dict(conditioning_sigma=2.0, dm_range="0.02,0.6", late_range=None, guidance=1.0)
 
 # Other noise than `sample.py --evaluate` takes: to choose the best by, and for the pairs.
 EVALUATION_SEED, PAIRS_SEED = 1_000_000, 2_000_000
@@ -103,7 +104,6 @@ class Config(EvaluationOptions, TrainingOptions):
     dm_range: str = arg("0.02,0.98", "its noise levels, as quantiles; by some recipes to 0.6")
     late_range: str = arg(None, "the same, from --decay-after on (default: by data, or no other)")
     fake_range: str = arg("0,1", "noise levels of the fake score's loss, likewise")
-    guidance: float = arg(1.0, "classifier-free guidance of the teacher; 1 is none", low=0)
     gan_weight: float = arg(0.001, "of the generator's GAN loss; 0 (some recipes) is off", low=0)
     gan_features: str = arg("fake", "whose encoder the discriminator sees by", ("fake", "teacher"))
     gan_noise: bool = arg(True, "show the discriminator images with noise (diffusion GAN)")
@@ -351,7 +351,8 @@ def recipe(given):
     chosen = given.get("recipe") or recipe_of(kind, given, RECIPES)
     found = {**RECIPES[chosen], "data_dir": parent["data"]["data_dir"], "recipe": chosen,
              **(EPS if parent["prediction"] == "eps" and not pipeline else {}),
-             **({"late_range": None} if "dm_range" in given else {})}  # it goes with the recipe's
+             **({"late_range": None} if "dm_range" in given else {}),  # these go with the recipe's
+             **({"guidance_below": None} if "guidance" in given else {})}
     if pipeline and "data" not in given:
         found["gan_weight"] = 0.0  # which is what real images are for
     if not pipeline and "init_from" in given:
@@ -418,7 +419,7 @@ def train(cfg):
     teacher, generator, fake_score = initial(cfg, parent, sigmas, device)
     # A pipeline's generator has no average: a second UNet would cost more than it gives.
     ema = generator if pipeline else copy.deepcopy(generator).eval().requires_grad_(False)
-    guide = guided(teacher, cfg.guidance, parent)
+    guide = guided(teacher, cfg, parent)
     torch.manual_seed(cfg.seed)
     discriminator = Discriminator(teacher if cfg.gan_features == "teacher" else fake_score)
     discriminator.to(device)
@@ -443,11 +444,11 @@ def train(cfg):
                                    fake_descent=fake_descent,
                                    **dict(ema=ema) if ema is not generator else {}),
               dict(parent["data"], teacher=digest, count=real_data and len(real_data.labels)))
-    tell(f"distilling on {device}: recipe {cfg.recipe}, {cfg.steps} steps"
-         f"{f', guidance {cfg.guidance:g}' if cfg.guidance != 1 else ''}", sys.stderr)
     facts = dict({name: parent[name] for name in INHERITED}, kind="generator", sigmas=sigmas,
                  version=__version__, config=vars(cfg), teacher_figures=None)
     teacher_sampler = make_sampler(guide, parent, device)
+    tell(f"distilling on {device}: recipe {cfg.recipe}, {cfg.steps} steps; {teacher_sampler.name}",
+         sys.stderr)
     best = Best(cfg, facts, make_sampler(ema, facts, device), teacher_sampler)
     if cfg.regression_steps or cfg.regression_weight:
         pairs_at = load_pairs(teacher_sampler, parent["schedule"], sigmas, start, cfg.noise_std,

@@ -33,11 +33,11 @@ from PIL import Image
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
-from teacher import (ENDINGS, FEATURES, HEUN_STEPS, SIGMA_MAX, SUBSET, Data, Denoiser, Options,
-                     Pixels, arg, build, decoded, encoded, fresh_noise, heun, load, load_data,
-                     parse, pick_device, progress, quantile_of, rank, rank_0_first, ranks,
-                     replacing, run_script, sampling_sigmas, save, save_grid, seeded, shape_of,
-                     sigma_at, start_scale, tell, timestep_sigmas, to_float, to_uint8)
+from teacher import (ENDINGS, FEATURES, HEUN_STEPS, SIGMA_MAX, SIGMA_MIN, SUBSET, Data, Denoiser,
+                     Options, Pixels, arg, build, decoded, encoded, fresh_noise, heun, load,
+                     load_data, parse, pick_device, progress, quantile_of, rank, rank_0_first,
+                     ranks, replacing, run_script, sampling_sigmas, save, save_grid, seeded,
+                     shape_of, sigma_at, start_scale, tell, timestep_sigmas, to_float, to_uint8)
 
 ASSETS = Path(__file__).resolve().parent / "assets"
 DIMENSIONS = 64  # of each space in which quality is measured
@@ -100,33 +100,39 @@ def generator_sigmas(steps, highest=SIGMA_MAX):
 
 
 class Guided(nn.Module):
-    """A denoiser with classifier-free guidance (Ho and Salimans 2022): none + g (label - none)."""
+    """A denoiser with classifier-free guidance (Ho and Salimans 2022): none + g (label - none);
+    g is 1 above a noise level, `highest` (Kynkaanniemi et al. 2024)."""
 
-    def __init__(self, denoiser, guidance, no_label):
+    def __init__(self, denoiser, guidance, no_label, highest=None):
         super().__init__()
         self.denoiser, self.guidance, self.no_label = denoiser, guidance, no_label
+        self.highest = highest or math.inf
 
     def forward(self, x, sigma, label):
         none = torch.full_like(label, self.no_label)
         both = self.denoiser(torch.cat([x, x]), torch.cat([sigma, sigma]), torch.cat([label, none]))
         with_label, without = both.chunk(2)
-        return without + self.guidance * (with_label - without)
+        g = torch.where(sigma > self.highest, 1.0, self.guidance).view(-1, 1, 1, 1)
+        return without + g * (with_label - without)
 
 
-def guided(denoiser, guidance, checkpoint):
-    """The denoiser with guidance, or itself for 1; ValueError if it can't do without labels."""
-    if guidance != 1 and not checkpoint["config"].get("label_dropout"):
-        raise ValueError(f"--guidance {guidance:g}: the teacher had no --label-dropout")
+def guided(denoiser, cfg, checkpoint):
+    """The denoiser with cfg's guidance, or itself for 1; ValueError if it always has a label."""
+    if cfg.guidance != 1 and not checkpoint["config"].get("label_dropout"):
+        raise ValueError(f"--guidance {cfg.guidance:g}: the teacher had no --label-dropout; give 1")
     no_label = checkpoint["network"].get("label_dim", len(checkpoint["data"]["classes"]))
-    return denoiser if guidance == 1 else Guided(denoiser, guidance, no_label)
+    return (denoiser if cfg.guidance == 1 else
+            Guided(denoiser, cfg.guidance, no_label, cfg.guidance_below))
 
 
 # ---- options ------------------------------------------------------------------------------------
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationOptions:
-    """By what --evaluate and dmd2.py measure images."""
+    """A teacher's guidance, and by what --evaluate and dmd2.py measure images."""
 
+    guidance: float = arg(1.0, "classifier-free guidance of the teacher; 1 is none", low=0)
+    guidance_below: float = arg(None, "noise level above which it has none", low=SIGMA_MIN)
     features: str = arg(None, "measure by this network: inception, for FID, or a file of "
                               "TorchScript or ONNX, of images in [-1, 1]")
     features_weights: str = arg(None, "inception's weights (default: downloaded)", free=True)
@@ -141,7 +147,6 @@ class Config(EvaluationOptions, Options):
     labels: str = arg(None, "classes by name or number, such as 3,3,7 (default: all, evenly)")
     sampler: str = arg(None, "of a teacher (default: heun, at EDM's noise levels)", tuple(SAMPLERS))
     steps: int = arg(None, f"its steps (default: {[s[2] for s in SAMPLERS.values()]})", low=1)
-    guidance: float = arg(1.0, "classifier-free guidance of a teacher; 1 is none", low=0)
     data: str = arg(None, "what an EDM checkpoint was trained on, or where a folder is now")
     data_dir: str = arg(None, "where the real images are (default: where training found them)")
     prompt: str = arg(None, "what a text-to-image model is to show")
@@ -566,7 +571,7 @@ def load_sampler(path, device="cpu", cfg=None):
                 checkpoint["network"]["pipeline"], cfg.student_steps, cfg.first_timestep))
     denoiser = build_any(checkpoint, device)
     if checkpoint["kind"] == "teacher":
-        denoiser = guided(denoiser, cfg.guidance, checkpoint)
+        denoiser = guided(denoiser, cfg, checkpoint)
     return make_sampler(denoiser, checkpoint, device, cfg.sampler, cfg.steps)
 
 
@@ -592,6 +597,7 @@ def make_sampler(denoiser, checkpoint, device, sampler=None, steps=None):
         evaluations = 2 * steps - 1 if function is heun else steps
     if isinstance(denoiser, Guided):
         name, evaluations = f"{name}, guidance {denoiser.guidance:g}", 2 * evaluations
+        name += f" below {denoiser.highest:g}" if denoiser.highest < math.inf else ""
 
     @torch.no_grad()
     def x0(noises, label):

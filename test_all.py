@@ -434,7 +434,7 @@ def test_levels_stay_in_the_teacher_s_range(schedule):
 @pytest.mark.parametrize("flags, evaluations, name", [
     ("", 35, "18 Heun steps"), ("--sampler euler", 35, "35 Euler steps"),
     ("--sampler ddim", 50, "50 DDIM steps"), ("--sampler ddpm --steps 9", 9, "9 DDPM steps"),
-    ("--guidance 2 --steps 4", 14, "4 Heun steps, guidance 2")])
+    ("--guidance 2 --guidance-below 4 --steps 4", 14, "4 Heun steps, guidance 2 below 4")])
 def test_samplers_of_a_teacher(flags, evaluations, name, tiny, spy):
     cfg = teacher.parse(sample.Config, [tiny.teacher, *flags.split()])
     sampler, passes = sample.load_sampler(tiny.teacher, cfg=cfg), spy(teacher.Denoiser, "estimate")
@@ -619,10 +619,12 @@ def test_steps_of_a_generator():
 
 def test_guidance_moves_away_from_no_label(denoiser):
     x, sigma, label = INPUTS
-    by = [sample.Guided(denoiser, guidance, 10)(*INPUTS) for guidance in (0, 1, 2)]
+    by = [sample.Guided(denoiser, g, 10, below)(*INPUTS)
+          for g, below in ((0, None), (1, None), (2, None), (2, 3))]
     close(by[0], denoiser(x, sigma, torch.full_like(label, 10)))
     close(by[1], denoiser(*INPUTS))
     close(by[2], 2 * by[1] - by[0])
+    close(by[3], torch.where(sigma.view(-1, 1, 1, 1) > 3, by[1], by[2]))
     assert (by[1] - by[0]).abs().max() > 1e-3
 
 
@@ -686,8 +688,7 @@ def test_discriminator_sees_real_as_real_with_its_labels(distil, spy, monkeypatc
 def test_discriminator_trains_the_encoder_it_shares(features, trains_encoder, distil):
     flags = f"--steps 1 --gan-features {features} --fake-lr 0.01 --clip 1e9 --discriminator-weight"
     runs = [teacher.load(distil(f"{flags} {weight}") / "last.pt") for weight in (0.01, 10)]
-    states = [run["training"]["fake_score"] for run in runs]
-    assert equal(*states) == (not trains_encoder)
+    assert equal(*(run["training"]["fake_score"] for run in runs)) == (not trains_encoder)
 
 
 @pytest.mark.parametrize("flags, name, quantiles", [
@@ -898,11 +899,9 @@ def test_yardstick_sees_lost_quality_and_lost_variety(name, monkeypatch):
         found = [measured(f"{kind} {i}", part) for i, part in enumerate(parts, 1)]
         assert kind in ("repeated", "half") or (np.diff([base, *found]) > 0).all(), kind
     of_real = distortions(*real[:2])
-    repeated = [measured("real, repeated", part) for part in of_real["repeated"]]
-    assert (np.diff(repeated) > 0).all()
+    assert (np.diff([measured("real, repeated", part) for part in of_real["repeated"]]) > 0).all()
     half = measured("real, half of them", of_real["half"][0])
-    pulled = measured("real, pulled by 0.2", of_real["pulled_to_the_class"][1])
-    assert pulled >= 4 * half
+    assert measured("real, pulled by 0.2", of_real["pulled_to_the_class"][1]) >= 4 * half
 
 
 @pytest.mark.parametrize("name, digest", [("digits", "5b856f0ba1cd"), ("mnist", "ebac706b2f69")])
