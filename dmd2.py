@@ -63,11 +63,12 @@ RECIPES["sdxl"] = dict(RECIPES["sd15"], batch=128, steps=20000, lr=5e-7, fake_lr
                        guidance=8.0, gan_weight=5e-3)
 RECIPES["sdxl-lora"] = dict(RECIPES["sdxl"], lr=5e-5, fake_lr=5e-5)
 RECIPES["sd15-lora"] = dict(RECIPES["sd15"], lr=5e-5, fake_lr=5e-5)  # which is not official
+PLAIN = dict(late_range=None, guidance=1.0, guidance_below=None)  # without what only MNIST has
 RECIPES.update({"fashion": RECIPES["mnist"], "fashion-cpu": RECIPES["mnist-cpu"],
-                "latents": dict(RECIPES["mnist-cpu"], late_range=None, guidance=1.0)})
+                "latents": dict(RECIPES["mnist-cpu"], **PLAIN)})  # of whatever data
 
 # Of eps teachers, whatever the data: their error counts sigma-fold in x0_hat, so 80 is no use.
-EPS = dict(conditioning_sigma=2.0, dm_range="0.02,0.6", late_range=None, guidance=1.0)
+EPS = dict(conditioning_sigma=2.0, dm_range="0.02,0.6", **PLAIN)
 
 # Other noise than `sample.py --evaluate` takes: to choose the best by, and for the pairs.
 EVALUATION_SEED, PAIRS_SEED = 1_000_000, 2_000_000
@@ -358,7 +359,7 @@ def recipe(given):
     if not pipeline and "init_from" in given:
         # Only a start by regression makes the GAN dispensable, and a faster fake score any good.
         found.update(regression_steps=0, regression_weight=0.0, gan_weight=Config.gan_weight,
-                     late_range=None, fake_lr=min(found["fake_lr"], 1e-3))
+                     fake_lr=min(found["fake_lr"], 1e-3), **PLAIN)
     found["regression_steps"] = min(found.get("regression_steps", 0),
                                     given.get("steps", found["steps"]) // 2)
     return found
@@ -533,7 +534,7 @@ def train(cfg):
         if due(step, cfg.evaluate_every or cfg.save_every, cfg.steps) and not cfg.profile:
             best.consider(step, run, fake_score)
         if due(step, cfg.sample_every, cfg.steps):
-            run.draw(step, lambda path: save_estimates(teacher, fake_score, best.sampler, schedule,
+            run.draw(step, lambda path: save_estimates(guide, fake_score, best.sampler, schedule,
                                                        shown, path))
     if best.best:
         figures = ", ".join(f"{title} {best.best[name]:.3f}" for name, title in TITLES.items()

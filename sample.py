@@ -101,12 +101,12 @@ def generator_sigmas(steps, highest=SIGMA_MAX):
 
 class Guided(nn.Module):
     """A denoiser with classifier-free guidance (Ho and Salimans 2022): none + g (label - none);
-    g is 1 above a noise level, `highest` (Kynkaanniemi et al. 2024)."""
+    g is 1 above a noise level, `highest` (the upper end of Kynkäänniemi et al. 2024)."""
 
-    def __init__(self, denoiser, guidance, no_label, highest=None):
+    def __init__(self, denoiser, guidance, no_label, highest=math.inf):
         super().__init__()
-        self.denoiser, self.guidance, self.no_label = denoiser, guidance, no_label
-        self.highest = highest or math.inf
+        self.denoiser, self.guidance = denoiser, guidance
+        self.no_label, self.highest = no_label, highest
 
     def forward(self, x, sigma, label):
         none = torch.full_like(label, self.no_label)
@@ -117,12 +117,12 @@ class Guided(nn.Module):
 
 
 def guided(denoiser, cfg, checkpoint):
-    """The denoiser with cfg's guidance, or itself for 1; ValueError if it always has a label."""
+    """The denoiser with cfg's guidance, or itself for 1; ValueError if it knows no "no label"."""
     if cfg.guidance != 1 and not checkpoint["config"].get("label_dropout"):
         raise ValueError(f"--guidance {cfg.guidance:g}: the teacher had no --label-dropout; give 1")
     no_label = checkpoint["network"].get("label_dim", len(checkpoint["data"]["classes"]))
     return (denoiser if cfg.guidance == 1 else
-            Guided(denoiser, cfg.guidance, no_label, cfg.guidance_below))
+            Guided(denoiser, cfg.guidance, no_label, cfg.guidance_below or math.inf))
 
 
 # ---- options ------------------------------------------------------------------------------------
@@ -131,8 +131,8 @@ def guided(denoiser, cfg, checkpoint):
 class EvaluationOptions:
     """A teacher's guidance, and by what --evaluate and dmd2.py measure images."""
 
-    guidance: float = arg(1.0, "classifier-free guidance of the teacher; 1 is none", low=0)
-    guidance_below: float = arg(None, "noise level above which it has none", low=SIGMA_MIN)
+    guidance: float = arg(1.0, "classifier-free guidance of a teacher; 1: none; or by data", low=0)
+    guidance_below: float = arg(None, "noise level above which it is 1; or by data", low=SIGMA_MIN)
     features: str = arg(None, "measure by this network: inception, for FID, or a file of "
                               "TorchScript or ONNX, of images in [-1, 1]")
     features_weights: str = arg(None, "inception's weights (default: downloaded)", free=True)

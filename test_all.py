@@ -620,7 +620,7 @@ def test_steps_of_a_generator():
 def test_guidance_moves_away_from_no_label(denoiser):
     x, sigma, label = INPUTS
     by = [sample.Guided(denoiser, g, 10, below)(*INPUTS)
-          for g, below in ((0, None), (1, None), (2, None), (2, 3))]
+          for g, below in ((0, 99), (1, 99), (2, 99), (2, 3))]
     close(by[0], denoiser(x, sigma, torch.full_like(label, 10)))
     close(by[1], denoiser(*INPUTS))
     close(by[2], 2 * by[1] - by[0])
