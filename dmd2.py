@@ -352,7 +352,7 @@ def recipe(given):
     chosen = given.get("recipe") or recipe_of(kind, given, RECIPES)
     found = {**RECIPES[chosen], "data_dir": parent["data"]["data_dir"], "recipe": chosen,
              **(EPS if parent["prediction"] == "eps" and not pipeline else {}),
-             **({"late_range": None} if "dm_range" in given else {}),  # these go with the recipe's
+             **({"late_range": None} if "dm_range" in given else {}),  # for the recipe's own
              **({"guidance_below": None} if "guidance" in given else {})}
     if pipeline and "data" not in given:
         found["gan_weight"] = 0.0  # which is what real images are for

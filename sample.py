@@ -131,8 +131,8 @@ def guided(denoiser, cfg, checkpoint):
 class EvaluationOptions:
     """A teacher's guidance, and by what --evaluate and dmd2.py measure images."""
 
-    guidance: float = arg(1.0, "classifier-free guidance of a teacher; 1: none; or by data", low=0)
-    guidance_below: float = arg(None, "noise level above which it is 1; or by data", low=SIGMA_MIN)
+    guidance: float = arg(1.0, "classifier-free guidance of a teacher; 1 is none", low=0)
+    guidance_below: float = arg(None, "noise level above which it is 1, if any", low=SIGMA_MIN)
     features: str = arg(None, "measure by this network: inception, for FID, or a file of "
                               "TorchScript or ONNX, of images in [-1, 1]")
     features_weights: str = arg(None, "inception's weights (default: downloaded)", free=True)
