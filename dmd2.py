@@ -326,9 +326,8 @@ class Best:
         """Keep the generator after a step, and the fake score for a second stage, if it is best; if
         nothing is measured, it is."""
         run.write(step)  # which raises if the run diverged
-        figures = None
-        if self.measure:
-            figures = dict(run.measure(step, lambda: self.measure(self.sampler)), step=step + 1)
+        figures = self.measure and dict(run.measure(step, lambda: self.measure(self.sampler)),
+                                        step=step + 1)
         if not self.best or [*figures.values()][0] < [*self.best.values()][0]:
             self.best = figures
             save(dict(self.facts, step=step + 1, figures=figures,
@@ -423,12 +422,11 @@ def train(cfg):
     guide = guided(teacher, cfg, parent)
     torch.manual_seed(cfg.seed)
     discriminator = Discriminator(teacher if cfg.gan_features == "teacher" else fake_score)
-    discriminator.to(device)
+    judges = nn.ModuleList([fake_score, discriminator.head]).to(device)  # of the generator's images
     if cfg.shard:
         shard(generator.net)
         shard(fake_score.net, discriminator.head)
     adamw = functools.partial(torch.optim.AdamW, weight_decay=0.01, fused=device.type != "mps")
-    judges = nn.ModuleList([fake_score, discriminator.head])  # of the generator's images
     descent = Descent(adamw(generator.parameters()), cfg, device, "generator_")
     fake_descent = Descent(adamw(judges.parameters()), cfg, device, "fake_")
 
