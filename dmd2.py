@@ -55,7 +55,7 @@ RECIPES["mnist"] = dict(RECIPES["digits"], batch=256, pairs=24000, regression_st
                         ema=0.995, save_every=1600, sample_every=1600, evaluate_every=1600)
 RECIPES["mnist-cpu"] = dict(RECIPES["digits-best"], pairs=4000, regression_steps=2000,
                             regression_weight=0.25, decay_after=1200, late_range="0.4,0.9",
-                            guidance=1.15, guidance_below=4.0)
+                            guidance=1.12, guidance_below=4.0)
 # The official settings of Stable Diffusion, of whole networks; without EMA.
 RECIPES["sd15"] = dict(batch=2048, steps=40000, lr=1e-5, fake_lr=1e-5, fake_steps=10, guidance=1.75,
                        ema=0.0, save_every=500, sample_every=500, evaluate_every=0)
