@@ -30,11 +30,11 @@ from sample import (FIRST, TITLES, EvaluationOptions, batch_of, build_any, diges
                     generator_sigmas, generator_timesteps, guided, is_xl, load_captioned,
                     load_images, load_reference, make_sampler, measure, open_checkpoint, shard,
                     with_adapter, write_student)
-from teacher import (GENERATOR, HEUN_STEPS, SIGMA_MAX, SIGMA_MIN, TRAINED_STEP, Descent, Draw, Run,
-                     TrainingOptions, __version__, arg, batch_at, build, clamped, due, encoded,
-                     fresh_noise, group_norm, heun, load, parse, parts_of, pick_device, prepare,
-                     progress, ranges_of, rank, rank_0_first, ranks, rate_at, recipe_of, run_script,
-                     sampling_sigmas, save, save_grid, seeded, shape_of, sigma_at, start_scale,
+from teacher import (GENERATOR, HEUN_STEPS, SCHEDULES, SIGMA_MAX, SIGMA_MIN, TRAINED_STEP, Descent,
+                     Draw, Run, TrainingOptions, __version__, arg, batch_at, build, clamped, due,
+                     encoded, fresh_noise, group_norm, heun, load, parse, parts_of, pick_device,
+                     prepare, progress, quantile_of, rank, rank_0_first, ranks, rate_at, recipe_of,
+                     run_script, sampling_sigmas, save, save_grid, seeded, shape_of, start_scale,
                      tell, to_uint8, training_batches, unit_error, update_ema)
 
 # What of dmd2.py depends on the data: it fills the options that were not given.
@@ -80,7 +80,7 @@ class Config(EvaluationOptions, TrainingOptions):
     """Options of dmd2.py; recipe() gives those that are left at None."""
 
     teacher: str = arg(None, "checkpoint to distil, of teacher.py or NVlabs/edm (.pkl), or Stable "
-                             "Diffusion: a folder of diffusers", free=True)
+                             "Diffusion: a folder of diffusers or name on the Hub", free=True)
     data: str = arg(None, "what an EDM .pkl was trained on, or where a folder is now; of Stable "
                           "Diffusion: images with captions, for the GAN", free=True)
     prompts: str = arg(None, "file of prompts, one a line; for Stable Diffusion", free=True)
@@ -112,7 +112,7 @@ class Config(EvaluationOptions, TrainingOptions):
     discriminator_weight: float = arg(0.01, "of its loss beside the fake score's", low=0)
     regression_steps: int = arg(0, "first steps, by regression alone; more by data", low=0)
     regression_weight: float = arg(0.0, "of this loss in later steps; more by data", low=0)
-    regression_distance: str = arg("mse", "of this loss; lpips is a package", ("mse", "lpips"))
+    regression_distance: str = arg("mse", "of this; lpips: a package, of pixels", ("mse", "lpips"))
     pairs: int = arg(10000, "noise and teacher's image, for it; or by data", low=1)
     init_from: str = arg(None, "generator.pt to start from, with its fake score: for a second "
                                "stage, or for more --student-steps")
@@ -200,7 +200,7 @@ def diffused(x0, draw, quantiles, schedule="karras"):
     """
     if quantiles is None:
         return x0, x0.new_full(x0.shape[:1], SIGMA_MIN)
-    sigma = sigma_at(draw.uniform(*quantiles), schedule)
+    sigma = SCHEDULES[schedule](draw.uniform(*quantiles))
     return x0 + sigma.view(-1, 1, 1, 1) * draw.normal(), sigma
 
 
@@ -273,12 +273,6 @@ def load_pairs(sampler, schedule, sigmas, start, noise_std, digest, count, path)
     return lambda k, index: (x[k][index], label[index], images[index])
 
 
-def regression_loss(generator, sigma, x, label, images, distance=F.mse_loss):
-    """Distance between what one step makes of x, at a noise level sigma, a float, and `images`
-    [B, C, H, W], the teacher's of load_pairs(), of the same label (DMD)."""
-    return distance(few_step(generator, x, [sigma], label), images)
-
-
 def lpips_distance(device):
     """LPIPS (Zhang et al. 2018) of images in [-1, 1], by VGG, at 224 x 224, as DMD has it."""
     import lpips
@@ -294,7 +288,7 @@ def save_estimates(teacher, fake_score, sampler, schedule, shown, path, count=10
     """The generator's images, a row each; with noise; what teacher and fake score make of that."""
     noises, device = fresh_noise(count, sampler.shape, seed=0), sampler.device
     label = torch.arange(count, device=device) % len(sampler.data["classes"])
-    sigma = sigma_at(torch.linspace(0.15, 0.75, count, device=device), schedule)
+    sigma = SCHEDULES[schedule](torch.linspace(0.15, 0.75, count, device=device))
     x0 = shown(sampler.x0(noises, label))
     x = x0 + sigma.view(-1, 1, 1, 1) * next(noises).to(device)
     columns = dict(x0=x0, x=x, teacher=teacher(x, sigma, label), fake=fake_score(x, sigma, label))
@@ -306,7 +300,8 @@ def save_estimates(teacher, fake_score, sampler, schedule, shown, path, count=10
 
 class Best:
     """Measures generators as the teacher was measured, and keeps the best in generator.pt: the one
-    with the lowest first figure. The others decide nothing. On resume it tells the teacher's, too.
+    with the lowest first figure. The others decide nothing. On resume it tells the teacher's
+    figures and the best so far, which are not measured again.
 
     facts  what a generator's checkpoint tells besides its step, weights and figures
     """
@@ -343,7 +338,7 @@ def recipe(given):
     """Options that were not given: by the teacher's data and prediction."""
     if "teacher" not in given:
         raise ValueError("--teacher is missing: give one, such as runs/teacher/teacher.pt")
-    parent = open_checkpoint(given["teacher"], given.get("data"), kind="teacher")
+    parent = open_checkpoint(given["teacher"], given.get("data"), given.get("data_dir"), "teacher")
     kind = "latents" if parent["autoencoder"] else parent["data"]["name"]
     pipeline = parent["network"].get("pipeline")
     if pipeline:
@@ -366,8 +361,8 @@ def recipe(given):
 
 def initial(cfg, parent, sigmas, device):
     """Teacher, generator and fake score to begin with: the two are copies of the teacher, or by
-    --lora adapters of it, or --init-from's, of which the generator is the EMA; ValueError if they
-    are not of this teacher's kind."""
+    --lora adapters of it; or by --init-from that file's, of the generator the EMA. ValueError if
+    they are not of this teacher's kind."""
     teacher = build_any(parent, device)
     torch.manual_seed(cfg.seed)  # of adapters, the same on every rank
     if cfg.checkpointing and "pipeline" in parent["network"]:
@@ -384,7 +379,7 @@ def initial(cfg, parent, sigmas, device):
                 raise ValueError(f"--init-from {cfg.init_from}: its {name} is {found[name]}, not "
                                  f"{wanted[name]}; give a generator.pt of this teacher's kind")
         generator.load_state_dict(source["model"])
-        fake_score.load_state_dict(source["fake_score"])
+        fake_score.load_state_dict(source.get("fake_score") or source["training"]["fake_score"])
     return teacher, *(student.to(device).requires_grad_(True) for student in students)
 
 
@@ -400,7 +395,11 @@ def train(cfg):
                          "torchrun")
     if cfg.lora:
         parent["network"].update(lora=cfg.lora, lora_alpha=cfg.lora_alpha)
-    schedule, lowest = ranges_of(parent["schedule"])
+    # --dm-range and the like are quantiles of karras, of which the teacher knows nothing below its
+    # own lowest noise level; or of Stable Diffusion's own levels.
+    own = parent["schedule"] == "scaled_linear"
+    schedule, lowest = ("scaled_linear", 0.0) if own else (
+        "karras", quantile_of(SCHEDULES[parent["schedule"]](torch.zeros(()).double()).item()))
     sigmas = (generator_timesteps(pipeline, cfg.student_steps, cfg.first_timestep) if pipeline else
               generator_sigmas(cfg.student_steps, cfg.conditioning_sigma))
     start = start_scale(parent["schedule"], sigmas[0])
@@ -455,8 +454,9 @@ def train(cfg):
         distance = F.mse_loss if cfg.regression_distance == "mse" else lpips_distance(device)
 
         def regression(update, k, part):
-            pairs = pairs_at(k, batch_at(update, cfg.pairs, cfg.batch, cfg.seed, device)[part])
-            return regression_loss(generator, sigmas[k], *pairs, distance)
+            index = batch_at(update, cfg.pairs, cfg.batch, cfg.seed, device)[part]
+            x, label, images = pairs_at(k, index)
+            return distance(few_step(generator, x, sigmas[k:k + 1], label), images)
     prepare(cfg, device, teacher, generator, fake_score)  # only now: so far all was in float32
     if real_data:
         first = max(run.start, cfg.regression_steps)
@@ -496,7 +496,7 @@ def train(cfg):
                 losses = {}
                 if cfg.dm_weight:
                     quantiles = late_range if update >= (cfg.decay_after or cfg.steps) else dm_range
-                    sigma, noise = sigma_at(draw.uniform(*quantiles), schedule), draw.normal()
+                    sigma, noise = SCHEDULES[schedule](draw.uniform(*quantiles)), draw.normal()
                     losses["dmd_loss"] = dmd_loss(guide, fake_score, x0, sigma, label, noise)
                 if cfg.gan_weight:
                     logits = discriminator(*diffused(x0, draw, gan_range, schedule), label)

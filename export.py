@@ -45,7 +45,7 @@ class Config(Options):
     out: str = arg(None, "the file to write (default: beside the checkpoint, and .onnx)")
     uint8: bool = arg(False, "the image as uint8 [batch, H, W, C], not float32 [batch, C, H, W]")
     fp16: bool = arg(False, "weights and arithmetic in float16; inputs and output keep their types")
-    int8: bool = arg(False, "convolutions in int8; checked by quality, of a generator")
+    int8: bool = arg(False, "convolutions and linear layers in int8; checked by quality")
     data_dir: str = arg(None, "with --int8: where the real images are (default: as in training)")
     benchmark: bool = arg(False, "time PyTorch, torch.compile, onnxruntime, OpenVINO, the teacher")
 

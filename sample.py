@@ -33,11 +33,11 @@ from PIL import Image
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
-from teacher import (ENDINGS, FEATURES, HEUN_STEPS, SIGMA_MAX, SIGMA_MIN, SUBSET, Data, Denoiser,
-                     Options, Pixels, arg, build, decoded, encoded, fresh_noise, heun, load,
-                     load_data, parse, pick_device, progress, quantile_of, rank, rank_0_first,
+from teacher import (ENDINGS, FEATURES, HEUN_STEPS, SCHEDULES, SIGMA_MAX, SIGMA_MIN, SUBSET, Data,
+                     Denoiser, Options, Pixels, arg, build, decoded, encoded, fresh_noise, heun,
+                     load, load_data, parse, pick_device, progress, quantile_of, rank, rank_0_first,
                      ranks, replacing, run_script, sampling_sigmas, save, save_grid, seeded,
-                     shape_of, sigma_at, start_scale, tell, timestep_sigmas, to_float, to_uint8)
+                     shape_of, start_scale, tell, timestep_sigmas, to_float, to_uint8)
 
 ASSETS = Path(__file__).resolve().parent / "assets"
 DIMENSIONS = 64  # of each space in which quality is measured
@@ -96,7 +96,7 @@ def generator_sigmas(steps, highest=SIGMA_MAX):
     """A generator's noise levels, falling from `highest` by a tenth of its karras quantile a step,
     as 80, 45.3, 24.4, 12.4, for steps from low levels lose variety."""
     u = quantile_of(highest) * (1 - 0.1 * torch.arange(steps, dtype=torch.float64))
-    return sigma_at(u, "karras").tolist()
+    return SCHEDULES["karras"](u).tolist()
 
 
 class Guided(nn.Module):
@@ -142,7 +142,8 @@ class EvaluationOptions:
 
 @dataclasses.dataclass(frozen=True)
 class Config(EvaluationOptions, Options):
-    checkpoint: str = arg(None, "of teacher.py, dmd2.py or EDM, or a .onnx file", positional=True)
+    checkpoint: str = arg(None, "of teacher.py, dmd2.py or EDM, DMD2's .bin, a .onnx file, or a "
+                                "folder of diffusers or its name on the Hub", positional=True)
     n: int = arg(None, f"images (default: 10 a class; --evaluate {EVALUATE_N}, FID {FID_N})", low=1)
     labels: str = arg(None, "classes by name or number, such as 3,3,7 (default: all, evenly)")
     sampler: str = arg(None, "of a teacher (default: heun, at EDM's noise levels)", tuple(SAMPLERS))
@@ -463,8 +464,8 @@ def write_student(generator, path, half=False):
 
 def load_captioned(facts, codec, prompts, device):
     """Data of a folder's images with captions, in x.jpg and x.txt, or by metadata.jsonl's lines of
-    file_name and text; others are left out. Latents, made once and kept in data_dir, and the rows
-    of their captions, which follow the prompts. ValueError if there are none."""
+    file_name and text; without caption they are left out. Latents, made once and kept in data_dir,
+    and the rows of their captions, which follow the prompts. ValueError if there are none."""
     if not facts["name"]:
         raise ValueError("--data is missing: captioned images, for GAN or --no-backward-simulation")
     folder, listed = Path(facts["name"]), Path(facts["name"], "metadata.jsonl")
@@ -515,9 +516,9 @@ class Sampler(NamedTuple):
 
 
 def open_checkpoint(path, data=None, data_dir=None, kind=None, prompts=None):
-    """load(), or of a .pkl or .bin load_edm(), of a folder or a name on the Hub open_pipeline();
-    not of autoencoders. Its data may have moved meanwhile; the prompts in a file, one a line, may
-    take the place of a pipeline's."""
+    """A checkpoint by its path: load()'s, of a .pkl or .bin load_edm()'s, of a folder or a name on
+    the Hub open_pipeline()'s. Data may have moved meanwhile, and a file of prompts, one a line, may
+    take the place of a pipeline's. ValueError for an autoencoder."""
     suffix, on_hub = Path(path).suffix, re.fullmatch(r"[\w-]+/[\w.-]+", str(path))
     if suffix in (".pkl", ".bin"):
         checkpoint = load_edm(path)
@@ -1031,6 +1032,8 @@ def main(argv=None):
         reference = load_reference(sampler.data, device, cfg)
         default = FID_N if cfg.features == "inception" else EVALUATE_N
         n, seeds = cfg.n or default, range(cfg.seed, cfg.seed + cfg.seeds)
+        if n < 10 or cfg.reference and not cfg.features:
+            raise ValueError("--evaluate: takes --n from 10 on, and --reference with --features")
         floor = {}
         if not cfg.features:
             # Without precision and recall, which of so few images compare with no others.
@@ -1042,8 +1045,7 @@ def main(argv=None):
                       f"{sampler.evaluations} function evaluation(s), seeds {[*seeds]}; "
                       f"{reference.protocol}")
     if out.suffix not in (".png", ".npz", "") or out.is_dir():
-        raise ValueError(f"--out {out}: must end in .png or .npz, or be a folder that is not there "
-                         "yet")
+        raise ValueError(f"--out {out}: must end in .png or .npz, or be a folder that is new")
     asked = read_labels(cfg.labels, classes) if cfg.labels else torch.arange(len(classes))
     n = cfg.n or (len(asked) if cfg.labels else 4 if cfg.trajectory else 10 * len(classes))
     label = asked[torch.arange(n) % len(asked)]

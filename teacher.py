@@ -77,10 +77,12 @@ RECIPES.update({"fashion": RECIPES["mnist"], "fashion-cpu": RECIPES["mnist-cpu"]
 
 LOW, HIGH = SIGMA_MIN ** (1 / RHO), SIGMA_MAX ** (1 / RHO)
 
-# Quantile functions: the noise level below which a share u of the training draws lies.
+# Quantile functions: the noise level below which a share u, a tensor in [0, 1], of training draws
+# lies. It rises with u.
 SCHEDULES = {
-    "lognormal": lambda u: torch.exp(-1.2 + 1.2 * 2**0.5 * torch.erfinv(2 * u - 1)),  # EDM Table 1
-    "karras": lambda u: (LOW + u * (HIGH - LOW)) ** RHO,                              # EDM Eq. 5
+    "lognormal": lambda u: torch.exp(  # EDM Table 1; at both ends infinite, but for clamp()
+        -1.2 + 1.2 * 2**0.5 * torch.erfinv(2 * u - 1)).clamp(SIGMA_MIN, SIGMA_MAX),
+    "karras": lambda u: ((LOW + u * (HIGH - LOW)) ** RHO).clamp(SIGMA_MIN, SIGMA_MAX),  # EDM Eq. 5
     "linear": lambda u: timestep_sigma(u, "linear"),        # DDPM, Ho et al. 2020
     "scaled_linear": lambda u: timestep_sigma(u, "scaled_linear"),  # Rombach et al. 2022
     "cosine": lambda u: timestep_sigma(u, "cosine"),        # Nichol and Dhariwal 2021
@@ -98,13 +100,6 @@ PREDICTIONS = {
     "v": lambda s: (1 / (1 + s**2), -s / (1 + s**2).sqrt(), 1 / (1 + s**2).sqrt()),
     "flow": lambda s: (1 / (1 + s), -s / (1 + s), 1 / (1 + s)),
 }
-
-
-def sigma_at(u, schedule):
-    """Noise level at quantile u in [0, 1], of any shape, of a schedule; it rises with u. Those of
-    lognormal and karras are in [SIGMA_MIN, SIGMA_MAX], the others in their own range."""
-    sigma = SCHEDULES[schedule](u)
-    return sigma.clamp(SIGMA_MIN, SIGMA_MAX) if schedule in ("lognormal", "karras") else sigma
 
 
 @functools.cache
@@ -140,14 +135,6 @@ def quantile_of(sigma):
     return min(max((sigma ** (1 / RHO) - LOW) / (HIGH - LOW), 0.0), 1.0)
 
 
-def ranges_of(schedule):
-    """The schedule in whose quantiles --dm-range and the like are given, and its quantile where the
-    teacher's begins: karras or, of Stable Diffusion, its own, beyond which it knows nothing."""
-    if schedule == "scaled_linear":
-        return schedule, 0.0
-    return "karras", quantile_of(sigma_at(torch.zeros(()).double(), schedule).item())
-
-
 # ---- denoiser and loss --------------------------------------------------------------------------
 
 class Denoiser(nn.Module):
@@ -162,8 +149,7 @@ class Denoiser(nn.Module):
         return self.estimate(x, sigma, label)[0]
 
     def estimate(self, x, sigma, label, decode=True):
-        """The same inputs -> x0_hat, None without decode; features [B, c, h, w] float32, the output
-        of the network's encoder"""
+        """The same -> x0_hat, None without decode; the encoder's output [B, c, h, w] float32"""
         x, sigma_ = x.float(), sigma.float().view(-1, 1, 1, 1)
         c_skip, c_out, c_in = PREDICTIONS[self.prediction](sigma_)
         f, features = self.net(c_in * x, sigma.float().log() / 4, label, decode)
@@ -204,11 +190,11 @@ def sampling_sigmas(steps, schedule, own=False):
     the schedule's range, or the schedule's own, all of its range (lognormal has karras's)."""
     u = torch.linspace(1, 0, steps, dtype=torch.float64)
     if not own or schedule == "lognormal":
-        low, high = map(quantile_of, sigma_at(torch.tensor([0, 1]).double(), schedule).tolist())
+        low, high = map(quantile_of, SCHEDULES[schedule](torch.tensor([0, 1]).double()).tolist())
         schedule, u = "karras", torch.linspace(high, low, steps, dtype=torch.float64)
     elif schedule == "scaled_linear":  # of timesteps 999, 899, ..., of 10 ("trailing")
-        u = (torch.arange(1000, 0, -1000 / steps, dtype=torch.float64).round() - 1) / 999
-    return [*sigma_at(u, schedule).tolist(), 0.0]
+        u = (torch.arange(1000, 0, -1000 / steps, dtype=torch.float64)[:steps].round() - 1) / 999
+    return [*SCHEDULES[schedule](u).tolist(), 0.0]
 
 
 @torch.no_grad()
@@ -250,14 +236,14 @@ class DiffusionTask:
     def losses(self, denoiser, x0, label, draw):
         """Losses, scalars, of which `loss` is descended; x0 [B, C, H, W], label [B] int64"""
         label = torch.where(draw.uniform() < self.cfg.label_dropout, len(self.classes), label)
-        sigma = sigma_at(draw.uniform(), self.cfg.schedule)
+        sigma = SCHEDULES[self.cfg.schedule](draw.uniform())
         return dict(loss=denoising_loss(denoiser, x0, sigma, label, draw.normal(),
                                         self.cfg.min_snr_gamma))
 
     def validate(self, denoiser, x0, label):
         """Figures: the loss at fixed noise and evenly spread quantiles of sigma."""
         u = (torch.arange(len(x0), device=x0.device) + 0.5) / len(x0)
-        noise, sigma = next(fresh_noise(len(x0), self.shape, 0)), sigma_at(u, self.cfg.schedule)
+        noise, sigma = next(fresh_noise(len(x0), self.shape, 0)), SCHEDULES[self.cfg.schedule](u)
         return dict(validation_loss=denoising_loss(denoiser, x0, sigma, label, noise.to(x0.device),
                                                    self.cfg.min_snr_gamma))
 
@@ -467,12 +453,12 @@ class UNet(nn.Module):
 
 
 def halved(side, channel_mult, patch=1):
-    """The last level's side: side / patch, halved once for each level but the first; ValueError if
-    it can't be."""
+    """The last level's side: side / patch, halved for each level but the first; or ValueError."""
     factor = patch * 2 ** (len(channel_mult) - 1)
     if side % factor:
         raise ValueError(f"images of side {side}: {len(channel_mult)} levels of --patch {patch} "
-                         f"need a multiple of {factor}, such as --size {side + -side % factor}")
+                         f"need a multiple of {factor}: give fewer --mults or, of a folder, "
+                         f"--size {side + -side % factor}")
     return side // factor
 
 
@@ -619,7 +605,7 @@ class Config(TrainingOptions):
     recipe: str = arg(None, "row of RECIPES (default: by data and device)",
                       sorted(RECIPES.keys() - {"autoencoder", "latents"}))  # which have flags
     data: str = arg(None, f"{', '.join(KNOWN_DATA)} (default: digits) or a folder that holds a "
-                          "folder of images for each class", free=True)
+                          "folder of images for each class, or a .zip of EDM's", free=True)
     size: int = arg(32, "side of a folder's images, scaled and cropped", low=4)
     flip: bool = arg(None, "show images mirrored, half of the time (default: only for cifar10)")
     autoencoder: bool = arg(False, "train no teacher but an autoencoder, for --latent")
@@ -708,10 +694,10 @@ def parse(config_class, argv=None, doc="", recipe=lambda given: {}):
     cfg = config_class(**{**({} if "resume" in given else recipe(known)), **known})
     for name in ("autoencoder.pt", "teacher.pt", "last.pt", "generator.pt"):
         if trains and not cfg.resume and not cfg.profile and (path := Path(cfg.out, name)).exists():
-            restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))  # for lost ranks
-            again = restarts and parse(config_class, ["--resume", str(path)])
+            # torchrun starts the same command again when ranks are lost, or are back.
+            again = dist.is_torchelastic_launched() and parse(config_class, ["--resume", str(path)])
             if again and dataclasses.replace(cfg, out=again.out) == again:
-                return again
+                return cfg if name == "generator.pt" else again  # which holds no optimizers
             raise ValueError(f"--out {cfg.out}: holds a run, {name}; go on with it by --resume, or "
                              "name another folder")
     return cfg
@@ -792,8 +778,7 @@ def average(tensors):
 
 
 def sharded_like(shard, tensor):
-    """This rank's part of a tensor, split by FSDP as `shard` is; all of it, if that is whole or of
-    another shape."""
+    """This rank's part of a tensor, split by FSDP as `shard` is; all, if that is not, or unlike."""
     if not hasattr(shard, "full_tensor") or tensor.shape != shard.shape:
         return tensor
     from torch.distributed.tensor import distribute_tensor
@@ -916,9 +901,11 @@ def folder_files(folder):
         classes = [str(label) for label in range(count) if count > 1]
     elif folder.is_dir():
         inner = {path.name.lower(): path for path in sorted(folder.iterdir()) if path.is_dir()}
-        train = next((inner[name] for name in ("train", "training") if name in inner), folder)
         tests = [inner[name] for name in ("test", "testing", "val", "valid", "validation")
-                 if name in inner and train != folder][:1]
+                 if name in inner][:1]
+        train = next((inner[name] for name in ("train", "training") if name in inner and (
+            tests or any(map(Path.is_dir, inner[name].iterdir())))), folder)  # else it is a class
+        tests = tests if train != folder else []
         classes = sorted(p.name for p in train.iterdir() if p.is_dir() and p.name[0] != ".")
         files = [(path, label, part != train) for part in (train, *tests)
                  for label, name in enumerate(classes or [""])  # without classes: all are one

@@ -210,9 +210,9 @@ def descent(optimizer, *flags):
     ("flow", {0: 0.001 / 0.999, 0.25: 0.2505 / 0.7495, 1: 0.999 / 0.001})])  # t / (1 - t)
 def test_schedules_rise_through_known_levels(schedule, levels):
     for dtype, rel in ((torch.float32, 1e-3), (torch.float64, 1e-6)):
-        sigma = teacher.sigma_at(torch.linspace(0, 1, 5001, dtype=dtype), schedule)
+        sigma = teacher.SCHEDULES[schedule](torch.linspace(0, 1, 5001, dtype=dtype))
         assert sigma.dtype == dtype and (sigma.diff() >= 0).all()
-        found = teacher.sigma_at(torch.tensor([*levels], dtype=dtype), schedule)
+        found = teacher.SCHEDULES[schedule](torch.tensor([*levels], dtype=dtype))
         assert found.tolist() == pytest.approx([*levels.values()], rel=rel)
 
 
@@ -245,7 +245,7 @@ def test_networks_take_sides_they_can_halve(side, mults):
     assert equal((denoiser(*x), denoiser.estimate(*x, decode=False)[1]), (x0_hat, features))
     logits = dmd2.Discriminator(denoiser)(*x)
     assert logits.shape == (2,) and logits[0] != logits[1]
-    with pytest.raises(ValueError, match=f"side {4 * side + 2}: .* a multiple of 4, such as"):
+    with pytest.raises(ValueError, match=f"side {4 * side + 2}: .* a multiple of 4: give"):
         teacher.UNet(4 * side + 2, 3, 2, 8, (1, 2, 2), 1, ())
 
 
@@ -396,7 +396,7 @@ def test_heun_matches_edm():
 def test_ddim_and_ddpm_match_diffusers(schedule, name):
     v = {key.removeprefix(f"{name}_"): value for key, value in vectors("samplers").items()}
     denoiser, levels = Gaussian(v["mu"], v["s"]).double(), v["sigmas"].tolist()
-    sigma = teacher.sigma_at(torch.linspace(0, 1, 1000, dtype=torch.float64), schedule)
+    sigma = teacher.SCHEDULES[schedule](torch.linspace(0, 1, 1000, dtype=torch.float64))
     close(sigma, v["sigmas"].double(), rtol=1e-3, atol=0)  # whose betas are float32
     sigmas = [*(levels[t] for t in v["ddim50_timesteps"]), 0.0]
     x = v["latents"] * (1 + sigmas[0] ** 2) ** 0.5  # out of variance-preserving coordinates
@@ -422,12 +422,13 @@ def test_samplers_keep_the_moments(name, steps):
 
 @pytest.mark.parametrize("schedule", teacher.SCHEDULES)
 def test_levels_stay_in_the_teacher_s_range(schedule):
-    low, high = teacher.sigma_at(torch.tensor([0.0, 1.0], dtype=torch.float64), schedule).tolist()
+    low, high = teacher.SCHEDULES[schedule](torch.tensor([0, 1]).double()).tolist()
     # Stable Diffusion's own are of whole timesteps, of which the last of 18 is 55.
     lowest = teacher.timestep_sigmas(schedule)[55].item() if schedule == "scaled_linear" else low
     for own, ends in ((False, (min(80, high), max(0.002, low))), (True, (high, lowest))):
         sigmas = teacher.sampling_sigmas(18, schedule, own)
         assert (sigmas[0], sigmas[-2]) == pytest.approx(ends) and sigmas[-1] == 0
+        assert len(teacher.sampling_sigmas(61, schedule, own)) == 62  # 1000 / 61 adds up to more
         assert len(sigmas) == 19 and (np.diff(sigmas) < 0).all()
 
 
@@ -517,7 +518,7 @@ def test_every_kind_trains_samples_and_distils(prediction, schedule, distil, tmp
     flags = f"--prediction {prediction} --schedule {schedule} --min-snr-gamma 5 --batch 8 --steps 1"
     teacher.main([*TINY, *flags.split(), "--out", str(tmp_path)])
     assert losses[0][0][5] == 5
-    passes, low = spy(teacher.Denoiser, "estimate"), teacher.sigma_at(torch.zeros(1), schedule)
+    passes, low = spy(teacher.Denoiser, "estimate"), teacher.SCHEDULES[schedule](torch.zeros(1))
     distil(f"--teacher {path} --batch 128 --steps 1")
     lowest = torch.cat([args[2] for args, _ in passes]).min()
     most = 1.5 if schedule == "linear" else 3  # times the lowest level that the teacher knows
@@ -572,7 +573,7 @@ def test_distilled_gaussian_has_its_teacher_s_moments(kind, steps, lr, fake_lr):
         k = torch.randint(steps, (), generator=rng).item()
         x0 = generator(*dmd2.step_input(generator, sigmas, 80.0, 1.0, k, None, draw), None)
         noise, u = draw.normal(), draw.uniform()
-        sigma, fake_sigma = teacher.sigma_at(torch.stack([0.02 + 0.96 * u, u]), "karras")
+        sigma, fake_sigma = teacher.SCHEDULES["karras"](torch.stack([0.02 + 0.96 * u, u]))
         if i % 2 == 0:
             if kind == "dm":
                 loss = dmd2.dmd_loss(real, fake, x0, sigma, None, noise)
@@ -645,12 +646,6 @@ def test_pairs_are_kept_until_the_teacher_changes(tiny, denoiser, tmp_path):
             pairs(*changed)
 
 
-def test_regression_is_of_a_step_at_its_level():
-    x, images = torch.randn(2, 8, 1, 8, 8)
-    loss = dmd2.regression_loss(Gaussian(0.3, 0.5), 4.0, x, None, images)
-    close(loss, (Gaussian(0.3, 0.5)(x, torch.full((8,), 4.0), None) - images).square().mean())
-
-
 def test_lpips_sees_colour_images_of_224(monkeypatch):
     net, shapes, stub = nn.Identity(), [], types.SimpleNamespace(LPIPS=lambda **options: net)
     net.forward = lambda a, b: shapes.extend((a.shape, b.shape)) or (a - b).square()
@@ -660,9 +655,10 @@ def test_lpips_sees_colour_images_of_224(monkeypatch):
 
 
 def test_networks_start_as_the_teacher_or_a_first_stage(distil, tiny):
-    parent, first = teacher.load(tiny.teacher), teacher.load(tiny.generator)
+    parent, first, same = map(teacher.load, (tiny.teacher, tiny.generator, tiny.last))
     for flags, generator, fake_score in (
             ("", parent["model"], parent["model"]), ("--guidance 3", *[parent["model"]] * 2),
+            (f"--init-from {tiny.last}", same["model"], same["training"]["fake_score"]),
             (f"--init-from {tiny.generator}", first["model"], first["fake_score"])):
         out = distil(f"--lr 0 --fake-lr 0 --steps 1 {flags}")
         last = teacher.load(out / "last.pt")
@@ -699,7 +695,7 @@ def test_discriminator_trains_the_encoder_it_shares(features, trains_encoder, di
 def test_losses_draw_levels_from_their_range(flags, name, quantiles, distil, spy):
     calls = spy(dmd2, name)
     distil(f"--batch 256 --steps 1 {flags}")
-    sigma, (low, high) = calls[-1][0][3], teacher.sigma_at(torch.tensor(quantiles), "karras")
+    sigma, (low, high) = calls[-1][0][3], teacher.SCHEDULES["karras"](torch.tensor(quantiles))
     assert low <= sigma.min() < 2 * low + 0.01 and high / 1.5 < sigma.max() <= high
 
 
@@ -1161,6 +1157,8 @@ def test_split_folder(train, test, tmp_path):
                 for split in ("train", "test"))
     assert one.labels.bincount().tolist() == [5, 5] and two.labels.bincount().tolist() == [2, 2]
     assert one.classes == ("cats", "dogs")
+    (tmp_path / "photos" / train / "cats").rename(tmp_path / train)  # a class of that name
+    assert {*teacher.folder_files(tmp_path)[1]} == {"photos", train}
 
 
 def test_resumed_run_goes_on_in_its_wandb_run(tmp_path, monkeypatch):
@@ -1506,7 +1504,7 @@ def test_rank_that_is_lost_is_started_anew(tmp_path, monkeypatch):
     as_ranks("teacher", [*argv, tmp_path / "whole"], tmp_path)
     assert same_end(tmp_path / "restarted", tmp_path / "whole")
     assert done.stderr.count("training images of") == 2
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "2")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
     with pytest.raises(ValueError, match="holds a run"):
         teacher.main([*argv, f"{tmp_path}/restarted", "--seed", "1"])
 
@@ -1547,9 +1545,10 @@ def test_images_of_two_processes_and_of_onnx(tiny, tmp_path):
     (sample, "GENERATOR --labels 3,10", "'10' is no class"),
     (sample, "GENERATOR --evaluate --features x", "--features x: no such file, and not inception"),
     (sample, "GENERATOR --steps 4", "--guidance: are for teachers"),
+    (sample, "TEACHER --evaluate --n 9", "--n from 10"),
     (sample, "ONNX --trajectory", "ONNX file"), (dmd2, "--teacher TEACHER --lora 4", "--lora"),
     (sample, "GENERATOR --out x.jpg", "--out x.jpg: must end in .png or .npz"),
-    (sample, "GENERATOR --out FOLDER/dmd2", "folder that is not there yet"),
+    (sample, "GENERATOR --out FOLDER/dmd2", "or be a folder that is new"),
     (export, "TEACHER --uint8", "are not for teachers")])
 def test_mistake_is_one_line(script, argv, says, tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -2266,9 +2265,10 @@ def test_readme_s_commands_run(optional, tmp_path, monkeypatch):
         checkpoint = edm_checkpoint(network, teacher.UNet(**network).state_dict())
         Path(name).write_bytes(pickle.dumps(checkpoint))
     if optional:
-        make_pipeline(Path("stable-diffusion-v1-5"), xl=False)
-        make_pipeline(Path("stable-diffusion-xl-base-1.0"), xl=True)
-        checkpoint = sample.open_checkpoint("stable-diffusion-xl-base-1.0", prompts="prompts.txt")
+        make_pipeline(Path("stable-diffusion-v1-5/stable-diffusion-v1-5"), xl=False)
+        xl = "stabilityai/stable-diffusion-xl-base-1.0"
+        make_pipeline(Path(xl), xl=True)
+        checkpoint = sample.open_checkpoint(xl, prompts=shutil.copy("stabilityai/prompts.txt", "."))
         generator = sample.with_adapter(sample.build_any(checkpoint), 4, 8)
         sample.write_student(generator, Path("generator.pt"))
         os.rename("pytorch_lora_weights.safetensors", "dmd2_sdxl_4step_lora_fp16.safetensors")
