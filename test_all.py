@@ -1,10 +1,9 @@
-"""What the scripts promise. `pytest test_all.py`: 4 minutes on two idle cores, no GPU.
+"""What the scripts promise. `pytest test_all.py`, by pytest-xdist on two cores sooner: .ci/run.
 
 Wherever it can, a closed-form denoiser stands in for the network: that of data N(mean, std^2).
 `pytest test_all.py -m gpu` runs what needs CUDA, `-m reach` what installs an old onnxruntime.
 """
 
-import concurrent.futures
 import copy
 import functools
 import hashlib
@@ -41,7 +40,7 @@ import export
 import sample
 import teacher
 
-torch.set_num_threads(1)  # of networks so small; the digits' minute has the other core
+torch.set_num_threads(1)  # of networks so small
 ROOT = Path(teacher.__file__).resolve().parent
 SHARED = ROOT.parent / "shared"
 README = (ROOT / "README.md").read_text()
@@ -50,7 +49,7 @@ TINY_DMD = TINY[:6] + ("--evaluate-n 100 --sample-every 0 --log-every 1 --regres
                        "--regression-weight 0 --fake-steps 2 --gan-weight 0.001").split()
 
 with warnings.catch_warnings(action="ignore"):  # that nobody registered the mark
-    gpu, reach = pytest.mark.gpu, pytest.mark.reach
+    gpu, reach, group = pytest.mark.gpu, pytest.mark.reach, pytest.mark.xdist_group
 
 
 def vectors(name):
@@ -1268,25 +1267,20 @@ FAULTY = dict(teacher=[*TINY, *"--save-every 1 --steps 30".split()],
 
 
 @pytest.fixture(scope="session", autouse=True)
-def begun(request, tmp_path_factory):
-    """Starts what takes a minute; a function that waits for it and returns its folder."""
+def once(tmp_path_factory):
+    """A function that calls another in a child, once for all tests, and returns its folder."""
     multiprocessing.get_context("forkserver").set_forkserver_preload([  # imported once
         __name__, "sklearn.datasets", "torch._dynamo", "torch.distributed.fsdp", "peft",
         "diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl"])
     multiprocessing.forkserver.ensure_running()  # now, while the current folder has this file
-    pool, jobs = concurrent.futures.ThreadPoolExecutor(), {}  # for start() waits for the preload
-    for function, tests in ((distil_digits, "digits_for_a_minute|yardstick_ranks"),
-                            (export_texts, "text_to_image_is_one")):
-        if any(re.search(tests, item.name) for item in request.session.items):
-            folder = tmp_path_factory.mktemp(function.__name__)
-            jobs[function] = folder, pool.submit(in_child, folder / "words", function, folder)
 
-    def wait(function):
-        folder, started = jobs[function]
-        (process := started.result()).join(900)
+    @functools.cache
+    def call(function):
+        folder = tmp_path_factory.mktemp(function.__name__)
+        (process := in_child(folder / "words", function, folder)).join(900)
         assert process.exitcode == 0, (folder / "words").read_text()
         return folder
-    return wait
+    return call
 
 
 def in_child(words, function, *args):
@@ -2104,9 +2098,10 @@ def export_texts(folder):
 
 
 @pytest.mark.parametrize("name, tolerance", [("sd15", 1e-2), ("sdxl", 1e-5)])
-def test_text_to_image_is_one_onnx_file(name, tolerance, begun):
+@group("text")
+def test_text_to_image_is_one_onnx_file(name, tolerance, once):
     pytest.importorskip("diffusers"), pytest.importorskip("peft")
-    folder, xl = begun(export_texts), name == "sdxl"
+    folder, xl = once(export_texts), name == "sdxl"
     sampler = sample.load_sampler(f"{folder}/{name}_run/generator.pt")
     session, facts = sample.onnx_session(folder / f"{name}.onnx")
     tokens = sampler.denoiser.net.prompts.tokens(["red", "a dog", ""] * 22)
@@ -2205,15 +2200,15 @@ def test_imports_form_a_line():
 
 
 def distil_digits(folder):
-    os.nice(10)  # it takes what the tests leave of the cores
     flags = "--device cpu --sample-every 0".split()
     teacher.main([*flags, "--steps", "400", "--out", f"{folder}/teacher"])
     dmd2.main([*flags, "--steps", "500", "--evaluate-every", "0", "--out", f"{folder}/dmd2",
                "--pairs", "1000", "--teacher", f"{folder}/teacher/teacher.pt"])
 
 
-def test_digits_for_a_minute(begun):
-    folder = begun(distil_digits)
+@group("digits")  # on one worker of pytest-xdist and, as it is larger, first
+def test_digits_for_a_minute(once):
+    folder = once(distil_digits)
     samplers = [sample.load_sampler(folder / path)
                 for path in ("teacher/teacher.pt", "dmd2/generator.pt")]
     reference = sample.load_reference(samplers[0].data)
@@ -2223,9 +2218,10 @@ def test_digits_for_a_minute(begun):
     assert fake["accuracy"] > real["accuracy"] - 0.02 and fake["recall"] > 0.75 * real["recall"]
 
 
-def test_yardstick_ranks_as_pixels_and_random_features_do(begun):
+@group("digits")
+def test_yardstick_ranks_as_pixels_and_random_features_do(once):
     """By Spearman's correlation, over samplers of a teacher and its generator."""
-    folder = begun(distil_digits)
+    folder = once(distil_digits)
     path, options = folder / "teacher" / "teacher.pt", [
         *(dict(steps=steps) for steps in (2, 3, 4, 6, 12)), dict(sampler="ddpm", steps=20),
         dict(sampler="ddim", steps=6), *(dict(steps=6, guidance=g) for g in (1.5, 3.0))]
