@@ -1029,11 +1029,11 @@ def main(argv=None):
             cfg.sampler or cfg.steps or cfg.guidance != 1):
         raise ValueError(f"--sampler, --steps, --guidance: are for teachers, not {cfg.checkpoint}")
     if cfg.evaluate:
-        reference = load_reference(sampler.data, device, cfg)
         default = FID_N if cfg.features == "inception" else EVALUATE_N
         n, seeds = cfg.n or default, range(cfg.seed, cfg.seed + cfg.seeds)
         if n < 10 or cfg.reference and not cfg.features:
-            raise ValueError("--evaluate: takes --n from 10 on, and --reference with --features")
+            raise ValueError(f"--evaluate --n {n}: needs 10 or more, and --reference --features")
+        reference = load_reference(sampler.data, device, cfg)
         floor = {}
         if not cfg.features:
             # Without precision and recall, which of so few images compare with no others.

@@ -710,8 +710,8 @@ def test_losses_draw_levels_from_their_range(flags, name, quantiles, distil, spy
 def test_steps_that_take_a_loss(flags, passes, logged, distil, spy, tiny, monkeypatch):
     """Passes per step: generator 1, its losses 2 + 1; fake score 1, discriminator 1, or 2 if its
     levels or its features are its own. Pairs take 35."""
-    watched = "initial", "step_input", "load_pairs", "clamped", "unit_error"
-    begun, inputs, pairs, shown, errors = (spy(dmd2, name) for name in watched)
+    watched = "initial", "step_input", "load_pairs", "clamped", "unit_error", "few_step"
+    begun, inputs, pairs, shown, errors, few = (spy(dmd2, name) for name in watched)
     calls, before = spy(teacher.Denoiser, "estimate"), teacher.load(tiny.teacher)["model"]
     if flags == "--gan-weight 0":
         monkeypatch.setattr(dmd2, "load_images", None)  # no image is read
@@ -722,6 +722,11 @@ def test_steps_that_take_a_loss(flags, passes, logged, distil, spy, tiny, monkey
     steps = [args[4] for args, _ in inputs]  # drawn anew after the generator's update
     assert steps == ([0, 1, 1, 0] if "--student-steps 2" in flags else [0] * len(steps))
     assert {args[3] for args, _ in inputs} | {args[4] for args, _ in pairs} == {0.95}  # recipe's
+    for _, pairs_at in pairs:  # regression is of a step at its level
+        ((_, x, levels, _), x0), index = few[0], teacher.batch_at(0, 20, 16, seed=0)
+        given, _, images = pairs_at(0, index)
+        assert levels == pytest.approx([80]) and equal([x], [given])
+        close(lines[0]["regression_loss"], (x0 - images).square().mean().item(), rtol=1e-5, atol=0)
     assert logged == {name: [line["step"] for line in lines if name in line] for name in logged}
     assert [equal(net.state_dict(), before) for net in begun[0][1]] == [True, False, False]
 
@@ -1539,7 +1544,7 @@ def test_images_of_two_processes_and_of_onnx(tiny, tmp_path):
     (sample, "GENERATOR --labels 3,10", "'10' is no class"),
     (sample, "GENERATOR --evaluate --features x", "--features x: no such file, and not inception"),
     (sample, "GENERATOR --steps 4", "--guidance: are for teachers"),
-    (sample, "TEACHER --evaluate --n 9", "--n from 10"),
+    (sample, "TEACHER --evaluate --n 9", "--n 9: needs 10 or more"),
     (sample, "ONNX --trajectory", "ONNX file"), (dmd2, "--teacher TEACHER --lora 4", "--lora"),
     (sample, "GENERATOR --out x.jpg", "--out x.jpg: must end in .png or .npz"),
     (sample, "GENERATOR --out FOLDER/dmd2", "or be a folder that is new"),
@@ -2262,8 +2267,7 @@ def test_readme_s_commands_run(optional, tmp_path, monkeypatch):
         Path(name).write_bytes(pickle.dumps(checkpoint))
     if optional:
         make_pipeline(Path("stable-diffusion-v1-5/stable-diffusion-v1-5"), xl=False)
-        xl = "stabilityai/stable-diffusion-xl-base-1.0"
-        make_pipeline(Path(xl), xl=True)
+        make_pipeline(Path(xl := "stabilityai/stable-diffusion-xl-base-1.0"), xl=True)
         checkpoint = sample.open_checkpoint(xl, prompts=shutil.copy("stabilityai/prompts.txt", "."))
         generator = sample.with_adapter(sample.build_any(checkpoint), 4, 8)
         sample.write_student(generator, Path("generator.pt"))
