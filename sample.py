@@ -1032,7 +1032,7 @@ def main(argv=None):
         default = FID_N if cfg.features == "inception" else EVALUATE_N
         n, seeds = cfg.n or default, range(cfg.seed, cfg.seed + cfg.seeds)
         if n < 10 or cfg.reference and not cfg.features:
-            raise ValueError(f"--evaluate --n {n}: needs 10 or more, and --reference --features")
+            raise ValueError(f"--evaluate --n {n}: needs 10 or more; --reference needs --features")
         reference = load_reference(sampler.data, device, cfg)
         floor = {}
         if not cfg.features:
