@@ -109,9 +109,10 @@ class Guided(nn.Module):
         self.no_label, self.highest = no_label, highest
 
     def forward(self, x, sigma, label):
-        none = torch.full_like(label, self.no_label)
-        both = self.denoiser(torch.cat([x, x]), torch.cat([sigma, sigma]), torch.cat([label, none]))
-        with_label, without = both.chunk(2)
+        with_label = self.denoiser(x, sigma, label)
+        if self.highest < math.inf and (sigma > self.highest).all():
+            return with_label
+        without = self.denoiser(x, sigma, torch.full_like(label, self.no_label))
         g = torch.where(sigma > self.highest, 1.0, self.guidance).view(-1, 1, 1, 1)
         return without + g * (with_label - without)
 
@@ -588,16 +589,18 @@ def digest_of(path):
 def make_sampler(denoiser, checkpoint, device, sampler=None, steps=None):
     """The Sampler of a generator, or of a teacher, which may be Guided, by one of SAMPLERS."""
     if checkpoint["kind"] == "generator":
-        function, sigmas, evaluations = few_step, checkpoint["sigmas"], len(checkpoint["sigmas"])
-        name = f"generator, {evaluations} step{'s' * (evaluations > 1)}"
+        function, sigmas = few_step, checkpoint["sigmas"]
+        calls, name = sigmas, f"generator, {len(sigmas)} step{'s' * (len(sigmas) > 1)}"
     else:
         function, title, default, own = SAMPLERS[sampler or "heun"]
         steps = steps or default
         sigmas = sampling_sigmas(steps, checkpoint["schedule"], own)
         name = f"teacher, {steps} {title} steps"
-        evaluations = 2 * steps - 1 if function is heun else steps
+        calls = sigmas[:1] + 2 * sigmas[1:-1] if function is heun else sigmas[:-1]
+    evaluations = len(calls)
     if isinstance(denoiser, Guided):
-        name, evaluations = f"{name}, guidance {denoiser.guidance:g}", 2 * evaluations
+        name += f", guidance {denoiser.guidance:g}"
+        evaluations += sum(sigma <= denoiser.highest for sigma in calls)
         name += f" below {denoiser.highest:g}" if denoiser.highest < math.inf else ""
 
     @torch.no_grad()

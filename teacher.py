@@ -586,7 +586,7 @@ class TrainingOptions(Options):
     decay_after: float = arg(None, "updates after which the (generator's) learning rate halves in "
                                    "every fifth of as many (default: by data)", low=1, free=True)
     ema: float = arg(None, "decay of the averaged weights (default: by data)", low=0, high=1)
-    dtype: str = arg("auto", "of arithmetic; auto: float32; bfloat16 on cuda by --compile, --lora",
+    dtype: str = arg("auto", "of arithmetic; auto: float32, or bfloat16 where that saves time",
                      ("auto", "float32", "bfloat16", "float16"))
     compile: bool = arg(False, "torch.compile the networks, which takes minutes: for long runs")
     profile: bool = arg(False, "time some steps, tell where they go, and stop", free=True)
@@ -1102,9 +1102,13 @@ def pick_device(name):
 
 
 def dtype_of(cfg, device):
-    """The torch.dtype of arithmetic; not compiled, autocast costs the time that bfloat16 saves."""
-    has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    auto = "bfloat16" if has_bfloat16 and (cfg.compile or getattr(cfg, "lora", 0)) else "float32"
+    """The torch.dtype of arithmetic. auto is bfloat16 where it saves time: on a GPU not by autocast
+    that is not compiled, on a CPU for MNIST (the digits' figures are of float32)."""
+    on_cuda = device.type == "cuda"
+    has_bfloat16 = (torch.cuda.is_bf16_supported(including_emulation=False) if on_cuda else
+                    torch.cpu.get_capabilities().get("avx512_bf16"))
+    saves = cfg.compile or getattr(cfg, "lora", 0) if on_cuda else cfg.recipe.endswith("-cpu")
+    auto = "bfloat16" if has_bfloat16 and saves else "float32"
     return getattr(torch, auto if cfg.dtype == "auto" else cfg.dtype)
 
 
@@ -1122,6 +1126,8 @@ def prepare(cfg, device, *denoisers):
         for layer in denoiser.modules():
             if isinstance(layer, kinds) and not layer.weight.requires_grad:
                 layer.to(dtype)  # once, not in every pass as by autocast; for roles by LoRA, too
+            if isinstance(layer, nn.GroupNorm):  # in float32, as autocast has it on cuda
+                layer.register_forward_pre_hook(lambda _, inputs: inputs[0].float())
             if isinstance(layer, Block) and cfg.checkpointing:
                 layer.forward = functools.partial(recompute, layer.forward, use_reentrant=False,
                                                   preserve_rng_state=False)
