@@ -109,10 +109,11 @@ class Guided(nn.Module):
         self.no_label, self.highest = no_label, highest
 
     def forward(self, x, sigma, label):
-        with_label = self.denoiser(x, sigma, label)
         if self.highest < math.inf and (sigma > self.highest).all():
-            return with_label
-        without = self.denoiser(x, sigma, torch.full_like(label, self.no_label))
+            return self.denoiser(x, sigma, label)
+        none = torch.full_like(label, self.no_label)
+        both = self.denoiser(torch.cat([x, x]), torch.cat([sigma, sigma]), torch.cat([label, none]))
+        with_label, without = both.chunk(2)
         g = torch.where(sigma > self.highest, 1.0, self.guidance).view(-1, 1, 1, 1)
         return without + g * (with_label - without)
 

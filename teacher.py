@@ -1102,8 +1102,8 @@ def pick_device(name):
 
 
 def dtype_of(cfg, device):
-    """The torch.dtype of arithmetic. auto is bfloat16 where it saves time: on a GPU not by autocast
-    that is not compiled, on a CPU for MNIST (the digits' figures are of float32)."""
+    """The torch.dtype of arithmetic. auto is bfloat16 where it saves time: on CUDA by --compile or
+    --lora, for else autocast costs as much; on a CPU that has it by recipes for a CPU."""
     on_cuda = device.type == "cuda"
     has_bfloat16 = (torch.cuda.is_bf16_supported(including_emulation=False) if on_cuda else
                     torch.cpu.get_capabilities().get("avx512_bf16"))

@@ -800,9 +800,9 @@ def test_checkpointing_computes_the_same_again(denoiser, spy):
 
 def test_frozen_teacher_is_in_the_compute_dtype(denoiser, monkeypatch, spy):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **options: True)
-    for lora, name in ((0, "float32"), (4, "bfloat16")):
+    for lora, dtype in ((0, torch.float32), (4, torch.bfloat16)):
         cfg = types.SimpleNamespace(dtype="auto", compile=False, lora=lora)
-        assert teacher.dtype_of(cfg, torch.device("cuda")) == getattr(torch, name)
+        assert teacher.dtype_of(cfg, torch.device("cuda")) == dtype
     norms = spy(nn.functional, "group_norm")
     expected, _ = computed(denoiser, "--dtype", "bfloat16")
     assert {args[0].dtype for args, _ in norms} == {torch.float32}  # as autocast has it on cuda
